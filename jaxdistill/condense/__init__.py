@@ -1,0 +1,1 @@
+"""Data-set distillation: many images into a few."""

@@ -1,0 +1,1 @@
+"""Data: sources on the host, arrays on the device, augmentation."""

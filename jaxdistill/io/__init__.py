@@ -1,0 +1,1 @@
+"""Files the library writes and reads: the distilled artefact, metrics and checkpoints."""

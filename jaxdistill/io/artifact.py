@@ -1,0 +1,443 @@
+"""The distilled data set on disk: three files that other programs may rely on.
+
+`distilled.npz` (readable by `numpy.load` without pickle):
+
+| key | dtype, shape | meaning |
+|---|---|---|
+| `images` | float32 (N, H, W, C) | values in [0, 1], decoded as they are to be trained on |
+| `labels` | int32 (N,) | class ids, indices into `class_names` |
+| `soft_labels` | float32 (N, classes) | probabilities, rows sum to 1; only when they were made |
+
+`distilled.json`, the card: the fields of `REQUIRED`, then `content_sha256`, and whatever else the
+writer adds. `mean` and `std` (one number a channel) are those of the training data on the [0, 1]
+scale; networks were trained on `(images - mean) / std`. `content_sha256` ties the card to its
+arrays: the SHA-256 of, for each of `images`, `labels`, `soft_labels` that is there, in this order,
+the line `<key> <dtype> <sizes joined by commas>` ended by a newline (such as
+`images <f4 100,28,28,1`), followed by the array's bytes, little-endian and row-major.
+
+`distilled.png`: a picture of the images, one row a class.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32, Int32, Integer, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from jaxdistill.errors import InputError
+from jaxdistill.io.files import write_files
+
+FORMAT = "jaxdistill.distilled/1"
+
+REQUIRED = (
+    "format",  # FORMAT
+    "dataset",  # name of the data set that was distilled
+    "class_names",  # list of str, indexed by label
+    "mean",  # list of C floats, of the training images on the [0, 1] scale
+    "std",  # list of C floats > 0, likewise
+    "method",  # name of the method
+    "ipc",  # stored images per class, the budget; each yields factor**2 decoded images
+    "factor",  # side of the grid of small images decoded from a stored one; 1 = none
+    "config_hash",  # identifies the resolved config
+    "seeds",  # dict: what was seeded -> seed
+    "accuracies",  # list or dict of measured records; may be empty
+    "provenance",  # dict: hash of the source data, library versions, ...
+)
+"""Fields every card has."""
+
+_DTYPES = {"images": "<f4", "labels": "<i4", "soft_labels": "<f4"}
+_RANKS = {"images": 4, "labels": 1, "soft_labels": 2}
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "jaxdistill")
+
+
+class Distilled(NamedTuple):
+    """A distilled data set.
+
+    Attributes:
+        images: float32 in [0, 1], decoded as they are to be trained on, not normalised.
+        labels: class ids.
+        soft_labels: probabilities (rows sum to 1), or None when none were made.
+        card: what the set is and where it comes from; see `REQUIRED`.
+    """
+
+    images: Float32[np.ndarray, "n h w c"]
+    labels: Int32[np.ndarray, " n"]
+    soft_labels: Float32[np.ndarray, "n classes"] | None
+    card: dict
+
+
+def save(directory: str | os.PathLike[str], distilled: Distilled) -> None:
+    """Writes `distilled.npz`, `distilled.json` and `distilled.png` into a directory.
+
+    A process killed meanwhile leaves either the earlier artefact or one that `load` refuses,
+    never a readable mixture of two.
+
+    Args:
+        directory: made when missing.
+        distilled: the set. `format` and `content_sha256` are added to the card as written.
+
+    Raises:
+        InputError: when the arrays or the card break the format (nothing is touched then), or
+            the directory cannot be written.
+    """
+    directory = Path(directory)
+    arrays = {
+        key: np.asarray(value) for key in _DTYPES if (value := getattr(distilled, key)) is not None
+    }
+    try:
+        _check_arrays(arrays)
+        digest = _content_sha256(arrays)
+        card, text = _as_json({"format": FORMAT, **distilled.card, "content_sha256": digest})
+        _check_card(card, arrays)
+    except InputError as error:
+        raise InputError(f"cannot save the distilled set: {error}") from None
+    picture = Image.fromarray(grid(arrays["images"], arrays["labels"], card["class_names"]))
+    # The card goes first and the arrays last: from the first rename to the last the two
+    # disagree, which `load` notices, and the picture changes while nothing can be loaded.
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_files(
+            {
+                directory / "distilled.json": lambda file: file.write(text),
+                directory / "distilled.png": lambda file: picture.save(
+                    file, format="png", optimize=True
+                ),
+                directory / "distilled.npz": lambda file: np.savez_compressed(file, **arrays),
+            }
+        )
+    except OSError as error:
+        raise InputError(f"cannot write the distilled set: {_one_line(error)}") from error
+
+
+def load(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Distilled:
+    """Reads and validates a distilled data set. Safe on untrusted files: nothing is unpickled.
+
+    Args:
+        path: the directory, or the `.npz` itself; the card is the `.json` of the same name.
+        max_bytes: refuse arrays that would take more memory than this, before reading them.
+
+    Returns:
+        The set; its card is empty when there is no `.json`.
+
+    Raises:
+        InputError: when the file is not such an artefact, or not a whole one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "distilled.npz"
+    try:
+        with open(path, "rb") as file:
+            arrays = _read_arrays(file, max_bytes)
+        _check_arrays(arrays)
+        card = _read_card(path.with_suffix(".json"), arrays)
+    # Damaged archives raise whatever zipfile, zlib and NumPy's header parser run into; to the
+    # reader they are all the same fact.
+    except Exception as error:
+        raise InputError(
+            f"not a jaxdistill artefact: {path}: {_one_line(error)}; expected distilled.npz "
+            "with images and labels, as written by jaxdistill"
+        ) from error
+    return Distilled(arrays["images"], arrays["labels"], arrays.get("soft_labels"), card)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _one_line(error: Exception) -> str:
+    text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _content_sha256(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for key in _DTYPES:
+        if key in arrays:
+            array = np.ascontiguousarray(arrays[key], _DTYPES[key])
+            sizes = ",".join(map(str, array.shape))
+            digest.update(f"{key} {array.dtype.str} {sizes}\n".encode())
+            digest.update(array.reshape(-1))
+    return digest.hexdigest()
+
+
+def _read_arrays(file: BinaryIO, max_bytes: int) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        members = {key: f"{key}.npy" for key in _DTYPES if f"{key}.npy" in names}
+        for key in ("images", "labels"):
+            if key not in members:
+                raise InputError(f"it has no array {key!r}")
+        # Sizes are declared by the archive and again by each array's header. Both are checked
+        # before any memory is taken, and zipfile yields no more than the archive declares.
+        if sum(archive.getinfo(name).file_size for name in members.values()) > max_bytes:
+            raise InputError(f"its arrays take more than {max_bytes} bytes (see max_bytes)")
+        arrays = {}
+        for key, name in members.items():
+            if names.count(name) > 1:
+                raise InputError(f"it has {key!r} twice")
+            with archive.open(name) as member:
+                _check_header(key, member, archive.getinfo(name).file_size)
+            with archive.open(name) as member:
+                arrays[key] = np.lib.format.read_array(member, allow_pickle=False)
+    return arrays
+
+
+def _check_header(key: str, member: zipfile.ZipExtFile, size: int) -> None:
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    version = np.lib.format.read_magic(member)
+    if version not in readers:
+        raise InputError(f"{key} are in version {version} of the npy format, not (1, 0) or (2, 0)")
+    shape, _, dtype = readers[version](member)
+    _check_layout(key, dtype, shape)
+    if math.prod(shape) * dtype.itemsize != size - member.tell():
+        raise InputError(f"{key} of shape {shape} do not fill their {size} bytes")
+
+
+def _check_layout(key: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    if dtype != np.dtype(_DTYPES[key]):
+        raise InputError(f"{key} are {dtype}, not {np.dtype(_DTYPES[key])}")
+    if len(shape) != _RANKS[key]:
+        raise InputError(f"{key} have {len(shape)} dimensions, not {_RANKS[key]}")
+    if 0 in shape:
+        raise InputError(f"{key} of shape {shape} are empty")
+
+
+def _check_arrays(arrays: dict[str, np.ndarray]) -> None:
+    for key, array in arrays.items():
+        _check_layout(key, array.dtype, array.shape)
+        if len(array) != len(arrays["images"]):
+            raise InputError(f"{len(arrays['images'])} images but {len(array)} {key}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise InputError(f"{key} hold values that are not finite")
+    images, labels, soft = arrays["images"], arrays["labels"], arrays.get("soft_labels")
+    if images.min() < 0 or images.max() > 1:
+        raise InputError(f"images lie in [{images.min():g}, {images.max():g}], not in [0, 1]")
+    if labels.min() < 0:
+        raise InputError(f"labels hold {labels.min()}; class ids start at 0")
+    if soft is None:
+        return
+    if labels.max() >= soft.shape[1]:
+        raise InputError(f"labels hold {labels.max()} but soft_labels know {soft.shape[1]} classes")
+    if soft.min() < 0 or np.abs(soft.sum(1, dtype=np.float64) - 1).max() > 1e-3:
+        raise InputError("soft_labels are not probabilities: rows must be >= 0 and sum to 1")
+
+
+def _as_json(card: dict) -> tuple[dict, bytes]:
+    """Returns the card as a reader will get it (tuples as lists, say), and the file's content."""
+    try:
+        text = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+        content = (text + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"the card cannot be written as JSON: {_one_line(error)}") from error
+    return json.loads(content), content
+
+
+def _plain(value: object) -> object:
+    """Arrays and array scalars as numbers and lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"it holds a {type(value).__name__}")
+
+
+def _read_card(path: Path, arrays: dict[str, np.ndarray]) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        card = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path.name} is not JSON: {_one_line(error)}") from error
+    if not isinstance(card, dict):
+        raise InputError(f"{path.name} is not a JSON object")
+    _check_card(card, arrays)
+    if card.get("content_sha256") != _content_sha256(arrays):
+        raise InputError(
+            f"{path.name} describes other arrays (content_sha256 differs), as after an "
+            "interrupted save: save again"
+        )
+    return card
+
+
+def _check_card(card: dict, arrays: dict[str, np.ndarray]) -> None:
+    missing = [key for key in REQUIRED if key not in card]
+    if missing:
+        raise InputError(f"the card lacks {', '.join(missing)}")
+    channels = arrays["images"].shape[-1]
+    names, mean, std = card["class_names"], card["mean"], card["std"]
+    rules = {
+        "format": (card["format"] == FORMAT, repr(FORMAT)),
+        "class_names": (
+            isinstance(names, list) and all(isinstance(n, str) for n in names),
+            "a list of strings",
+        ),
+        "mean": (_are_numbers(mean, channels), f"{channels} finite numbers"),
+        "std": (
+            _are_numbers(std, channels) and min(std) > 0,
+            f"{channels} finite numbers above 0",
+        ),
+        "seeds": (isinstance(card["seeds"], dict), "an object"),
+        "accuracies": (isinstance(card["accuracies"], list | dict), "a list or an object"),
+        "provenance": (isinstance(card["provenance"], dict), "an object"),
+    }
+    for key in ("dataset", "method", "config_hash"):
+        rules[key] = (isinstance(card[key], str), "a string")
+    for key in ("ipc", "factor"):
+        rules[key] = (type(card[key]) is int and card[key] >= 1, "a whole number above 0")
+    for key, (holds, wanted) in rules.items():
+        if not holds:
+            raise InputError(f"the card's {key} must be {wanted}, not {str(card[key])[:80]!r}")
+    if arrays["labels"].max() >= len(names):
+        raise InputError(f"labels hold {arrays['labels'].max()} but class_names are {len(names)}")
+    if "soft_labels" in arrays and arrays["soft_labels"].shape[1] != len(names):
+        raise InputError(
+            f"soft_labels know {arrays['soft_labels'].shape[1]} classes but class_names are "
+            f"{len(names)}"
+        )
+
+
+def _are_numbers(value: object, count: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(type(v) in (int, float) and math.isfinite(v) for v in value)
+    )
+
+
+# --- the picture ----------------------------------------------------------------------------
+
+_MARGIN = 16  # around the picture, and between blocks of classes
+_GAP = 2  # between the images of a class
+_CLASS_GAP = 6  # between classes
+_COLUMNS = 20  # images of a class in one row
+_NAME_WIDTH = 180  # longest class name, in pixels
+_ASPECT = 1.25  # width over height aimed at
+
+
+def grid(
+    images: Float[np.ndarray, "n h w c"],
+    labels: Integer[np.ndarray, " n"],
+    class_names: Sequence[str] | None = None,
+    *,
+    max_tiles: int = 400,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Draws images in rows by class, names at the left, dark on white.
+
+    Small images are enlarged by whole factors (each pixel a square), large ones reduced by whole
+    factors (block means). Rows of more than 20 images wrap, many classes stand side by side in
+    blocks, and when there are more than `max_tiles` images every class is thinned evenly.
+
+    Args:
+        images: values in [0, 1]; one channel is drawn grey, three as RGB, any other number as
+            the grey mean of the channels.
+        labels: class ids.
+        class_names: names by class id; None writes the ids.
+        max_tiles: the largest number of images drawn.
+
+    Raises:
+        InputError: when a label has no name.
+    """
+    if class_names is not None and labels.max() >= len(class_names):
+        raise InputError(f"labels hold {labels.max()} but class_names are {len(class_names)}")
+    chosen = _choose(labels, max_tiles)
+    count = max(map(len, chosen))
+    rows = math.ceil(count / _COLUMNS)
+    columns = math.ceil(count / rows)
+    target = 64 if sum(map(len, chosen)) > 50 else 96
+    height, width = _tile(images[0], target).shape[:2]
+
+    font = ImageFont.load_default(size=15)
+    ids = [int(labels[members[0]]) for members in chosen]
+    names = [_shorten(class_names[i] if class_names else str(i), font) for i in ids]
+    name_width = math.ceil(max(font.getlength(name) for name in names))
+    left = name_width + 8
+    block_width = left + columns * (width + _GAP) - _GAP + _MARGIN
+    # A line of text must fit beside a row of very flat images too.
+    class_height = max(rows * (height + _GAP) - _GAP, 18) + _CLASS_GAP
+
+    def shape(blocks: int) -> tuple[int, int]:
+        per_block = math.ceil(len(chosen) / blocks)
+        return (
+            per_block * class_height - _CLASS_GAP + 2 * _MARGIN,
+            math.ceil(len(chosen) / per_block) * block_width + _MARGIN,
+        )
+
+    def ugliness(blocks: int) -> float:
+        total_height, total_width = shape(blocks)
+        unfilled = -len(chosen) % math.ceil(len(chosen) / blocks) / len(chosen)
+        return abs(math.log(total_width / total_height / _ASPECT)) + 2 * unfilled + 0.15 * blocks
+
+    blocks = min(range(1, len(chosen) + 1), key=ugliness)
+    per_block = math.ceil(len(chosen) / blocks)
+
+    canvas = Image.new("RGB", shape(blocks)[::-1], "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (name, members) in enumerate(zip(names, chosen, strict=True)):
+        x = _MARGIN + i // per_block * block_width
+        y = _MARGIN + i % per_block * class_height
+        middle = y + (class_height - _CLASS_GAP) / 2
+        draw.text((x + name_width, middle), name, fill=(40, 40, 40), font=font, anchor="rm")
+        for j, member in enumerate(members):
+            corner = (
+                x + left + j % columns * (width + _GAP),
+                y + j // columns * (height + _GAP),
+            )
+            canvas.paste(Image.fromarray(_tile(images[member], target)), corner)
+    return np.asarray(canvas)
+
+
+def _choose(labels: np.ndarray, max_tiles: int) -> list[np.ndarray]:
+    """Positions of the images to draw, class by class."""
+    classes = _spread(np.unique(labels), max_tiles)
+    each = max_tiles // len(classes)
+    return [_spread(np.flatnonzero(labels == label), each) for label in classes]
+
+
+def _spread(values: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the values, at even distances."""
+    if len(values) <= count:
+        return values
+    return values[np.arange(count) * len(values) // count]
+
+
+def _tile(image: np.ndarray, target: int) -> np.ndarray:
+    """One image as uint8 RGB, its longer side near `target` pixels if a whole factor allows."""
+    longer = max(image.shape[:2])
+    if image.shape[2] != 3:
+        image = image.mean(2, keepdims=True).repeat(3, 2)
+    if longer > 2 * target:
+        block = math.ceil(longer / (2 * target))
+        rest = [(0, -size % block) for size in image.shape[:2]]
+        image = np.pad(image, (*rest, (0, 0)), mode="edge")
+        height, width = (size // block for size in image.shape[:2])
+        image = image.reshape(height, block, width, block, 3).mean((1, 3))
+    factor = max(1, round(target / longer))
+    image = image.repeat(factor, 0).repeat(factor, 1)
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def _shorten(name: str, font: ImageFont.FreeTypeFont) -> str:
+    name = " ".join(name.split())
+    if font.getlength(name) <= _NAME_WIDTH:
+        return name
+    name = name[:60]  # more never fits, and measuring is slow
+    while name and font.getlength(name + "...") > _NAME_WIDTH:
+        name = name[:-1]
+    return name.rstrip(" ,") + "..."

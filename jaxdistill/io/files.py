@@ -1,0 +1,50 @@
+"""Writing files so that a reader sees the old content or the new one, never a part."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_files(files: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
+    """Writes several files, each replaced as a whole, in the order given.
+
+    Every content is complete and on disk under a temporary name beside its destination before
+    the first destination is touched, so an error or a full disk changes nothing. The renames
+    follow one by one: killed between two of them, the files before are new and those after old.
+
+    Args:
+        files: destination -> function that writes the content to an open binary file. The
+            directories must exist.
+
+    Raises:
+        OSError: when a file cannot be written.
+    """
+    pending: dict[Path, Path] = {}
+    try:
+        for path, write in files.items():
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+            # Not tempfile: it would leave the result readable by its owner only.
+            with open(temporary, "xb") as file:
+                pending[path] = temporary
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in pending.items():
+            os.replace(temporary, path)
+            _sync_directory(path.parent)
+    finally:
+        for temporary in pending.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes a rename durable; some systems and network mounts cannot, and need not."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,60 @@
+"""The contract of every distillation method: a tuple of pure functions.
+
+Nothing here knows about the runner, files or flags, and a program that has a loop of its own
+can call `init` and `step` in it.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import PRNGKeyArray, PyTree
+
+State = PyTree
+Frozen = PyTree
+Batch = PyTree
+Metrics = dict[str, Any]
+
+#: The name of the mesh axis over which a batch is split.
+DATA_AXIS = "data"
+
+
+class BatchSpec(NamedTuple):
+    """What one step of a method wants to be fed.
+
+    Attributes:
+        kind: `per_class` for uint8 images (classes, size, H, W, C) with `size` distinct draws of
+            each class; `uniform` for a dict of images (size, H, W, C) and labels (size,) drawn
+            from the whole set; `none` for a method that needs no data in its steps (the batch
+            is then an empty tuple).
+        size: Images per class, or in all.
+    """
+
+    kind: Literal["per_class", "uniform", "none"] = "none"
+    size: int = 0
+
+
+def replicated(state: State, mesh: Mesh) -> PyTree:
+    """The default sharding: every device holds the whole state."""
+    del state, mesh
+    return PartitionSpec()
+
+
+class Method(NamedTuple):
+    """A distillation method.
+
+    Attributes:
+        init: `(key, batch) -> state`. The state holds everything that changes: synthetic data,
+            networks, optimiser states, counters.
+        step: `(state, frozen, batch, key) -> (state, metrics)`. Pure, of fixed shapes, and free
+            of host work, so that it can be scanned. Metrics are scalars.
+        output: `state -> PyTree`: what the user came for.
+        batches: What a step is fed.
+        specs: `(state, mesh) -> PyTree` of `PartitionSpec`s, a prefix of the state's tree.
+    """
+
+    init: Callable[[PRNGKeyArray, Batch], State]
+    step: Callable[[State, Frozen, Batch, PRNGKeyArray], tuple[State, Metrics]]
+    output: Callable[[State], PyTree]
+    batches: BatchSpec = BatchSpec()
+    specs: Callable[[State, Mesh], PyTree] = replicated

@@ -1,0 +1,1 @@
+"""Networks: the only modules of the package that import `flax.linen`."""

@@ -1,0 +1,76 @@
+"""ResNet-18 for small images: an unseen architecture to judge a distilled set by.
+
+The form is the one of the cross-architecture tables of data set distillation (Zhao and Bilen,
+"Dataset Condensation with Gradient Matching", ICLR 2021): 3x3 stem of stride 1 without pooling, and
+instance normalisation, so that nothing but parameters has to be kept.
+"""
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from jaxdistill.nn.layers import Conv, Dense, Norm
+
+
+class _BasicBlock(nn.Module):
+    features: int
+    stride: int
+    norm: str
+
+    @nn.compact
+    def __call__(self, x):
+        # Normalising a 1x1 map over its only pixel erases it: 2x2 maps are not reduced any further.
+        stride = self.stride if min(x.shape[1:3]) > 2 else 1
+        y = Conv(self.features, stride=stride, use_bias=False, name="conv1")(x)
+        y = nn.relu(Norm(self.norm, name="norm1")(y))
+        y = Conv(self.features, use_bias=False, name="conv2")(y)
+        y = Norm(self.norm, name="norm2")(y)
+        if x.shape != y.shape:
+            x = Conv(
+                self.features,
+                kernel_size=1,
+                stride=stride,
+                padding=0,
+                use_bias=False,
+                name="shortcut_conv",
+            )(x)
+            x = Norm(self.norm, name="shortcut_norm")(x)
+        return nn.relu(x + y)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 with a stride-1 stem and global average pooling (He et al., CVPR 2016).
+
+    Images down to 2x2 pixels work: a stage whose input is 2 pixels high or wide keeps that size,
+    since instance normalisation turns 1x1 maps into constants. Sizes from 9 up never meet the rule.
+
+    Attributes:
+        num_classes: Number of logits.
+        width: Channels of the first stage; the others have 2, 4 and 8 times as many.
+        norm: See `jaxdistill.nn.layers.Norm`.
+    """
+
+    num_classes: int = 10
+    width: int = 64
+    norm: str = "instance"
+
+    def setup(self):
+        """Builds the layers."""
+        self.stem = Conv(self.width, use_bias=False)
+        self.stem_norm = Norm(self.norm)
+        self.blocks = [
+            _BasicBlock(self.width * 2**stage, stride, self.norm)
+            for stage in range(4)
+            for stride in (1 if stage == 0 else 2, 1)
+        ]
+        self.classifier = Dense(self.num_classes)
+
+    def features(self, x: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
+        """The mean of each channel of the last stage, d = 8 * width."""
+        x = nn.relu(self.stem_norm(self.stem(x)))
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(axis=(1, 2))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
+        """The logits of normalised images."""
+        return self.classifier(self.features(x))

@@ -1,0 +1,1 @@
+"""Meshes and the two ways to run a program on them."""
