@@ -44,7 +44,7 @@ class Method(NamedTuple):
     """A distillation method.
 
     Attributes:
-        init: `(key, batch) -> state`. The state holds everything that changes: synthetic data,
+        init: `(key, frozen, batch) -> state`. The state holds everything that changes: synthetic data,
             networks, optimiser states, counters.
         step: `(state, frozen, batch, key) -> (state, metrics)`. Pure, of fixed shapes, and free
             of host work, so that it can be scanned. Metrics are scalars.
@@ -53,7 +53,7 @@ class Method(NamedTuple):
         specs: `(state, mesh) -> PyTree` of `PartitionSpec`s, a prefix of the state's tree.
     """
 
-    init: Callable[[PRNGKeyArray, Batch], State]
+    init: Callable[[PRNGKeyArray, Frozen, Batch], State]
     step: Callable[[State, Frozen, Batch, PRNGKeyArray], tuple[State, Metrics]]
     output: Callable[[State], PyTree]
     batches: BatchSpec = BatchSpec()

@@ -27,6 +27,23 @@ Images = Float[Array, "n h w c"]
 Op = Callable[[PRNGKeyArray, Images, tuple[int, ...]], Images]
 
 
+def normalizer(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Array], Images]:
+    """A function from uint8 images, or images in [0, 1], to normalised float32 images.
+
+    Args:
+        mean: Mean of each channel, in units of [0, 1].
+        std: Standard deviation of each channel.
+    """
+    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+
+    def prepare(images):
+        if images.dtype == jnp.uint8:
+            images = images.astype(jnp.float32) / 255.0
+        return (images - mean) / std
+
+    return prepare
+
+
 def _per_image(x: Array) -> Array:
     """Shapes scalar or (n,) parameters so that they broadcast against (n, h, w, c)."""
     return x.reshape(-1, 1, 1, 1)

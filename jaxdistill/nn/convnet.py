@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
-from jaxdistill.nn.layers import Conv, Dense, Norm, pool2x2
+from jaxdistill.nn.init import torch_bias_init, torch_kernel_init
+from jaxdistill.nn.layers import Dense, Norm, conv2d, conv_instance_norm, pool2x2
 
 _ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -44,14 +45,16 @@ class ConvNet(nn.Module):
 
     def setup(self):
         """Builds the layers."""
-        self.convs = [_BlockConv(self.width, first=i == 0) for i in range(self.depth)]
-        self.norms = [Norm(self.norm) for _ in range(self.depth)]
+        self.blocks = [
+            _Block(self.width, self.norm, self.activation, self.pool, first=i == 0)
+            for i in range(self.depth)
+        ]
         self.classifier = Dense(self.num_classes)
 
     def features(self, x: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
         """The flattened output of the last block, rows and columns before channels."""
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = pool2x2(_ACTIVATIONS[self.activation](norm(conv(x))), self.pool)
+        for block in self.blocks:
+            x = block(x)
         return x.reshape(x.shape[0], -1)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
@@ -59,11 +62,24 @@ class ConvNet(nn.Module):
         return self.classifier(self.features(x))
 
 
-class _BlockConv(nn.Module):
-    features: int
+class _Block(nn.Module):
+    width: int
+    norm: str
+    activation: str
+    pool: str
     first: bool
 
     @nn.compact
-    def __call__(self, x):
-        padding = first_padding(x.shape[1], x.shape[-1]) if self.first else 1
-        return Conv(self.features, padding=padding, name="conv")(x)
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 o"]:
+        channels = x.shape[-1]
+        padding = first_padding(x.shape[1], channels) if self.first else 1
+        kernel = self.param("kernel", torch_kernel_init, (3, 3, channels, self.width))
+        bias = self.param("bias", torch_bias_init(9 * channels), (self.width,))
+        if self.norm == "instance":
+            # The norm removes the bias; it stays a parameter, as the published counts have it.
+            scale = self.param("scale", nn.initializers.ones, (self.width,))
+            shift = self.param("shift", nn.initializers.zeros, (self.width,))
+            x = conv_instance_norm(x, kernel, scale, shift, padding)
+        else:
+            x = Norm(self.norm, name="norm")(conv2d(x, kernel, 1, padding) + bias)
+        return pool2x2(_ACTIVATIONS[self.activation](x), self.pool)

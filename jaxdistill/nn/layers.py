@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxdistill.errors import InputError
 from jaxdistill.nn.init import torch_bias_init, torch_kernel_init
 
 # Transforms of F(4x4, 3x3) at the interpolation points 0, 1, -1, 2, -2, infinity.
@@ -47,8 +48,10 @@ _OUTPUT = np.array(
     [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
     np.float32,
 )
-# Below this many input channels the transforms cost more than they save.
+# With fewer input channels or smaller maps the transforms cost more than they save (measured).
 _WINOGRAD_MIN_CHANNELS = 8
+_WINOGRAD_MIN_PIXELS = 144
+_EPSILON = 1e-5
 
 
 def _combine(matrix: np.ndarray, terms: list[Array]) -> list[Array]:
@@ -168,22 +171,118 @@ _conv3x3_kernel_gradient.defvjp(
 )
 
 
+def _patches(x: Array, size: int, stride: int, padding: int) -> Array:
+    """All windows of the padded input, flattened: (n, h2, w2, size * size * c)."""
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    span_h, span_w = x.shape[1] - size + 1, x.shape[2] - size + 1
+    shifts = [
+        x[:, i : i + span_h : stride, j : j + span_w : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+    return jnp.concatenate(shifts, axis=-1)
+
+
 def _as_matrix_product(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     """Patch extraction and one matrix product: no penalty inside a loop on CPU."""
-    size, _, channels, out_channels = kernel.shape
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    n, h, w, _ = x.shape
-    span_h, span_w = h - size + 1, w - size + 1
-    patches = jnp.concatenate(
-        [
-            x[:, i : i + span_h : stride, j : j + span_w : stride]
-            for i in range(size)
-            for j in range(size)
-        ],
-        axis=-1,
+    patches = _patches(x, kernel.shape[0], stride, padding)
+    out = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
+    return out.reshape(*patches.shape[:3], -1)
+
+
+def _folded_conv_norm(
+    x: Array, kernel: Array, scale: Array, bias: Array, padding: int
+) -> Array:
+    """Convolution and instance norm in one matrix product per image.
+
+    The output of a convolution is linear in the input windows, so its mean and variance follow
+    from the mean and covariance of the windows, which are small when there are few input
+    channels. The normalisation then goes into the kernel, and the large output is written once.
+    """
+    patches = _patches(x, kernel.shape[0], 1, padding)
+    n, h, w, k = patches.shape
+    patches = patches.reshape(n, h * w, k)
+    centred = patches - patches.mean(1, keepdims=True)
+    kernel = kernel.reshape(k, -1)
+    covariance = jnp.einsum("nsk,nsl->nkl", centred, centred) / (h * w)
+    variance = jnp.einsum("ko,nkl,lo->no", kernel, covariance, kernel)
+    kernels = kernel * (scale * lax.rsqrt(variance + _EPSILON))[:, None]
+    # A constant input carries the bias through the same product.
+    kernels = jnp.concatenate([kernels, jnp.broadcast_to(bias, (n, 1, bias.size))], axis=1)
+    centred = jnp.concatenate([centred, jnp.ones((n, h * w, 1), x.dtype)], axis=-1)
+    return jnp.einsum("nsk,nko->nso", centred, kernels).reshape(n, h, w, -1)
+
+
+def _conv_then_norm(x: Array, kernel: Array, scale: Array, bias: Array, padding: int) -> Array:
+    return instance_norm(_direct(x, kernel, 1, padding), scale, bias)
+
+
+def conv_instance_norm(
+    x: Float[Array, "n h w c"],
+    kernel: Float[Array, "k k c o"],
+    scale: Float[Array, " o"],
+    bias: Float[Array, " o"],
+    padding: int = 1,
+) -> Float[Array, "n h2 w2 o"]:
+    """Convolution followed by instance norm.
+
+    A bias of the convolution would be removed by the norm, so there is none.
+
+    Args:
+        x: Images or activations, channels last.
+        kernel: Square kernel, applied with stride 1.
+        scale: Scale of the norm.
+        bias: Shift of the norm.
+        padding: Zeros added on every side.
+
+    Returns:
+        Normalised, scaled and shifted activations.
+    """
+    if x.shape[-1] >= _WINOGRAD_MIN_CHANNELS:
+        return instance_norm(conv2d(x, kernel, 1, padding), scale, bias)
+    return lax.platform_dependent(
+        x,
+        kernel,
+        scale,
+        bias,
+        cpu=functools.partial(_folded_conv_norm, padding=padding),
+        default=functools.partial(_conv_then_norm, padding=padding),
     )
-    out = patches.reshape(-1, size * size * channels) @ kernel.reshape(-1, out_channels)
-    return out.reshape(*patches.shape[:3], out_channels)
+
+
+def _normalise(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    mean = x.mean(axes, keepdims=True)
+    inverse = lax.rsqrt(jnp.square(x - mean).mean(axes, keepdims=True) + _EPSILON)
+    return mean, inverse
+
+
+@jax.custom_vjp
+def instance_norm(
+    x: Float[Array, "n h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"]
+) -> Float[Array, "n h w c"]:
+    """Per image and channel: zero mean, unit (biased) variance, eps 1e-5; then scale and shift."""
+    mean, inverse = _normalise(x, (1, 2))
+    return (x - mean) * (inverse * scale) + bias
+
+
+def _instance_norm_fwd(x, scale, bias):
+    mean, inverse = _normalise(x, (1, 2))
+    return (x - mean) * (inverse * scale) + bias, (x, mean, inverse, scale)
+
+
+def _instance_norm_bwd(residuals, dy):
+    # Written out so that the two sums per image serve all three gradients: reductions over
+    # whole batches, which the automatic derivative asks for, are slow on CPU.
+    x, mean, inverse, scale = residuals
+    normed = (x - mean) * inverse
+    dbias = dy.mean((1, 2), keepdims=True)
+    dscale = (dy * normed).mean((1, 2), keepdims=True)
+    pixels = x.shape[1] * x.shape[2]
+    dx = (inverse * scale) * (dy - dbias - normed * dscale)
+    return dx, dscale.sum((0, 1, 2)) * pixels, dbias.sum((0, 1, 2)) * pixels
+
+
+instance_norm.defvjp(_instance_norm_fwd, _instance_norm_bwd)
 
 
 def conv2d(
@@ -204,7 +303,8 @@ def conv2d(
         Activations with spatial size `(h + 2 * padding - k) // stride + 1`.
     """
     winograd = kernel.shape[0] == 3 and stride == 1 and padding == 1
-    if winograd and x.shape[-1] >= _WINOGRAD_MIN_CHANNELS:
+    large = x.shape[1] * x.shape[2] >= _WINOGRAD_MIN_PIXELS
+    if winograd and large and x.shape[-1] >= _WINOGRAD_MIN_CHANNELS:
         return _conv3x3(x, kernel)
     options = {"stride": stride, "padding": padding}
     return lax.platform_dependent(
@@ -257,6 +357,9 @@ class Dense(nn.Module):
         return x @ kernel + bias
 
 
+NORMS = ("instance", "layer", "group", "batch", "none")
+
+
 class Norm(nn.Module):
     """The normalisations of the field's ConvNet, with a learned scale and shift, eps 1e-5.
 
@@ -276,19 +379,15 @@ class Norm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
+        if self.kind == "instance":
+            return instance_norm(x, scale, bias)
+        shape, axes = x.shape, {"layer": (1, 2, 3), "batch": (0, 1, 2), "group": (1, 2, 4)}
+        if self.kind not in axes:
+            raise InputError(f"unknown norm {self.kind!r}; choose from {', '.join(NORMS)}")
         if self.kind == "group":
-            grouped = x.reshape(*x.shape[:3], 4, channels // 4)
-            normed = _standardise(grouped, (1, 2, 4)).reshape(x.shape)
-        else:
-            axes = {"instance": (1, 2), "layer": (1, 2, 3), "batch": (0, 1, 2)}[self.kind]
-            normed = _standardise(x, axes)
-        return normed * scale + bias
-
-
-def _standardise(x: Array, axes: tuple[int, ...]) -> Array:
-    mean = x.mean(axes, keepdims=True)
-    centred = x - mean
-    return centred * lax.rsqrt(jnp.square(centred).mean(axes, keepdims=True) + 1e-5)
+            x = x.reshape(*shape[:3], 4, channels // 4)
+        mean, inverse = _normalise(x, axes[self.kind])
+        return ((x - mean) * inverse).reshape(shape) * scale + bias
 
 
 def pool2x2(x: Float[Array, "n h w c"], kind: str = "avg") -> Float[Array, "n h2 w2 c"]:
@@ -304,5 +403,9 @@ def pool2x2(x: Float[Array, "n h w c"], kind: str = "avg") -> Float[Array, "n h2
     n, h, w, c = x.shape
     if kind == "none" or min(h, w) < 2:
         return x
-    windows = x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
-    return windows.mean((2, 4)) if kind == "avg" else windows.max((2, 4))
+    combine = jnp.add if kind == "avg" else jnp.maximum
+    # One axis at a time: XLA's reduction over both is twice as slow on CPU, its gradient more.
+    x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2 * 2, c)
+    x = combine(x[:, :, 0], x[:, :, 1]).reshape(n, h // 2, w // 2, 2, c)
+    x = combine(x[:, :, :, 0], x[:, :, :, 1])
+    return 0.25 * x if kind == "avg" else x

@@ -1,0 +1,96 @@
+"""DM: data-set distillation by matching the class means of random features.
+
+Zhao and Bilen, "Dataset Condensation with Distribution Matching" (WACV 2023).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PRNGKeyArray
+
+from jaxdistill import collective
+from jaxdistill.condense.synthetic import (
+    Features,
+    Pixels,
+    decoded,
+    initial_pixels,
+    real_features,
+    real_needed,
+    synthetic_features,
+)
+from jaxdistill.method import BatchSpec, Method
+
+
+class DMState(flax.struct.PyTreeNode):
+    """Synthetic images (classes, ipc, H, W, C) and the state of their optimiser."""
+
+    pixels: Pixels
+    pixels_opt: Any
+
+
+def dm(
+    features: Features,
+    network_init: Callable[[PRNGKeyArray], Any],
+    images_tx: optax.GradientTransformation,
+    *,
+    prepare: Callable[[Array], Array],
+    ipc: int,
+    factor: int = 1,
+    start: str = "random",
+    batch_real: int = 256,
+    strategy: str = "color_crop_cutout_flip_scale_rotate",
+    chunk: int = 128,
+) -> Method:
+    """Builds the DM method: every step draws a fresh random network. `frozen` is not used.
+
+    Args:
+        features: `(params, normalised images) -> penultimate features`.
+        network_init: `key -> params` of a random network.
+        images_tx: Optimiser of the pixels.
+        prepare: uint8 or [0, 1] images to normalised images.
+        ipc: Synthetic images per class.
+        factor: Tiles per side stored in each synthetic image (1 in the paper).
+        start: Initial images, see `initial_pixels`.
+        batch_real: Real images of each class per step.
+        strategy: Siamese augmentation.
+        chunk: Images in one pass of the network.
+
+    Returns:
+        A `Method`; its output is that of `ncfm`.
+    """
+    num_real = max(batch_real, real_needed(start, ipc, factor))
+    options = {"prepare": prepare, "strategy": strategy, "chunk": chunk}
+
+    def init(key, frozen, batch):
+        del frozen
+        pixels = initial_pixels(key, batch, ipc=ipc, factor=factor, start=start)
+        return DMState(pixels, images_tx.init(pixels))
+
+    def step(state, frozen, batch, key):
+        del frozen
+        k_net, k_augment = jax.random.split(key)
+        params = network_init(k_net)
+        keys = jax.random.split(k_augment, batch.shape[0])
+        target = real_features(features, params, batch, keys, **options).mean(1)
+        target = collective.mean(target)
+
+        def loss(pixels):
+            images = decoded(pixels, factor)
+            out = synthetic_features(features, params, images, keys, **options)
+            return jnp.sum(jnp.square(out.mean(1) - target))
+
+        value, grads = jax.value_and_grad(loss)(state.pixels)
+        updates, pixels_opt = images_tx.update(
+            collective.mean(grads), state.pixels_opt, state.pixels
+        )
+        pixels = jnp.clip(optax.apply_updates(state.pixels, updates), 0.0, 1.0)
+        return DMState(pixels, pixels_opt), {"match": value / batch.shape[0]}
+
+    def output(state):
+        return {"images": decoded(state.pixels, factor), "pixels": state.pixels}
+
+    return Method(init, step, output, BatchSpec("per_class", num_real))

@@ -1,0 +1,42 @@
+"""Soft labels: what an ensemble of teachers says about the distilled images."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def soft_labels(
+    logits: Callable[[Any, Float[Array, "b h w c"]], Float[Array, "b classes"]],
+    teachers: Any,
+    images: Float[Array, "n h w c"],
+    *,
+    prepare: Callable[[Array], Array],
+    temperature: float = 1.0,
+    chunk: int = 128,
+) -> Float[Array, "n classes"]:
+    """Mean class probabilities of the teachers on images without augmentation.
+
+    Args:
+        logits: `(params, normalised images) -> logits`.
+        teachers: Parameters stacked over teachers.
+        images: Distilled images in [0, 1].
+        prepare: Images in [0, 1] to normalised images.
+        temperature: Divides the logits; above 1 the labels are softer.
+        chunk: Images in one pass.
+
+    Returns:
+        Probabilities whose rows sum to one.
+    """
+    n = images.shape[0]
+    parts = -(-n // chunk)
+    index = (jnp.arange(parts * chunk) % n).reshape(parts, chunk)
+
+    def one(teacher):
+        out = lax.map(lambda i: logits(teacher, prepare(images[i])), index)
+        return jax.nn.softmax(out.reshape(parts * chunk, -1)[:n] / temperature)
+
+    return lax.map(one, teachers).mean(0)

@@ -1,0 +1,257 @@
+"""NCFM: data-set distillation by matching characteristic functions of features.
+
+Wang et al., "Dataset Distillation with Neural Characteristic Function: A Minmax Perspective"
+(CVPR 2025, arXiv:2502.20653). Images descend, and the law of frequencies ascends, the
+discrepancy between the characteristic functions of real and synthetic features.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxdistill import collective
+from jaxdistill.condense import charfn
+from jaxdistill.condense.synthetic import (
+    Features,
+    Pixels,
+    decoded,
+    initial_pixels,
+    real_features,
+    real_needed,
+    synthetic_features,
+)
+from jaxdistill.errors import InputError
+from jaxdistill.method import BatchSpec, Method
+
+#: Factor of the published loss on the mean discrepancy.
+LOSS_SCALE = 300.0
+
+OBJECTIVES = ("gap", "excess", "ratio")
+
+
+class NCFMState(flax.struct.PyTreeNode):
+    """Everything that changes during condensation.
+
+    Attributes:
+        step: Number of steps taken.
+        pixels: Synthetic images (classes, ipc, H, W, C) in [0, 1].
+        pixels_opt: State of the pixels' optimiser.
+        sampler: Parameters of the law of frequencies.
+        sampler_opt: State of the sampler's optimiser.
+        tuned: The trained ends of the extractor pool when they are fine-tuned, else `()`.
+    """
+
+    step: Array
+    pixels: Pixels
+    pixels_opt: Any
+    sampler: Any
+    sampler_opt: Any
+    tuned: Any
+
+
+def pick_extractor(pool: Any, key: Array) -> tuple[Any, Any, Array]:
+    """Draws a network of the pool and a point on the line from its start to its trained end.
+
+    Args:
+        pool: `{"initial": params, "trained": params}`, each leaf stacked over networks.
+        key: Key of the draw.
+
+    Returns:
+        The interpolated parameters, the trained ones, and the index of the network.
+    """
+    k_index, k_mix = jax.random.split(key)
+    size = jax.tree.leaves(pool["trained"])[0].shape[0]
+    index = jax.random.randint(k_index, (), 0, size)
+    initial, trained = (jax.tree.map(lambda x: x[index], pool[k]) for k in ("initial", "trained"))
+    mix = jax.random.uniform(k_mix)
+    blend = jax.tree.map(lambda a, b: mix * a + (1 - mix) * b, initial, trained)
+    return blend, trained, index
+
+
+def ncfm(
+    features: Features,
+    logits: Callable[[Any, Float[Array, "b h w c"]], Float[Array, "b classes"]],
+    images_tx: optax.GradientTransformation,
+    sampler: charfn.FrequencySampler,
+    sampler_tx: optax.GradientTransformation | None = None,
+    *,
+    prepare: Callable[[Array], Array],
+    feature_dim: int,
+    ipc: int,
+    factor: int = 2,
+    start: str = "tiled",
+    pixels: Pixels | None = None,
+    batch_real: int = 1024,
+    num_freqs: int = 4096,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    calibration: float = 0.0,
+    finetune_rate: float = 0.0,
+    strategy: str = "color_crop_cutout",
+    objective: str = "gap",
+    ascent_steps: int = 1,
+    warmup: int = 0,
+    chunk: int = 128,
+) -> Method:
+    """Builds the NCFM method.
+
+    Its `frozen` argument is the extractor pool, `{"initial": params, "trained": params}` with
+    each leaf stacked over networks.
+
+    Args:
+        features: `(params, normalised images) -> penultimate features`.
+        logits: `(params, normalised images) -> logits`, used by calibration and fine-tuning.
+        images_tx: Optimiser of the pixels (descent).
+        sampler: Law of the frequencies, see `jaxdistill.condense.charfn`.
+        sampler_tx: Optimiser of the sampler (it is fed the negative gradient: ascent). Needed
+            if the sampler has parameters.
+        prepare: uint8 or [0, 1] images to normalised images; see `jaxdistill.data.augment.normalizer`.
+        feature_dim: Length of a feature vector.
+        ipc: Synthetic images per class.
+        factor: Tiles per side stored in each synthetic image.
+        start: Initial images, see `initial_pixels`.
+        pixels: Initial images given outright, instead of `start`.
+        batch_real: Real images of each class per step.
+        num_freqs: Frequencies per step, shared by the classes.
+        alpha: Weight of the amplitude term.
+        beta: Weight of the phase term.
+        calibration: Weight of the cross-entropy of the synthetic images under the trained
+            network. At 0 it costs nothing.
+        finetune_rate: SGD rate at which the chosen trained network of the pool follows the
+            synthetic images, after each step. At 0 the pool is frozen.
+        strategy: Siamese augmentation shared by the real and synthetic images of a class.
+        objective: What the sampler maximises: `gap`, the discrepancy itself; `excess`, what
+            exceeds the gap expected by chance of two samples of these sizes; `ratio`, the
+            discrepancy over that expected gap.
+        ascent_steps: Ascent steps of the sampler per descent step.
+        warmup: Steps before the sampler begins to ascend.
+        chunk: Images in one pass of the network.
+
+    Returns:
+        A `Method`. Its output is a dict with `images` (classes, m, H, W, C), decoded, and
+        `pixels` as stored.
+
+    Raises:
+        ValueError: for settings that do not fit together.
+    """
+    if objective not in OBJECTIVES:
+        raise InputError(f"unknown objective {objective!r}; choose from {', '.join(OBJECTIVES)}")
+    if batch_real < 1 or ipc < 1 or num_freqs < 1:
+        raise InputError("ipc, batch_real and num_freqs must be at least 1")
+    needed = 1 if pixels is not None else real_needed(start, ipc, factor)
+    probe = jax.eval_shape(lambda k: sampler.init(k, feature_dim), jax.random.key(0))
+    learned = bool(jax.tree.leaves(probe))
+    if learned and sampler_tx is None:
+        raise InputError("a sampler with parameters needs sampler_tx, an optax optimiser")
+    sampler_tx = sampler_tx or optax.identity()
+
+    num_real = max(batch_real, needed)
+
+    def init(key, frozen, batch):
+        k_pixels, k_sampler = jax.random.split(key)
+        start_pixels = pixels
+        if start_pixels is None:
+            start_pixels = initial_pixels(k_pixels, batch, ipc=ipc, factor=factor, start=start)
+        params = sampler.init(k_sampler, feature_dim)
+        return NCFMState(
+            step=jnp.zeros((), jnp.int32),
+            pixels=jnp.asarray(start_pixels, jnp.float32),
+            pixels_opt=images_tx.init(start_pixels),
+            sampler=params,
+            sampler_opt=sampler_tx.init(params),
+            tuned=frozen["trained"] if finetune_rate else (),
+        )
+
+    network_options = {"prepare": prepare, "strategy": strategy, "chunk": chunk}
+
+    def classification_loss(params, images, keys):
+        out = synthetic_features(logits, params, images, keys, **network_options)
+        labels = jnp.arange(out.shape[0])[:, None]
+        return optax.softmax_cross_entropy_with_integer_labels(
+            out, jnp.broadcast_to(labels, out.shape[:2])
+        ).mean()
+
+    def ascend(params, opt, real, syn, key):
+        """One ascent step on features that stay as they are."""
+
+        def gain(params):
+            freqs = sampler.draw(params, key, num_freqs, feature_dim)
+            real_ecf = collective.mean(jax.lax.map(lambda f: charfn.ecf(f, freqs), real))
+            gap = charfn.discrepancy_at(real_ecf, charfn.ecf(syn, freqs), alpha=alpha, beta=beta)
+            if objective == "gap":
+                return gap.mean()
+            # num_real, not real.shape[1]: under pmap a device holds a part of the batch.
+            floor = charfn.sampling_floor(real_ecf, num_real, syn.shape[1], alpha=alpha)
+            if objective == "excess":
+                return gap.mean() - floor.mean()
+            return gap.mean() / jnp.maximum(floor.mean(), 1e-6)
+
+        value, grads = jax.value_and_grad(gain)(params)
+        grads = collective.mean(grads)
+        updates, opt = sampler_tx.update(jax.tree.map(jnp.negative, grads), opt, params)
+        return optax.apply_updates(params, updates), opt, value
+
+    def step(state, frozen, batch, key):
+        k_net, k_freq, k_match, k_calib, k_ascent, k_tune = jax.random.split(key, 6)
+        pool = {**frozen, "trained": state.tuned} if finetune_rate else frozen
+        blend, trained, index = pick_extractor(pool, k_net)
+        classes = batch.shape[0]
+        match_keys, calib_keys = (jax.random.split(k, classes) for k in (k_match, k_calib))
+        freqs = sampler.draw(state.sampler, k_freq, num_freqs, feature_dim)
+
+        real = real_features(features, blend, batch, match_keys, **network_options)
+        real = charfn.normalize_rows(real)
+        fixed_freqs = jax.lax.stop_gradient(freqs)
+        real_ecf = collective.mean(jax.lax.map(lambda f: charfn.ecf(f, fixed_freqs), real))
+
+        def loss(pixels):
+            images = decoded(pixels, factor)
+            syn = synthetic_features(features, blend, images, match_keys, **network_options)
+            syn = charfn.normalize_rows(syn)
+            syn_ecf = charfn.ecf(syn, fixed_freqs)
+            gap = charfn.discrepancy_at(real_ecf, syn_ecf, alpha=alpha, beta=beta)
+            total = match = LOSS_SCALE * gap.mean(-1).sum()
+            metrics = {"match": match / classes}
+            if calibration:
+                metrics["calibration"] = classification_loss(trained, images, calib_keys)
+                total += calibration * classes * metrics["calibration"]
+            return total, (metrics, syn)
+
+        (_, (metrics, syn)), grads = jax.value_and_grad(loss, has_aux=True)(state.pixels)
+        updates, pixels_opt = images_tx.update(
+            collective.mean(grads), state.pixels_opt, state.pixels
+        )
+        new_pixels = jnp.clip(optax.apply_updates(state.pixels, updates), 0.0, 1.0)
+
+        params, opt = state.sampler, state.sampler_opt
+        if learned:
+
+            def many(params, opt):
+                for k in jax.random.split(k_ascent, ascent_steps):
+                    params, opt, gain = ascend(params, opt, real, syn, k)
+                return params, opt, gain
+
+            hold = lambda params, opt: (params, opt, jnp.zeros(()))  # noqa: E731
+            params, opt, gain = jax.lax.cond(state.step >= warmup, many, hold, params, opt)
+            metrics |= {"sampler_gain": gain, "freq_rms": jnp.sqrt(jnp.mean(jnp.square(freqs)))}
+
+        tuned = state.tuned
+        if finetune_rate:
+
+            keys = jax.random.split(k_tune, classes)
+            grads = jax.grad(classification_loss)(trained, decoded(new_pixels, factor), keys)
+            tuned = jax.tree.map(
+                lambda t, g: t.at[index].add(-finetune_rate * g), tuned, collective.mean(grads)
+            )
+        state = NCFMState(state.step + 1, new_pixels, pixels_opt, params, opt, tuned)
+        return state, metrics
+
+    def output(state):
+        return {"images": decoded(state.pixels, factor), "pixels": state.pixels}
+
+    return Method(init, step, output, BatchSpec("per_class", num_real))

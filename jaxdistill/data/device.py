@@ -1,0 +1,138 @@
+"""A data set held on the device, and batches drawn there from a key.
+
+The images stay uint8, and nothing crosses from the host after they have been uploaded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32, PRNGKeyArray, UInt8
+
+from jaxdistill.data.sources import Split, per_class_table
+from jaxdistill.errors import InputError
+from jaxdistill.method import Batch, BatchSpec
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["pixels", "labels", "table", "counts"],
+    meta_fields=["image_shape"],
+)
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """A pytree of device arrays.
+
+    Attributes:
+        pixels: The images, one a row: TPUs would pad a last axis of one or three channels to 128.
+        labels: Class ids.
+        table: Row c lists the positions of class c, and starts over up to the row's length.
+        counts: Images of each class.
+        image_shape: (H, W, C).
+    """
+
+    pixels: UInt8[Array, "n hwc"]
+    labels: Int32[Array, " n"]
+    table: Int32[Array, "c m"]
+    counts: Int32[Array, " c"]
+    image_shape: tuple[int, int, int]
+
+
+def resident(split: Split, num_classes: int) -> Resident:
+    """Uploads a split to the default device.
+
+    Args:
+        split: Images uint8 (N, H, W, C) and labels (N,).
+        num_classes: Number of classes; each must occur.
+
+    Raises:
+        InputError: If the images are not of that form, a class is empty or a label out of range.
+    """
+    images, labels = split
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise InputError(
+            f"images must be uint8 (N, H, W, C), not {images.dtype} of shape {images.shape}"
+        )
+    table, counts = per_class_table(labels, num_classes)
+    return Resident(
+        # Copies: on a CPU, jax would otherwise go on reading the caller's memory.
+        jnp.array(images.reshape(len(images), -1)),
+        jnp.array(labels, jnp.int32),
+        jnp.array(table),
+        jnp.array(counts),
+        images.shape[1:],
+    )
+
+
+def check(spec: BatchSpec, data: Resident, class_names: Sequence[str] | None = None) -> None:
+    """Makes sure at set-up that the data can fill the batches.
+
+    Args:
+        spec: What a step wants.
+        data: Where it is drawn from.
+        class_names: For the message; the class ids by default.
+
+    Raises:
+        InputError: If the batch is empty, or wants more images of a class than there are.
+    """
+    if spec.kind == "none":
+        return
+    if spec.size < 1:
+        raise InputError(f"a {spec.kind} batch of {spec.size} images; ask for at least one")
+    counts = np.asarray(data.counts)
+    smallest = int(counts.argmin())
+    if spec.kind == "per_class" and counts[smallest] < spec.size:
+        name = smallest if class_names is None else class_names[smallest]
+        raise InputError(
+            f"class '{name}' has {counts[smallest]} images, the batch asks for {spec.size} of "
+            f"each class; lower it to {counts[smallest]} or less"
+        )
+
+
+def draw(
+    spec: BatchSpec,
+    data: Resident,
+    key: PRNGKeyArray,
+    part: tuple[Int32[Array, ""] | int, int] | None = None,
+) -> Batch:
+    """Draws a batch. Pure, and of fixed shapes, so it can be part of a compiled step.
+
+    The draws of a class are distinct and equally likely. Those of a `uniform` batch are
+    independent: an image may occur twice.
+
+    Args:
+        spec: What is wanted; see `check`.
+        data: Where it is drawn from.
+        key: Decides the draw.
+        part: `(index, number)` for one of `number` equal slices of the batch that the same key
+            gives as a whole. The number must divide the size.
+
+    Returns:
+        For `per_class` uint8 (classes, size, H, W, C); for `uniform` a dict of `images`, uint8
+        (size, H, W, C), and `labels`, int32 (size,); for `none` an empty tuple.
+    """
+    if spec.kind == "none":
+        return ()
+    if spec.kind == "uniform":
+        chosen = _slice(jax.random.randint(key, (spec.size,), 0, len(data.labels)), part)
+        return {"images": _images(data, chosen), "labels": data.labels[chosen]}
+    # The columns with the largest random marks: a draw without replacement, by partial sorting.
+    marks = jax.random.uniform(key, data.table.shape)
+    real = jnp.arange(data.table.shape[1]) < data.counts[:, None]
+    columns = jax.lax.top_k(jnp.where(real, marks, -1.0), spec.size)[1]
+    return _images(data, jnp.take_along_axis(data.table, _slice(columns, part), axis=1))
+
+
+def _slice(indices: Array, part: tuple[Array | int, int] | None) -> Array:
+    if part is None:
+        return indices
+    index, number = part
+    size = indices.shape[-1] // number
+    return jax.lax.dynamic_slice_in_dim(indices, index * size, size, axis=-1)
+
+
+def _images(data: Resident, indices: Array) -> Array:
+    return data.pixels[indices].reshape(*indices.shape, *data.image_shape)

@@ -1,0 +1,246 @@
+"""The one loop: compiled chunks of steps, checkpoints, metrics, and exact resumption."""
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Int32, PRNGKeyArray, PyTree
+
+from jaxdistill.data import device
+from jaxdistill.errors import InputError
+from jaxdistill.io import checkpoint
+from jaxdistill.io.writers import JsonlWriter, Progress, TensorBoardWriter, Values
+from jaxdistill.method import Frozen, Method, State
+from jaxdistill.parallel.backends import compile_chunk
+from jaxdistill.parallel.mesh import make_mesh, replicate, shardings
+
+
+class TrainState(NamedTuple):
+    """All that changes in a run.
+
+    Attributes:
+        step: Steps done.
+        key: The root of all randomness; the key of a step is `fold_in(key, step)`.
+        method: The method's state.
+    """
+
+    step: Int32[Array, ""]
+    key: PRNGKeyArray
+    method: State
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """Where metrics go, such as those of `jaxdistill.io.writers`."""
+
+    def write(self, step: int, values: Values) -> None:
+        """Takes the metrics of the steps up to this one."""
+
+
+class Diverged(InputError):
+    """A metric or the state stopped being finite."""
+
+
+class _Chunk(NamedTuple):
+    """A launched chunk: its first step, its length, and the log still being computed."""
+
+    start: int
+    count: int
+    log: dict[str, Array]
+
+
+def run(
+    method: Method,
+    *,
+    data: PyTree = (),
+    frozen: Frozen = (),
+    key: PRNGKeyArray,
+    steps: int,
+    chunk: int = 10,
+    mesh: Mesh | None = None,
+    backend: str = "jit",
+    workdir: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 0,
+    keep: int = 2,
+    metadata: Mapping[str, Any] | None = None,
+    tensorboard: bool = False,
+    writers: Sequence[Writer] = (),
+    progress: str | None = None,
+    on_chunk: Callable[[int, State], None] | None = None,
+) -> State:
+    """Runs a method, or goes on with the run that the workdir holds.
+
+    A run that was interrupted and goes on ends in the same bits as one that was not, on the same
+    kind and number of devices. Neither the chunk length nor the interval of checkpoints changes
+    a result.
+
+    Args:
+        method: What is run.
+        data: A `Resident` data set, unless the method needs no batches.
+        frozen: Passed to the method's init and steps; neither changed nor saved.
+        key: The root of all randomness.
+        steps: Length of the whole run, resumed steps included.
+        chunk: Steps per launch of the compiled program. Metrics are averaged over a chunk.
+        mesh: The devices, all by default.
+        backend: `jit` or `pmap`; see `jaxdistill.parallel.backends`.
+        workdir: Gets `metrics.jsonl` and `checkpoints/`; without it nothing is written.
+        checkpoint_every: Steps between checkpoints; 0 for one at the end only.
+        keep: How many checkpoints are kept.
+        metadata: Saved with them. A run whose `config_hash` differs is not continued.
+        tensorboard: Whether event files go to `workdir/tensorboard`.
+        writers: Further takers of the metrics. They stay open.
+        progress: What to call the run in a progress display; None for no display.
+        on_chunk: Called with the steps done and the method's state after every launch, before
+            the chunk's metrics are checked. The arrays are valid until it returns.
+
+    Returns:
+        The method's state after the last step; see `Method.output`.
+
+    Raises:
+        InputError: If settings, data and devices do not fit together, or the workdir holds
+            another run.
+        Diverged: At the first step with a metric that is not finite. No checkpoint holds the
+            state of that step or a later one.
+    """
+    if steps < 1 or chunk < 1 or checkpoint_every < 0:
+        raise InputError(
+            f"steps ({steps}) and chunk ({chunk}) must be positive and checkpoint_every "
+            f"({checkpoint_every}) not negative"
+        )
+    if workdir is None and (checkpoint_every or tensorboard):
+        raise InputError("checkpoints and TensorBoard events need a workdir; give one")
+    device.check(method.batches, data)
+    mesh = make_mesh() if mesh is None else mesh
+    data, frozen, key = replicate((data, frozen, key), mesh)
+    draw = partial(device.draw, method.batches)
+
+    initial = partial(_initial, method, draw)
+    shapes = jax.eval_shape(initial, key, frozen, data)
+    specs = TrainState(PartitionSpec(), PartitionSpec(), method.specs(shapes.method, mesh))
+    layout = shardings(specs, mesh)
+    program = compile_chunk(
+        partial(_steps, method, chunk), draw, method.batches, specs, mesh, backend
+    )
+
+    with contextlib.ExitStack() as stack:
+        manager, restored = None, None
+        if workdir is not None:
+            workdir = Path(workdir)
+            manager = stack.enter_context(checkpoint.manager(workdir / "checkpoints", keep))
+            restored = checkpoint.restore(manager, _target(shapes, layout), metadata)
+        if restored is None:
+            restored = 0, jax.jit(initial, out_shardings=layout)(key, frozen, data)
+        done, state = restored
+        if done > steps:
+            raise InputError(f"{workdir} holds a run of {done} steps, more than the {steps} asked")
+        if workdir is not None:
+            writers = [*writers, JsonlWriter(workdir / "metrics.jsonl", resume_step=done)]
+            stack.callback(writers[-1].close)
+        if tensorboard:
+            writers = [*writers, TensorBoardWriter(workdir / "tensorboard", resume_step=done)]
+            stack.callback(writers[-1].close)
+        display = None
+        if progress is not None:
+            display = Progress(steps, done, progress)
+            stack.callback(display.close)
+
+        saved, late = done, None
+        while done < steps:
+            # Ends lie on multiples of the intervals, so a resumed run has the same chunks.
+            every = checkpoint_every or steps
+            end = min(steps, (done // chunk + 1) * chunk, (done // every + 1) * every)
+            state, log = program(state, np.int32(end - done), frozen, data)
+            launched, done = _Chunk(done, end - done, log), end
+            if late is not None:
+                _report(late, writers, display, saved)
+            late = launched
+            if done == steps or done % every == 0:
+                # The next launch would destroy the state, so it is known to be good first.
+                _report(late, writers, display, saved)
+                late = None
+                if manager is not None:
+                    if _has_nan(state.method):
+                        raise _diverged(done, "the state is", "nan", saved)
+                    checkpoint.save(manager, done, state, metadata)
+                    saved = done
+            if on_chunk is not None:
+                on_chunk(done, state.method)
+    return state.method
+
+
+def _initial(method: Method, draw: Callable, key, frozen, data) -> TrainState:
+    key_init, key_batch, key_run = jax.random.split(key, 3)
+    state = method.init(key_init, frozen, draw(data, key_batch))
+    return TrainState(jnp.int32(0), key_run, jax.tree.map(_strong, state))
+
+
+def _strong(leaf: Any) -> Array:
+    """Drops the mark of a Python number, with which the chunk would be compiled twice."""
+    leaf = jnp.asarray(leaf)
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return leaf if is_key else jax.lax.convert_element_type(leaf, leaf.dtype)
+
+
+def _steps(method: Method, size: int, sample: Callable, state, count, frozen, data):
+    """Runs `count` <= `size` steps; the log has a row for each.
+
+    The count is a run-time value: one program serves chunks of any length, and the loop body is
+    compiled in the same way whatever the length, which equal bits depend on.
+    """
+
+    @jax.jit  # traced once for the shapes and the loop
+    def one(state, frozen, data):
+        key_batch, key_step = jax.random.split(jax.random.fold_in(state.key, state.step))
+        inner, metrics = method.step(state.method, frozen, sample(data, key_batch), key_step)
+        return TrainState(state.step + 1, state.key, inner), metrics
+
+    def body(row, carry):
+        state, metrics = one(carry[0], frozen, data)
+        return state, jax.tree.map(lambda log, x: log.at[row].set(x), carry[1], metrics)
+
+    _, shapes = jax.eval_shape(one, state, frozen, data)
+    log = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
+    return jax.lax.fori_loop(0, count, body, (state, log))
+
+
+def _target(shapes: PyTree, layout: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        jax.tree.broadcast(layout, shapes),
+    )
+
+
+def _report(chunk: _Chunk, writers: Sequence[Writer], display: Progress | None, saved: int):
+    """Waits for the metrics of a chunk, checks every step and writes the averages."""
+    log = {name: x[: chunk.count] for name, x in jax.device_get(chunk.log).items()}
+    bad = {name: np.flatnonzero(~np.isfinite(x)) for name, x in log.items()}
+    bad = {name: rows[0] for name, rows in bad.items() if rows.size}
+    if bad:
+        name = min(bad, key=bad.get)
+        step = chunk.start + int(bad[name]) + 1
+        raise _diverged(step, f"metric '{name}' is", log[name][bad[name]], saved)
+    last = chunk.start + chunk.count
+    values = {name: np.float32(np.mean(x, dtype=np.float64)) for name, x in log.items()}
+    for writer in writers:
+        writer.write(last, values)
+    if display is not None:
+        display.update(last, values)
+
+
+def _diverged(step: int, what: str, value: object, saved: int) -> Diverged:
+    kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
+    return Diverged(f"step {step}: {what} {value}; {kept}; lower the learning rates and start anew")
+
+
+@jax.jit
+def _has_nan(tree: PyTree) -> Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.any(jnp.array([jnp.isnan(x).any() for x in floats]))

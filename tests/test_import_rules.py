@@ -1,0 +1,194 @@
+"""The direction of imports, read from the source of every module."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "jaxdistill"
+
+
+class Use(NamedTuple):
+    """A dotted name that a module imports or reaches through an import."""
+
+    module: str
+    line: int
+    name: str
+
+    def __str__(self):
+        return f"{self.module}:{self.line} {self.name}"
+
+
+def within(name, prefixes):
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def uses_in(source, module, is_package=False):
+    """What a module uses, at any depth and in functions too, with aliases resolved."""
+    tree = ast.parse(source)
+    parent = module if is_package else module.rpartition(".")[0]
+    aliases, found = {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                bound = alias.asname or alias.name.split(".")[0]
+                aliases[bound] = alias.name if alias.asname else bound
+                found.append(Use(module, node.lineno, alias.name))
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = parent.split(".")[: len(parent.split(".")) - node.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            for alias in node.names:
+                aliases[alias.asname or alias.name] = f"{base}.{alias.name}"
+                found.append(Use(module, node.lineno, f"{base}.{alias.name}"))
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = ast.unparse(node.func).rpartition(".")[2]
+            if called in ("import_module", "__import__"):
+                found.append(Use(module, node.lineno, str(node.args[0].value)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            head, _, rest = ast.unparse(node).partition(".")
+            if head in aliases and rest.replace(".", "").isidentifier():
+                found.append(Use(module, node.lineno, f"{aliases[head]}.{rest}"))
+    return found
+
+
+def modules(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        yield ".".join(parts[:-1] if is_package else parts), is_package, path.read_text("utf-8")
+
+
+USES = [
+    use
+    for folder in (PACKAGE, "configs")
+    for name, is_package, source in modules(folder)
+    for use in uses_in(source, name, is_package)
+]
+
+
+def breaches(*, where=(PACKAGE,), but=(), forbidden):
+    """Uses of forbidden names in some modules, less the excepted ones."""
+    return [
+        str(use)
+        for use in USES
+        if within(use.module, where) and not within(use.module, but) and within(use.name, forbidden)
+    ]
+
+
+def strays(where, may):
+    """Uses of this package's names, in some modules, beyond the permitted ones."""
+    return [
+        str(use)
+        for use in USES
+        if within(use.module, [where]) and within(use.name, [PACKAGE]) and not within(use.name, may)
+    ]
+
+
+def inside(*names):
+    return [f"{PACKAGE}.{name}" for name in names]
+
+
+METHODS = inside("condense", "flow", "vlm")
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("import pickle", "pickle"),
+        ("def f():\n    import flax.linen as nn", "flax.linen"),
+        ("from flax import linen", "flax.linen"),
+        ("import flax\nflax.linen.Dense(3)", "flax.linen.Dense"),
+        ("import numpy as np\nnp.random.default_rng(0).normal()", "numpy.random.default_rng"),
+        ("from numpy.random import default_rng", "numpy.random.default_rng"),
+        ("from ..io import files", "jaxdistill.io.files"),
+        ("from . import runner", "jaxdistill.condense.runner"),
+        ("import importlib\nimportlib.import_module('jaxdistill.io')", "jaxdistill.io"),
+    ],
+)
+def test_the_reader_sees_every_form_of_import(source, name):
+    assert name in [use.name for use in uses_in(source, "jaxdistill.condense.ncfm")]
+
+
+def test_the_reader_is_not_misled():
+    source = "import jax\nfrom jax import random\nrandom.key(0)\nself.time.time()"
+    names = [use.name for use in uses_in(source, "jaxdistill.condense.ncfm")]
+    assert not [name for name in names if within(name, ["random", "time"])]
+    inits = uses_in("from .charfn import ecf", "jaxdistill.condense", is_package=True)
+    assert inits[0].name == "jaxdistill.condense.charfn.ecf"
+    assert {"jaxdistill.method", "jaxdistill.nn.layers"} <= {use.module for use in USES}
+
+
+def test_only_the_networks_use_linen():
+    assert not breaches(but=inside("nn"), forbidden=["flax.linen", "flax.nnx"])
+
+
+def test_nothing_uses_another_framework():
+    assert not breaches(where=(PACKAGE, "configs"), forbidden=["tensorflow", "torch", "clu"])
+
+
+def test_nothing_unpickles():
+    banned = ["pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"]
+    assert not breaches(where=(PACKAGE, "configs"), forbidden=banned)
+    for name, _, source in modules(PACKAGE):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert ast.unparse(node.value) == "False", f"{name}:{node.value.lineno}"
+
+
+@pytest.mark.parametrize("room", METHODS)
+def test_methods_know_neither_runner_nor_files(room):
+    assert not strays(room, [room, *inside("collective", "data.augment", "errors", "method", "nn")])
+
+
+def test_networks_know_only_networks():
+    assert not strays(f"{PACKAGE}.nn", inside("nn", "errors"))
+
+
+@pytest.mark.parametrize("room", inside("io", "data"))
+def test_files_and_data_know_no_method(room):
+    above = [*METHODS, *inside("eval", "runner", "train", "main")]
+    assert not breaches(where=(room,), forbidden=above)
+
+
+def test_evaluation_knows_neither_runner_nor_checkpoints():
+    above = inside("runner", "train", "main", "io.checkpoint")
+    assert not breaches(where=inside("eval"), forbidden=above)
+
+
+def test_the_runner_takes_any_method():
+    assert not breaches(where=inside("runner"), forbidden=[*METHODS, *inside("train", "main")])
+
+
+def test_flags_and_configs_stay_at_the_edge():
+    assert not breaches(but=inside("main"), forbidden=["absl.flags", "absl.app"])
+    assert not breaches(but=inside("main", "train"), forbidden=["ml_collections"])
+
+
+def test_resumable_code_draws_only_from_keys():
+    hidden = ["numpy.random", "random", "secrets", "time", "datetime", "uuid", "os.urandom"]
+    assert not breaches(where=[*METHODS, *inside("nn")], forbidden=hidden)
+
+
+def loaded(statement, candidates):
+    """Which of the candidate packages an import brings in, in a fresh interpreter."""
+    program = f"{statement}\nimport sys\nprint(*[n for n in {candidates} if n in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def test_importing_the_package_is_cheap():
+    assert loaded(f"import {PACKAGE}", ["jax", "numpy", "flax", "optax", "PIL", "sklearn"]) == []
+
+
+def test_characteristic_functions_come_alone():
+    heavy = ["flax", "optax", "orbax", "tensorflow_datasets", "sklearn", "PIL", "ml_collections"]
+    assert loaded(f"import {PACKAGE}.condense.charfn", heavy) == []
