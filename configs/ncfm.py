@@ -133,4 +133,4 @@ def get_config(argument=None):
         config.method.batch_real = config.method.num_freqs = 16
         config.run.steps, config.run.chunk, config.run.checkpoint_every = 4, 2, 2
         config.eval.epochs, config.eval.seeds = 20, 2
-    return config
+    return config.lock()

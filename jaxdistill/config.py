@@ -1,8 +1,12 @@
 """Configs: where a name is found, and the argument string that selects a preset."""
 
+import ast
+import difflib
 import importlib.util
 from pathlib import Path
 from typing import Any
+
+import ml_collections
 
 from jaxdistill.errors import InputError
 
@@ -30,7 +34,7 @@ def resolve(spec: str) -> str:
     return f"{path}{colon}{argument}"
 
 
-def load(spec: str) -> Any:
+def load(spec: str) -> ml_collections.ConfigDict:
     """The `ConfigDict` of `name[:argument]`, for notebooks and scripts.
 
     Example:
@@ -41,6 +45,44 @@ def load(spec: str) -> Any:
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     return module.get_config(argument or None)
+
+
+def override(config: ml_collections.ConfigDict, path: str, text: str) -> None:
+    """Sets `a.b` to what the text says, in the type that the setting has.
+
+    Args:
+        config: Changed in place.
+        path: Names joined by dots.
+        text: A string as it is; everything else as Python writes it, such as `1e-3`,
+            `("random", "herding")` or `None`.
+
+    Raises:
+        InputError: if there is no such setting, or the value is of another type.
+    """
+    node, names = config, path.split(".")
+    for i, name in enumerate(names):
+        options = list(node) if isinstance(node, ml_collections.ConfigDict) else []
+        if name not in options:
+            close = ", ".join(difflib.get_close_matches(name, options) or options)
+            wrong = ".".join(["config", *names[: i + 1]])
+            raise InputError(f"unknown setting {wrong}" + (f"; choose from {close}" if close else ""))
+        if i < len(names) - 1:
+            node = node.get(name)
+    name, kind = names[-1], node.get_type(names[-1])
+    if kind is ml_collections.ConfigDict:
+        raise InputError(f"config.{path} is a group of settings: {', '.join(node[name])}")
+    value = text
+    if kind is not str:
+        try:
+            value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        except (ValueError, SyntaxError):
+            value = text
+    try:
+        node[name] = value
+    except TypeError:
+        raise InputError(
+            f"config.{path}={text!r} must be of type {kind.__name__}, such as {node[name]!r}"
+        ) from None
 
 
 def parse_argument(argument: str | None, words: tuple[str, ...] = (), **defaults: Any) -> dict:

@@ -1,73 +1,77 @@
 """The command line: flags to config to run. The only module with flags.
 
-    jaxdistill --config=ncfm:dataset=digits,ipc=1 --workdir=runs/digits
-    jaxdistill --config=ncfm:dataset=digits,ipc=1 --workdir=runs/digits --mode=eval
+    jaxdistill --config=NAME[:ARGUMENT] --workdir=FOLDER [--mode=train|eval] [--config.KEY=VALUE …]
+
+--config    a shipped config or the path of one, with its argument string; any setting in it can
+            be overridden by --config.a.b=value
+--workdir   where everything goes; the same command goes on with an interrupted run
+--mode      train distils and evaluates, eval evaluates the artefact in the workdir again
 """
 
+import ast
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
 from jaxdistill import config as configs
 from jaxdistill.errors import InputError
 
 
-def _define(values: flags.FlagValues) -> None:
-    config_flags.DEFINE_config_file(
-        "config",
-        help_string="A shipped config or a path, `name[:argument]`; `--config.a.b=…` overrides.",
-        lock_config=True,
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "workdir", None, "Folder of the run; made if missing.", flag_values=values
-    )
-    flags.DEFINE_enum(
-        "mode",
-        "train",
-        ["train", "eval"],
-        "train: distil, then evaluate. eval: evaluate the artefact in the workdir again.",
-        flag_values=values,
-    )
-
-
-def _resolve(argument: str) -> str:
-    name, equals, spec = argument.partition("=")
-    return f"{name}={configs.resolve(spec)}" if name in ("--config", "-config") else argument
+def _split(argv: list[str]) -> tuple[str | None, dict[str, str], list[str]]:
+    """Takes `--config=NAME` and `--config.a.b=VALUE` out of the arguments."""
+    spec, overrides, rest = None, {}, []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        name = name.removeprefix("-").removeprefix("-")
+        if not argument.startswith("-") or name.partition(".")[0] != "config":
+            rest.append(argument)
+            continue
+        if not equals:
+            value = next(arguments, "")
+        if name == "config":
+            spec = value
+        else:
+            overrides[name.removeprefix("config.")] = value
+    return spec, overrides, rest
 
 
 def run(argv: list[str]) -> None:
-    """Parses the flags in `argv` (without the program's name) and does what they say.
+    """Parses the arguments (without the program's name) and does what they say.
 
     Raises:
         InputError: for anything wrong in the flags, the config, the data or the workdir.
     """
+    spec, overrides, argv = _split(argv)
+    if not spec:
+        names = ", ".join(sorted(configs.shipped()))
+        raise InputError(f"give --config=NAME and --workdir=FOLDER; shipped configs: {names}")
+    config = configs.load(spec)
+    for path, text in overrides.items():
+        configs.override(config, path, text)
     values = flags.FlagValues()
-    _define(values)
+    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+    flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.", flag_values=values)
     try:
-        rest = values(["jaxdistill", *map(_resolve, argv)])
-    except InputError:
-        raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        rest = values(["jaxdistill", *argv])
+    except flags.Error as error:
         raise InputError(" ".join(str(error).split())) from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}; every setting is a --flag=value")
-    if values.config is None or values.workdir is None:
-        raise InputError("give --config=NAME and --workdir=FOLDER; shipped configs: "
-                         + ", ".join(sorted(configs.shipped())))
+    if not values.workdir:
+        raise InputError("give --workdir=FOLDER; the run and its results go there")
     from jaxdistill import train  # imports JAX: only once the flags are known to be good
 
     action = {"train": train.train, "eval": train.evaluate}[values.mode]
-    action(values.config, values.workdir)
+    action(config, values.workdir)
 
 
 def cli() -> None:
     """Entry point of the `jaxdistill` command."""
-    if any(a in ("--help", "-h", "--helpshort", "--helpfull") for a in sys.argv[1:]):
-        values = flags.FlagValues()
-        _define(values)
-        print(__doc__, values.main_module_help() or values.get_help(), sep="\n")
+    if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
+        print(__doc__)
+        for name, path in sorted(configs.shipped().items()):
+            print(f"--config={name}: {ast.get_docstring(ast.parse(path.read_text()))}")
         return
     try:
         run(sys.argv[1:])

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Int32, PRNGKeyArray, PyTree
 from jaxdistill.data import device
 from jaxdistill.errors import InputError
 from jaxdistill.io import checkpoint
-from jaxdistill.io.writers import JsonlWriter, Progress, TensorBoardWriter, Values
+from jaxdistill.io.writers import JsonlWriter, Progress, TensorBoardWriter
 from jaxdistill.method import Frozen, Method, State
 from jaxdistill.parallel.backends import compile_chunk
 from jaxdistill.parallel.mesh import make_mesh, replicate, shardings
@@ -34,14 +34,6 @@ class TrainState(NamedTuple):
     step: Int32[Array, ""]
     key: PRNGKeyArray
     method: State
-
-
-@runtime_checkable
-class Writer(Protocol):
-    """Where metrics go, such as those of `jaxdistill.io.writers`."""
-
-    def write(self, step: int, values: Values) -> None:
-        """Takes the metrics of the steps up to this one."""
 
 
 class Diverged(InputError):
@@ -71,7 +63,7 @@ def run(
     keep: int = 2,
     metadata: Mapping[str, Any] | None = None,
     tensorboard: bool = False,
-    writers: Sequence[Writer] = (),
+    writers: Sequence[Any] = (),
     progress: str | None = None,
     on_chunk: Callable[[int, State], None] | None = None,
 ) -> State:
@@ -95,7 +87,7 @@ def run(
         keep: How many checkpoints are kept.
         metadata: Saved with them. A run whose `config_hash` differs is not continued.
         tensorboard: Whether event files go to `workdir/tensorboard`.
-        writers: Further takers of the metrics. They stay open.
+        writers: Further takers of the metrics, by `write(step, values)`. They stay open.
         progress: What to call the run in a progress display; None for no display.
         on_chunk: Called with the steps done and the method's state after every launch, before
             the chunk's metrics are checked. The arrays are valid until it returns.
@@ -156,7 +148,7 @@ def run(
             # Ends lie on multiples of the intervals, so a resumed run has the same chunks.
             every = checkpoint_every or steps
             end = min(steps, (done // chunk + 1) * chunk, (done // every + 1) * every)
-            state, log = program(state, np.int32(end - done), frozen, data)
+            state, log = program(state, replicate(np.int32(end - done), mesh), frozen, data)
             launched, done = _Chunk(done, end - done, log), end
             if late is not None:
                 _report(late, writers, display, saved)
@@ -173,6 +165,14 @@ def run(
             if on_chunk is not None:
                 on_chunk(done, state.method)
     return state.method
+
+
+def initial_state(
+    method: Method, *, data: PyTree = (), frozen: Frozen = (), key: PRNGKeyArray
+) -> State:
+    """The method's state before the first step of `run` with the same arguments."""
+    draw = partial(device.draw, method.batches)
+    return jax.jit(partial(_initial, method, draw))(key, frozen, data).method
 
 
 def _initial(method: Method, draw: Callable, key, frozen, data) -> TrainState:
@@ -218,7 +218,7 @@ def _target(shapes: PyTree, layout: PyTree) -> PyTree:
     )
 
 
-def _report(chunk: _Chunk, writers: Sequence[Writer], display: Progress | None, saved: int):
+def _report(chunk: _Chunk, writers: Sequence[Any], display: Progress | None, saved: int):
     """Waits for the metrics of a chunk, checks every step and writes the averages."""
     log = {name: x[: chunk.count] for name, x in jax.device_get(chunk.log).items()}
     bad = {name: np.flatnonzero(~np.isfinite(x)) for name, x in log.items()}
@@ -237,7 +237,7 @@ def _report(chunk: _Chunk, writers: Sequence[Writer], display: Progress | None, 
 
 def _diverged(step: int, what: str, value: object, saved: int) -> Diverged:
     kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
-    return Diverged(f"step {step}: {what} {value}; {kept}; lower the learning rates and start anew")
+    return Diverged(f"step {step}: {what} {value}; {kept}; lower the learning rates")
 
 
 @jax.jit

@@ -21,11 +21,13 @@ import optax
 
 from jaxdistill import pool, runner
 from jaxdistill.condense import charfn, coreset
+from jaxdistill.condense.decode import check_factor
 from jaxdistill.condense.dm import dm
 from jaxdistill.condense.labels import soft_labels
-from jaxdistill.condense.ncfm import ncfm
+from jaxdistill.condense.ncfm import OBJECTIVES, ncfm
+from jaxdistill.condense.synthetic import real_needed
 from jaxdistill.data import device, sources
-from jaxdistill.data.augment import normalizer
+from jaxdistill.data.augment import normalizer, parse
 from jaxdistill.errors import InputError
 from jaxdistill.eval import results, train_on
 from jaxdistill.io import artifact
@@ -145,6 +147,7 @@ def _set_up(config, workdir) -> Setup:
     )
     if config.data.holdout_per_class:
         dataset = sources.holdout(dataset, config.data.holdout_per_class, seed=0)
+    _check_budget(config, dataset)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -168,8 +171,38 @@ def _check(config) -> None:
     for key in ("ipc", "factor"):
         if config.method[key] < 1:
             raise InputError(f"method.{key} is {config.method[key]}; it must be at least 1")
+    if config.method.objective not in OBJECTIVES:
+        raise InputError(
+            f"unknown objective {config.method.objective!r}; choose from {', '.join(OBJECTIVES)}"
+        )
+    if config.run.backend not in BACKENDS:
+        raise InputError(
+            f"unknown backend {config.run.backend!r}; choose from {', '.join(BACKENDS)}"
+        )
+    _sampler(config.method)
     if config.eval.seeds < 1:
         raise InputError(f"eval.seeds is {config.eval.seeds}; it must be at least 1")
+
+
+def _check_budget(config, dataset: sources.Dataset) -> None:
+    """Refuses what the data cannot give, before anything is written."""
+    method = config.method
+    check_factor(dataset.image_shape, method.factor)
+    for strategy in (method.strategy, config.pool.strategy, config.eval.strategy):
+        parse(strategy)
+    wanted = {f"method.ipc={method.ipc}": method.ipc}
+    if {"ncfm", "dm", "start"} & set(_rows(config)):
+        wanted[f"method.batch_real={method.batch_real}"] = method.batch_real
+        needed = real_needed(method.start, method.ipc, method.factor)
+        wanted[f"a {method.start} start with ipc={method.ipc}, factor={method.factor}"] = needed
+    counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes)
+    smallest = int(counts.argmin())
+    for setting, images in wanted.items():
+        if counts[smallest] < images:
+            raise InputError(
+                f"class {dataset.class_names[smallest]!r} has {counts[smallest]} training images,"
+                f" but {setting} asks for {images}; lower it"
+            )
 
 
 def _difference(before: Mapping, now: Mapping, prefix: str = "") -> str:
@@ -342,19 +375,13 @@ def _distil(setup: Setup, name: str) -> None:
     if (folder / "artifacts" / "distilled.npz").is_file():
         return
     config, data = setup.config, setup.dataset
-    try:
-        resident = device.resident(data.train, data.num_classes)
-        _check_budget(setup)
-        job = _job(setup, name, resident)
-        device.check(job.method.batches, resident, data.class_names)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    resident = device.resident(data.train, data.num_classes)
+    job = _job(setup, name, resident)
     key = jax.random.key(config.seed)
     if name == "start":
         # The undistilled start of the same seed: what a run of NCFM has before its first step.
-        state = runner.initial_state(job.method, data=resident, frozen=job.frozen, key=key)
+        state = runner.initial_state(
+            job.method, data=resident, frozen=job.frozen, key=key)
     else:
         state = runner.run(
             job.method,
@@ -391,16 +418,6 @@ def _distil(setup: Setup, name: str) -> None:
     }
     labels = np.repeat(np.arange(data.num_classes, dtype=np.int32), per_class)
     artifact.save(folder / "artifacts", artifact.Distilled(images, labels, soft, card))
-
-
-def _check_budget(setup: Setup) -> None:
-    counts = np.bincount(setup.dataset.train.labels, minlength=setup.dataset.num_classes)
-    smallest, ipc = int(counts.argmin()), setup.config.method.ipc
-    if counts[smallest] < ipc:
-        raise InputError(
-            f"class {setup.dataset.class_names[smallest]!r} has {counts[smallest]} training images,"
-            f" fewer than method.ipc={ipc}; lower it"
-        )
 
 
 def _soft_labels(setup: Setup, images: np.ndarray) -> np.ndarray:

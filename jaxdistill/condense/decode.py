@@ -7,17 +7,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdistill.errors import InputError
+
 
 def check_factor(image_shape: tuple[int, int, int], factor: int) -> None:
     """Refuses a factor that does not divide the image.
 
     Raises:
-        ValueError: if height or width is not a multiple of `factor`.
+        InputError: if height or width is not a multiple of `factor`.
     """
     height, width, _ = image_shape
     if factor < 1 or height % factor or width % factor:
         choices = [f for f in range(1, min(height, width)) if height % f == 0 and width % f == 0]
-        raise ValueError(
+        raise InputError(
             f"factor={factor} does not divide images of {height}x{width};"
             f" choose one of {', '.join(map(str, choices))}, or pad the data (data.pad_to)"
         )

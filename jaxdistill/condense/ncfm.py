@@ -137,7 +137,7 @@ def ncfm(
         `pixels` as stored.
 
     Raises:
-        ValueError: for settings that do not fit together.
+        InputError: for settings that do not fit together.
     """
     if objective not in OBJECTIVES:
         raise InputError(f"unknown objective {objective!r}; choose from {', '.join(OBJECTIVES)}")

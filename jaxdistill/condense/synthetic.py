@@ -47,7 +47,7 @@ def initial_pixels(
         float32 pixels in [0, 1].
 
     Raises:
-        ValueError: if there are too few real images, or `factor` does not divide the image.
+        InputError: if there are too few real images, or `factor` does not divide the image.
     """
     classes, available, *shape = real.shape
     check_factor(tuple(shape), factor)

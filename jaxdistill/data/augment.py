@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxdistill.errors import InputError
+
 _BRIGHTNESS = 1.0
 _SATURATION = 2.0
 _CONTRAST = 0.5
@@ -176,12 +178,12 @@ def parse(strategy: str) -> tuple[str, ...]:
     """Splits `color_crop_cutout` into operation names.
 
     Raises:
-        ValueError: if an operation does not exist.
+        InputError: if an operation does not exist.
     """
     names = tuple(name for name in strategy.split("_") if name and name != "none")
     unknown = sorted(set(names) - set(OPS))
     if unknown:
-        raise ValueError(f"unknown augmentation {unknown[0]!r}; choose from {', '.join(OPS)}")
+        raise InputError(f"unknown augmentation {unknown[0]!r}; choose from {', '.join(OPS)}")
     return names
 
 

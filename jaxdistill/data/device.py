@@ -67,19 +67,25 @@ def resident(split: Split, num_classes: int) -> Resident:
     )
 
 
-def check(spec: BatchSpec, data: Resident, class_names: Sequence[str] | None = None) -> None:
+def check(
+    spec: BatchSpec, data: Resident | tuple[()], class_names: Sequence[str] | None = None
+) -> None:
     """Makes sure at set-up that the data can fill the batches.
 
     Args:
         spec: What a step wants.
-        data: Where it is drawn from.
+        data: Where it is drawn from; an empty tuple where nothing is.
         class_names: For the message; the class ids by default.
 
     Raises:
-        InputError: If the batch is empty, or wants more images of a class than there are.
+        InputError: If the batch is empty, there are no data, or a class has too few images.
     """
     if spec.kind == "none":
         return
+    if not isinstance(data, Resident):
+        raise InputError(
+            f"the method takes {spec.kind} batches; give it the data to draw them from"
+        )
     if spec.size < 1:
         raise InputError(f"a {spec.kind} batch of {spec.size} images; ask for at least one")
     counts = np.asarray(data.counts)
@@ -94,7 +100,7 @@ def check(spec: BatchSpec, data: Resident, class_names: Sequence[str] | None = N
 
 def draw(
     spec: BatchSpec,
-    data: Resident,
+    data: Resident | tuple[()],
     key: PRNGKeyArray,
     part: tuple[Int32[Array, ""] | int, int] | None = None,
 ) -> Batch:

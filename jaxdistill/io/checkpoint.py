@@ -4,6 +4,7 @@ Each checkpoint holds the state, typed random keys included, and the run's metad
 always read into a given tree of shapes and shardings, so it may come from another mesh.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -15,6 +16,11 @@ from jaxtyping import PyTree
 from jaxdistill.errors import InputError
 
 Manager = ocp.CheckpointManager
+
+# In programs run by absl, which show such records, each save would print some forty lines.
+logging.getLogger("absl").addFilter(
+    lambda record: record.levelno > logging.INFO or "orbax" not in record.pathname
+)
 
 
 def manager(directory: str | os.PathLike[str], keep: int = 2) -> Manager:
