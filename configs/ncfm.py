@@ -24,7 +24,7 @@ import ml_collections
 
 from jaxdistill.config import parse_argument
 
-# image size, depth of the ConvNet, strategy of the evaluation, pretraining epochs
+# Where a data set differs from the defaults below.
 _DATA = {
     "digits": {"depth": 2, "factor": 1, "strategy": "color_crop_cutout_scale_rotate"},
     "mnist": {"strategy": "color_crop_cutout_scale_rotate"},
@@ -34,6 +34,8 @@ _DATA = {
     "tiny_imagenet": {"image_size": 64, "depth": 4},
     "imagenette": {"image_size": 128, "depth": 5},
 }
+# Meant for an accelerator; with the real images per class and step, of those that there are.
+_LARGE = {"cifar10": 1024, "cifar100": 500, "tiny_imagenet": 500, "imagenette": 512}
 _TFDS = {"imagenette": "imagenette/160px-v2"}
 
 
@@ -50,7 +52,7 @@ def get_config(argument=None):
     )
     dataset, ipc = arg["dataset"], arg["ipc"]
     data = _DATA.get(dataset, {})
-    large = dataset not in ("digits", "mnist", "fashion_mnist")  # meant for an accelerator
+    large = dataset in _LARGE
     small = dataset == "digits"
 
     config = ml_collections.ConfigDict()
@@ -89,7 +91,7 @@ def get_config(argument=None):
     config.method.start = "tiled"
     config.method.rate = 2e-2
     config.method.rate_decay = 0.05  # final rate over initial rate, by a cosine
-    config.method.batch_real = 1024 if large else 64
+    config.method.batch_real = _LARGE.get(dataset, 64)
     config.method.strategy = "color_crop_cutout"
     # NCFM only
     config.method.num_freqs = 4096 if large else 512

@@ -38,6 +38,7 @@ from jaxdistill.nn.convnet import ConvNet
 from jaxdistill.nn.frequency_net import ReleasedSampleNet, ScaleNet
 from jaxdistill.nn.resnet import ResNet18
 from jaxdistill.nn.vgg import VGG11
+from jaxdistill.parallel.backends import BACKENDS
 
 METHODS = ("ncfm", "dm", *coreset.CORESETS, "start")
 ARCHITECTURES = ("convnet", "resnet18", "vgg11")
@@ -378,6 +379,7 @@ def _distil(setup: Setup, name: str) -> None:
     resident = device.resident(data.train, data.num_classes)
     job = _job(setup, name, resident)
     key = jax.random.key(config.seed)
+    began = time.perf_counter(), time.process_time()
     if name == "start":
         # The undistilled start of the same seed: what a run of NCFM has before its first step.
         state = runner.initial_state(
@@ -398,6 +400,12 @@ def _distil(setup: Setup, name: str) -> None:
             progress=name,
         )
     images = np.asarray(job.method.output(state)["images"], np.float32)
+    cost = {
+        "steps": 0 if name == "start" else job.steps,
+        # Of this process: a run that went on after an interruption shows its last part.
+        "wall_seconds": round(time.perf_counter() - began[0], 2),
+        "cpu_seconds": round(time.process_time() - began[1], 2),
+    }
     per_class = images.shape[1]
     images = images.reshape(-1, *data.image_shape)
     soft = None
@@ -414,6 +422,7 @@ def _distil(setup: Setup, name: str) -> None:
         "config_hash": setup.hash,
         "seeds": {"condense": config.seed},
         "accuracies": [],
+        "cost": cost,
         "provenance": {"source_sha256": data.fingerprint(), "versions": _versions()},
     }
     labels = np.repeat(np.arange(data.num_classes, dtype=np.int32), per_class)

@@ -19,6 +19,8 @@ from jaxdistill.errors import InputError
 from jaxdistill.method import DATA_AXIS, Batch, BatchSpec
 from jaxdistill.parallel.mesh import shardings
 
+BACKENDS = ("jit", "pmap")
+
 Part = tuple[Array, int]
 """The position of a device among those that share a batch, and how many they are."""
 Draw = Callable[[PyTree, PRNGKeyArray, Part | None], Batch]
@@ -53,7 +55,7 @@ def compile_chunk(
         InputError: If there is no such backend, the batch cannot be split evenly over the
             devices, or `pmap` is asked to split the state.
     """
-    if backend not in ("jit", "pmap"):
+    if backend not in BACKENDS:
         raise InputError(f"no parallel backend is called {backend!r}; choose jit or pmap")
     if spec.kind != "none" and spec.size % mesh.size:
         per = " of each class" if spec.kind == "per_class" else ""

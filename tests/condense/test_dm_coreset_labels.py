@@ -41,10 +41,10 @@ def enlarge():
     return np.stack([np.interp(centres, np.arange(4), e) for e in np.eye(4)], axis=1)
 
 
-def make_dm(**options):
+def make_dm(rate=0.05, **options):
     network = lambda key: weights()  # noqa: E731
     defaults = {"prepare": prepare, "ipc": 2, "batch_real": 8}
-    return dm(linear, network, optax.sgd(0.05), **{**defaults, **options})
+    return dm(linear, network, optax.sgd(rate), **{**defaults, **options})
 
 
 @pytest.mark.parametrize("chunk", [128, 4])
@@ -69,7 +69,7 @@ def test_a_step_of_dm_against_numpy(chunk):
 
 
 def test_dm_moves_the_images_towards_the_real_means():
-    method = make_dm(start="noise", strategy="flip_crop", batch_real=8)
+    method = make_dm(rate=0.5, start="noise", strategy="flip_crop")
     batch = uint8_images(CLASSES, 8) // 4
     state = method.init(jax.random.key(0), (), batch)
 

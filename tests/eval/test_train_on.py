@@ -1,0 +1,232 @@
+"""Training against a plain loop, measuring, and the record of what was measured."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill.data.augment import normalizer
+from jaxdistill.data.sources import load
+from jaxdistill.errors import InputError
+from jaxdistill.eval import results
+from jaxdistill.eval.results import Cell
+from jaxdistill.eval.train_on import Network, Protocol, accuracy, one_hot, train
+
+CLASSES, SIDE = 4, 4
+PLAIN = Protocol(epochs=8, batch=16, rate=0.3, weight_decay=0.1, strategy="none")
+
+
+def linear(side=SIDE, classes=CLASSES):
+    pixels = side * side
+    return Network(
+        init=lambda k: {"w": jax.random.normal(k, (pixels, classes)) / 9, "b": jnp.zeros(classes)},
+        logits=lambda p, x: x.reshape(x.shape[0], -1) @ p["w"] + p["b"],
+    )
+
+
+LINEAR = linear()
+PREPARE = normalizer((0.5,), (0.25,))
+
+
+def some_data(n, seed=0):
+    numbers = np.random.default_rng(seed)
+    images = numbers.integers(0, 256, (n, SIDE, SIDE, 1)).astype(np.uint8)
+    targets = numbers.dirichlet(np.ones(CLASSES), n).astype(np.float32)
+    return jnp.asarray(images), jnp.asarray(targets)
+
+
+def fit(images, targets, protocol, seed=0, **options):
+    options = {"prepare": PREPARE, **options}
+    return train(jax.random.key(seed), LINEAR, images, targets, protocol=protocol, **options)
+
+
+def start(seed=3):
+    weights = np.random.default_rng(seed).normal(size=(SIDE * SIDE, CLASSES)).astype(np.float32)
+    return {"w": jnp.asarray(weights), "b": jnp.zeros(CLASSES)}
+
+
+class Loop:
+    """SGD with momentum in float64, as one writes it down."""
+
+    def __init__(self, images, targets, protocol, params):
+        self.x = (np.float64(images).reshape(len(images), -1) / 255 - 0.5) / 0.25
+        self.y, self.protocol = np.float64(targets), protocol
+        self.w, self.b = np.float64(params["w"]), np.float64(params["b"])
+        self.forget()
+
+    def forget(self):
+        self.vw, self.vb = np.zeros_like(self.w), np.zeros_like(self.b)
+
+    def step(self, rate, rows=slice(None)):
+        x, y = self.x[rows], self.y[rows]
+        out = x @ self.w + self.b
+        odds = np.exp(out - out.max(1, keepdims=True))
+        error = (odds / odds.sum(1, keepdims=True) - y) / len(x)
+        decay, momentum = self.protocol.weight_decay, self.protocol.momentum
+        self.vw = momentum * self.vw + x.T @ error + decay * self.w
+        self.vb = momentum * self.vb + error.sum(0) + decay * self.b
+        self.w, self.b = self.w - rate * self.vw, self.b - rate * self.vb
+
+    def is_near(self, params):
+        near = lambda a, b: np.allclose(a, b, atol=1e-4, rtol=1e-4)  # noqa: E731
+        return near(params["w"], self.w) and near(params["b"], self.b)
+
+
+def test_training_is_that_of_a_plain_loop_and_the_decay_forgets_the_momentum():
+    images, targets = some_data(10)
+    params = fit(images, targets, PLAIN, params=start())
+    right, kept = (Loop(images, targets, PLAIN, start()) for _ in range(2))
+    for epoch in range(PLAIN.epochs):
+        if epoch == PLAIN.epochs // 2:
+            right.forget()
+        rate = PLAIN.rate * (0.1 if epoch >= PLAIN.epochs // 2 else 1)
+        right.step(rate)
+        kept.step(rate)
+    assert right.is_near(params)
+    assert not kept.is_near(params)
+
+
+def test_the_rate_falls_at_every_given_fraction():
+    images, targets = some_data(10)
+    protocol = PLAIN._replace(decay_at=(0.25, 0.75))
+    params = fit(images, targets, protocol, params=start())
+    loop = Loop(images, targets, protocol, start())
+    for steps, rate in ((2, 0.3), (4, 0.03), (2, 0.003)):
+        loop.forget()
+        for _ in range(steps):
+            loop.step(rate)
+    assert loop.is_near(params)
+
+
+def test_the_last_batch_of_an_epoch_is_short():
+    images, targets = some_data(3)
+    protocol = PLAIN._replace(epochs=1, batch=2, decay_at=())
+    params = fit(images, targets, protocol, params=start())
+    matches = 0
+    for last in range(3):
+        loop = Loop(images, targets, protocol, start())
+        loop.step(protocol.rate, [i for i in range(3) if i != last])
+        loop.step(protocol.rate, [last])
+        matches += loop.is_near(params)
+    assert matches == 1
+
+
+def test_gradients_accumulated_over_chunks_are_those_of_the_batch():
+    images, targets = some_data(10)
+    for batch in (16, 7):
+        protocol = PLAIN._replace(batch=batch, strategy="color_flip", weight_decay=5e-4)
+        whole = fit(images, targets, protocol)
+        parts = fit(images, targets, protocol, chunk=3)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), parts, whole)
+
+
+def test_the_key_decides_the_training():
+    images, targets = some_data(10)
+    protocol = PLAIN._replace(strategy="color_flip", weight_decay=5e-4)
+    a, b, c = (fit(images, targets, protocol, seed)["w"] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(a, b)
+    assert jnp.abs(a - c).max() > 0.05
+
+
+def test_soft_targets_are_learned_as_they_are():
+    images, _ = some_data(1)
+    targets = jnp.asarray([[0.1, 0.2, 0.3, 0.4]], jnp.float32)
+    protocol = PLAIN._replace(epochs=300, rate=0.01, weight_decay=0.0)
+    params = fit(images, targets, protocol)
+    out = LINEAR.logits(params, PREPARE(images))
+    np.testing.assert_allclose(jax.nn.softmax(out), targets, atol=0.01)
+
+
+def test_images_in_fractions_train_like_bytes():
+    images, targets = some_data(10)
+    a = fit(images, targets, PLAIN, params=start())
+    b = fit(images.astype(jnp.float32) / 255, targets, PLAIN, params=start())
+    np.testing.assert_allclose(a["w"], b["w"], atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [4, 11, 64])
+def test_accuracy_counts_a_ragged_last_chunk(chunk):
+    images, _ = some_data(11)
+    guesses = (np.float64(images).reshape(11, -1) / 255 - 0.5) / 0.25 @ np.float64(start()["w"])
+    labels = guesses.argmax(1)
+    # The first image fills up the last chunk: it must count once, right or wrong.
+    labels[[0, 5, 10]] = (labels[[0, 5, 10]] + 1) % CLASSES
+    labels = jnp.asarray(labels, jnp.int32)
+    measured = accuracy(LINEAR, start(), images, labels, prepare=PREPARE, chunk=chunk)
+    assert measured == 8 / 11
+
+
+def test_a_linear_model_learns_the_digits():
+    data = load("digits")
+    network, prepare = linear(8, 10), normalizer(data.mean, data.std)
+    params = train(
+        jax.random.key(0),
+        network,
+        jnp.asarray(data.train.images),
+        one_hot(data.train.labels, data.num_classes),
+        prepare=prepare,
+        protocol=Protocol(epochs=30, rate=0.05, strategy="none"),
+    )
+    images, labels = (jnp.asarray(x) for x in data.test)
+    assert accuracy(network, params, images, labels, prepare=prepare) > 0.85
+
+
+def cell(**changes):
+    fields = {"network": "convnet", "method": "ncfm", "labels": "hard", "seed": 0, "protocol": "ab"}
+    return Cell(**{**fields, **changes})
+
+
+def test_results_come_back(tmp_path):
+    path = tmp_path / "results.json"
+    assert results.read(path) == {}
+    measured = {
+        cell(): {"accuracy": 0.5},
+        cell(seed=1): {"accuracy": 0.25, "seconds": 3.0},
+        cell(labels="soft"): {"accuracy": 1.0},
+    }
+    results.write(path, measured)
+    assert results.read(path) == measured
+    results.write(path, {})
+    assert results.read(path) == {}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[1]",
+        b'["text"]',
+        b'[{"network": "convnet"}]',
+        b'{"network": "convnet"}',
+        b'[{"network": [], "method": "a", "labels": "hard", "seed": 0, "protocol": "b"}]',
+        b"\xff\xfe\x00",
+    ],
+)
+def test_garbage_is_refused(tmp_path, content):
+    path = tmp_path / "results.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"results.json is not a list of results .*; delete it"):
+        results.read(path)
+
+
+def test_the_table_keeps_hard_and_soft_labels_apart():
+    measured = {
+        cell(): {"accuracy": 0.5},
+        cell(seed=1): {"accuracy": 0.7},
+        cell(labels="soft"): {"accuracy": 0.8},
+        cell(method="random"): {"accuracy": 0.3},
+        cell(method="random", network="vgg"): {"accuracy": 0.2},
+    }
+    text = results.table([c._asdict() | values for c, values in measured.items()])
+    rows = [[x.strip() for x in line.strip("|").split("|")] for line in text.splitlines()]
+    header, rule, *body = rows
+    hard, soft, other = "convnet, hard labels", "convnet, soft labels", "vgg, hard labels"
+    assert header == ["method", hard, soft, other]
+    assert all(set(x) == {"-"} for x in rule)
+    assert body == [
+        ["ncfm", "60.0 ± 10.0", "80.0 ± 0.0", "–"],  # noqa: RUF001
+        ["random", "30.0 ± 0.0", "–", "20.0 ± 0.0"],  # noqa: RUF001
+    ]
+    assert len({len(line) for line in text.splitlines()}) == 1
