@@ -100,3 +100,8 @@ def test_pytorch_reads_an_artefact(workdir, monkeypatch):
     pytest.importorskip("torch")
     names = run("read_with_pytorch.py", workdir, monkeypatch)
     assert tuple(names["dataset"].tensors[0].shape) == (6, 3, 5, 4)
+
+
+def test_the_readme_shows_the_library_example():
+    code = (EXAMPLES / "library.py").read_text().split('"""\n\n', 1)[1]
+    assert code in (EXAMPLES.parent.parent / "README.md").read_text()

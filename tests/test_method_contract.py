@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.test_backends import CLASSES, SIDE, assert_backends_agree, toy_data
 
 from jaxdistill.condense import charfn
 from jaxdistill.condense.coreset import CORESETS, Table
@@ -18,6 +17,7 @@ from jaxdistill.data.augment import normalizer
 from jaxdistill.data.device import draw
 from jaxdistill.method import Method
 from jaxdistill.nn.frequency_net import ScaleNet
+from tests.test_backends import CLASSES, SIDE, assert_backends_agree, toy_data
 
 DIM, IPC, REAL = 6, 2, 16
 PREPARE = normalizer((0.3,), (0.3,))
@@ -50,7 +50,7 @@ def network(seed, *leading):
 POOL = {"initial": network(0, 3), "trained": network(1, 3)}
 
 
-def ncfm_case(learned=False, strategy="color_crop_cutout", **options):
+def ncfm_case(learned=False, strategy="flip_crop", **options):
     net = ScaleNet(8)
     sampler = charfn.scale_mixture(
         lambda k, dim: net.init(k, jnp.zeros((2, dim)))["params"],
@@ -73,12 +73,12 @@ def ncfm_case(learned=False, strategy="color_crop_cutout", **options):
     return Case(method, POOL, 4 * IPC)
 
 
-def dm_case():
+def dm_case(strategy="flip_crop"):
     def network_init(key):
         return {"w": jax.random.normal(key, (SIDE * SIDE, DIM)) / SIDE}
 
-    method = dm(features, network_init, optax.sgd(0.1), prepare=PREPARE, ipc=IPC, batch_real=REAL)
-    return Case(method, (), IPC)
+    options = {"prepare": PREPARE, "ipc": IPC, "batch_real": REAL, "strategy": strategy}
+    return Case(dm(features, network_init, optax.sgd(0.1), **options), (), IPC)
 
 
 def coreset_case(name):
@@ -139,7 +139,7 @@ def test_steps_can_be_scanned_and_follow_from_their_key(case, request):
 
 
 def test_a_bare_loop_gives_images(case):
-    (method, frozen, count), batch, state, three_steps = case
+    (method, frozen, count), batch, state, _ = case
     step = fast_jit(method.step)
     for key in jax.random.split(jax.random.key(3), 3)[:IPC]:
         state, _ = step(state, frozen, batch, key)
@@ -150,16 +150,39 @@ def test_a_bare_loop_gives_images(case):
     assert images.std() > 0.01
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        ncfm_case,
-        *(partial(ncfm_case, learned=True, objective=o, strategy="crop") for o in OBJECTIVES),
-        partial(ncfm_case, finetune_rate=0.01, calibration=1.0, strategy="flip"),
-        dm_case,
-    ],
-    ids=["gaussian", *OBJECTIVES, "fine-tuned", "dm"],
-)
-def test_any_number_of_devices_gives_the_same(build):
-    built = build()
-    assert_backends_agree(built.method, toy_data()[0], built.frozen)
+def together(methods):
+    """Several methods as one that feeds them the same batches: one program for all of them."""
+
+    def init(key, frozen, batch):
+        return {name: m.init(key, frozen[name], batch) for name, m in methods.items()}
+
+    def step(state, frozen, batch, key):
+        states, log = {}, {}
+        for name, method in methods.items():
+            states[name], metrics = method.step(state[name], frozen[name], batch, key)
+            log |= {f"{name}/{metric}": value for metric, value in metrics.items()}
+        return states, log
+
+    (batches,) = {m.batches for m in methods.values()}
+    return Method(init, step, lambda state: state, batches)
+
+
+@pytest.fixture
+def quick_compilation():
+    """The programs are large and run for milliseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_any_number_of_devices_gives_the_same():
+    cases = {
+        "gaussian": ncfm_case(strategy="flip"),
+        **{o: ncfm_case(learned=True, objective=o, strategy="crop") for o in OBJECTIVES},
+        "fine-tuned": ncfm_case(finetune_rate=0.01, calibration=1.0, strategy="none"),
+        "dm": dm_case(strategy="cutout"),
+    }
+    tested = together({name: case.method for name, case in cases.items()})
+    frozen = {name: case.frozen for name, case in cases.items()}
+    assert_backends_agree(tested, toy_data()[0], frozen)

@@ -7,7 +7,6 @@ that the choice is made from, see `feature_table`.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,7 +31,7 @@ class Table(NamedTuple):
     features: Float[Array, "n d"]
 
 
-class CoresetState(flax.struct.PyTreeNode):
+class CoresetState(NamedTuple):
     """The images chosen so far.
 
     Attributes:

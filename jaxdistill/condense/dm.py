@@ -4,9 +4,8 @@ Zhao and Bilen, "Dataset Condensation with Distribution Matching" (WACV 2023).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,7 +24,7 @@ from jaxdistill.condense.synthetic import (
 from jaxdistill.method import BatchSpec, Method
 
 
-class DMState(flax.struct.PyTreeNode):
+class DMState(NamedTuple):
     """Synthetic images (classes, ipc, H, W, C) and the state of their optimiser."""
 
     pixels: Pixels

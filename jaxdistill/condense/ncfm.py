@@ -6,13 +6,12 @@ discrepancy between the characteristic functions of real and synthetic features.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxdistill import collective
 from jaxdistill.condense import charfn
@@ -34,7 +33,7 @@ LOSS_SCALE = 300.0
 OBJECTIVES = ("gap", "excess", "ratio")
 
 
-class NCFMState(flax.struct.PyTreeNode):
+class NCFMState(NamedTuple):
     """Everything that changes during condensation.
 
     Attributes:
@@ -54,7 +53,7 @@ class NCFMState(flax.struct.PyTreeNode):
     tuned: Any
 
 
-def pick_extractor(pool: Any, key: Array) -> tuple[Any, Any, Array]:
+def pick_extractor(pool: Any, key: PRNGKeyArray) -> tuple[Any, Any, Array]:
     """Draws a network of the pool and a point on the line from its start to its trained end.
 
     Args:

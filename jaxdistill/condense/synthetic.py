@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt8
 
 from jaxdistill.condense.decode import check_factor, decode, encode
 from jaxdistill.data.augment import augment
@@ -70,7 +70,7 @@ def real_features(
     features: Features,
     params: Any,
     images: UInt8[Array, "classes n h w c"],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " classes"],
     *,
     prepare: Callable[[Array], Array],
     strategy: str,
@@ -108,7 +108,7 @@ def synthetic_features(
     apply: Features,
     params: Any,
     images: Float[Array, "classes m h w c"],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " classes"],
     *,
     prepare: Callable[[Array], Array],
     strategy: str,

@@ -1,0 +1,203 @@
+"""The whole way, small: config, distillation, artefact, evaluation, resumption, and bad input."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from jaxdistill import config as configs
+from jaxdistill import main, runner, train
+from jaxdistill.errors import InputError
+from jaxdistill.io import artifact
+
+SMOKE = "ncfm:dataset=digits,ipc=2,smoke"
+TINY = (
+    "--config.pool.epochs=1",
+    "--config.eval.epochs=4",
+    "--config.eval.seeds=2",
+    '--config.eval.baselines=("random","start")',
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A workdir after one complete run."""
+    workdir = tmp_path_factory.mktemp("train") / "run"
+    main.run([f"--config={SMOKE}", f"--workdir={workdir}", *TINY])
+    return workdir
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    distilled = artifact.load(finished / "artifacts")
+    assert distilled.images.shape == (20, 8, 8, 1)
+    np.testing.assert_array_equal(distilled.labels, np.repeat(np.arange(10), 2))
+    card = distilled.card
+    assert (card["method"], card["dataset"], card["ipc"], card["factor"]) == ("ncfm", "digits", 2, 1)
+    assert len(card["accuracies"]) == 2
+    assert len(card["provenance"]["source_sha256"]) == 64
+    for name in ("config.json", "versions.json", "metrics.jsonl", "results.json"):
+        assert (finished / name).stat().st_size > 0
+    assert list((finished / "checkpoints").iterdir())
+    assert (finished / "artifacts" / "distilled.png").is_file()
+    start = artifact.load(finished / "baselines" / "start" / "artifacts")
+    real = load_digits().images[:1437] / 16
+    gaps = np.abs(start.images[..., 0][:, None] - real).max((2, 3)).min(1)
+    assert gaps.max() < 1 / 255  # the start is made of real images
+    assert np.abs(distilled.images - start.images).max() > 0.01  # the distilled set is not
+
+
+def test_results_are_of_every_method_and_seed(finished):
+    records = json.loads((finished / "results.json").read_text())
+    found = {(r["method"], r["seed"]) for r in records}
+    assert found == {(m, s) for m in ("ncfm", "random", "start") for s in (0, 1)}
+    assert all(0 <= r["accuracy"] <= 1 and r["labels"] == "hard" for r in records)
+
+
+def test_the_same_command_does_nothing_twice(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    before = files(tmp_path / "run")
+    main.run([f"--config={SMOKE}", f"--workdir={tmp_path / 'run'}", *TINY])
+    assert files(tmp_path / "run") == before
+    assert "| ncfm" in capsys.readouterr().out
+
+
+def test_a_lost_artefact_comes_back_in_the_same_bits(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "artifacts")
+    main.run([f"--config={SMOKE}", f"--workdir={tmp_path / 'run'}", *TINY])
+    again, first = (artifact.load(d / "artifacts") for d in (tmp_path / "run", finished))
+    np.testing.assert_array_equal(again.images, first.images)
+
+
+def test_eval_adds_soft_labels_beside_hard_ones(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    flags = [*TINY[:-1], "--config.eval.baselines=()", "--config.eval.soft_labels=true"]
+    main.run([f"--config={SMOKE}", f"--workdir={tmp_path / 'run'}", "--mode=eval", *flags])
+    table = capsys.readouterr().out
+    assert "convnet, hard labels | convnet, soft labels" in table
+    kinds = [r["labels"] for r in json.loads((tmp_path / "run" / "results.json").read_text())]
+    assert kinds.count("soft") == 2 and kinds.count("hard") == 6
+
+
+def test_ncfm_resumes_bitwise(finished, tmp_path):
+    """Everything that NCFM can keep in its state, interrupted between two checkpoints."""
+    config = configs.load(SMOKE)
+    for path, value in {
+        "method.sampler": "learned",
+        "method.warmup": "1",
+        "method.finetune_rate": "0.01",
+        "method.calibration": "1.0",
+        "pool.dir": str(finished / "pool"),
+        "pool.epochs": "1",
+    }.items():
+        configs.override(config, path, value)
+    setup = train._set_up(config, tmp_path / "setup")
+    resident = train.device.resident(setup.dataset.train, 10)
+    job = train._job(setup, "ncfm", resident)
+    options = {"data": resident, "frozen": job.frozen, "key": jax.random.key(0), "steps": 5}
+    options["mesh"] = train.runner.make_mesh(jax.devices()[:1])
+
+    def stop(step, state):
+        if step >= 4:
+            raise KeyboardInterrupt
+
+    whole = runner.run(job.method, chunk=5, workdir=tmp_path / "whole", **options)
+    parts = {"chunk": 1, "workdir": tmp_path / "parts", "checkpoint_every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(job.method, on_chunk=stop, **parts, **options)
+    resumed = runner.run(job.method, **parts, **options)
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    assert float(np.abs(jax.tree.leaves(whole.sampler)[0]).max()) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config=nope"], "no config 'nope'"),
+        (["--config=ncfm:dataste=digits"], "unknown config argument 'dataste=digits'"),
+        (["--config=ncfm:ipc=many"], "must be of type int"),
+        (["--config=ncfm", "--config.method.ipcs=1"], "unknown setting config.method.ipcs"),
+        (["--config=ncfm", "--config.method.rate=fast"], "must be of type float"),
+        (["--config=ncfm", "--config.method.name=magic"], "unknown method 'magic'"),
+        (["--config=ncfm", "--config.method.sampler=magic"], "unknown sampler 'magic'"),
+        (["--config=ncfm", "--config.method.objective=magic"], "unknown objective 'magic'"),
+        (["--config=ncfm", "--config.method.start=magic"], "unknown start 'magic'"),
+        (["--config=ncfm", "--config.run.backend=magic"], "unknown backend 'magic'"),
+        (["--config=ncfm", "--config.eval.strategy=magic"], "unknown augmentation 'magic'"),
+        (["--config=ncfm", '--config.eval.architectures=("magic",)'], "unknown network 'magic'"),
+        (["--config=ncfm", "--config.method.factor=3"], "factor=3 does not divide"),
+        (["--config=ncfm", "--config.method.ipc=0"], "must be at least 1"),
+        (["--config=ncfm:ipc=150"], "class '8' has 141 training images"),
+        (["--config=ncfm", "--config.method.batch_real=200"], "asks for 200"),
+        (["--config=ncfm:dataset=./missing"], "no such folder"),
+        (["--config=ncfm", "--mode=fly"], "mode"),
+        (["--config=ncfm", "extra"], "unexpected argument 'extra'"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(flags, message, tmp_path):
+    with pytest.raises(InputError) as error:
+        main.run([*flags, f"--workdir={tmp_path / 'run'}"])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_config_is_refused_and_named(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    before = files(tmp_path / "run")
+    with pytest.raises(InputError, match="method.rate=0.02, now 0.5"):
+        main.run([f"--config={SMOKE}", f"--workdir={tmp_path / 'run'}", *TINY,
+                  "--config.method.rate=0.5"])  # fmt: skip
+    assert files(tmp_path / "run") == before
+
+
+def test_eval_needs_a_run(tmp_path):
+    with pytest.raises(InputError, match="run --mode=train"):
+        main.run([f"--config={SMOKE}", f"--workdir={tmp_path}", "--mode=eval"])
+
+
+def test_images_of_unequal_size_are_refused(tmp_path):
+    for split in ("train", "test"):
+        for name, size in (("a", 8), ("b", 9)):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            Image.fromarray(np.zeros((size, size), np.uint8)).save(folder / "x.png")
+    with pytest.raises(InputError, match=r"data\.image_size"):
+        main.run([f"--config=ncfm:dataset={tmp_path / 'images'}", f"--workdir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_artefact_is_refused(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "artifacts" / "distilled.npz").write_bytes(b"not an archive")
+    with pytest.raises(InputError, match="not a jaxdistill artefact"):
+        main.run([f"--config={SMOKE}", f"--workdir={tmp_path / 'run'}", "--mode=eval", *TINY[:-1],
+                  "--config.eval.seeds=3"])  # fmt: skip
+
+
+def test_the_command_prints_one_line_and_fails(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["jaxdistill", "--config=nope", f"--workdir={tmp_path}"])
+    with pytest.raises(SystemExit) as stop:
+        main.cli()
+    assert str(stop.value.code).startswith("jaxdistill: no config 'nope'")
+
+
+@pytest.mark.parametrize("ipc", [1, 10, 50])
+@pytest.mark.parametrize(
+    "dataset",
+    ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenette"],
+)
+def test_every_recipe_loads_and_fits_its_images(dataset, ipc):
+    config = configs.load(f"ncfm:dataset={dataset},ipc={ipc}")
+    side = config.data.image_size or {"digits": 8, "mnist": 28, "fashion_mnist": 28}.get(dataset, 32)
+    assert side % config.method.factor == 0
+    assert side >= 2**config.model.depth
+    assert config.run.steps % config.run.chunk == 0
