@@ -1,6 +1,6 @@
 """Times one NCFM iteration of jaxdistill in the configuration of `ncfm_torch.py`.
 
-    python benchmarks/ncfm_jax.py --json out.json
+python benchmarks/ncfm_jax.py --json out.json
 """
 
 import argparse

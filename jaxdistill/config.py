@@ -65,7 +65,9 @@ def override(config: ml_collections.ConfigDict, path: str, text: str) -> None:
         if name not in options:
             close = ", ".join(difflib.get_close_matches(name, options) or options)
             wrong = ".".join(["config", *names[: i + 1]])
-            raise InputError(f"unknown setting {wrong}" + (f"; choose from {close}" if close else ""))
+            raise InputError(
+                f"unknown setting {wrong}" + (f"; choose from {close}" if close else "")
+            )
         if i < len(names) - 1:
             node = node.get(name)
     name, kind = names[-1], node.get_type(names[-1])
@@ -122,4 +124,6 @@ def _convert(key: str, value: str, default: Any) -> Any:
     try:
         return kind(value)
     except ValueError:
-        raise InputError(f"config argument {key}={value!r} must be of type {kind.__name__}") from None
+        raise InputError(
+            f"config argument {key}={value!r} must be of type {kind.__name__}"
+        ) from None

@@ -44,8 +44,8 @@ class Method(NamedTuple):
     """A distillation method.
 
     Attributes:
-        init: `(key, frozen, batch) -> state`. The state holds everything that changes: synthetic data,
-            networks, optimiser states, counters.
+        init: `(key, frozen, batch) -> state`. The state holds everything that changes: synthetic
+            data, networks, optimiser states, counters.
         step: `(state, frozen, batch, key) -> (state, metrics)`. Pure, of fixed shapes, and free
             of host work, so that it can be scanned. Metrics are scalars.
         output: `state -> PyTree`: what the user came for.

@@ -310,10 +310,12 @@ def _sampler(config) -> tuple[charfn.FrequencySampler, optax.GradientTransformat
         lambda key, dim: net.init(key, jnp.zeros((2, dim)))["params"],
         lambda params, noise: net.apply({"params": params}, noise),
     )
-    tx = optax.chain(optax.clip_by_global_norm(config.sampler_clip), optax.adam(config.sampler_rate))
+    tx = optax.chain(
+        optax.clip_by_global_norm(config.sampler_clip), optax.adam(config.sampler_rate)
+    )
     if config.sampler == "released":
         return charfn.direct(*functions), tx
-    return charfn.scale_mixture(*functions, scale=config.freq_scale, max_rms=config.max_rms), tx
+    return charfn.scale_mixture(*functions, scale=config.freq_scale, spread=config.freq_spread), tx
 
 
 def _job(setup: Setup, name: str, resident: device.Resident) -> _Job:
@@ -382,8 +384,7 @@ def _distil(setup: Setup, name: str) -> None:
     began = time.perf_counter(), time.process_time()
     if name == "start":
         # The undistilled start of the same seed: what a run of NCFM has before its first step.
-        state = runner.initial_state(
-            job.method, data=resident, frozen=job.frozen, key=key)
+        state = runner.initial_state(job.method, data=resident, frozen=job.frozen, key=key)
     else:
         state = runner.run(
             job.method,

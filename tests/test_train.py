@@ -40,7 +40,12 @@ def test_a_run_leaves_what_it_promises(finished):
     assert distilled.images.shape == (20, 8, 8, 1)
     np.testing.assert_array_equal(distilled.labels, np.repeat(np.arange(10), 2))
     card = distilled.card
-    assert (card["method"], card["dataset"], card["ipc"], card["factor"]) == ("ncfm", "digits", 2, 1)
+    assert (card["method"], card["dataset"], card["ipc"], card["factor"]) == (
+        "ncfm",
+        "digits",
+        2,
+        1,
+    )
     assert len(card["accuracies"]) == 2
     assert len(card["provenance"]["source_sha256"]) == 64
     for name in ("config.json", "versions.json", "metrics.jsonl", "results.json"):
@@ -153,7 +158,7 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, message, tmp_path):
 def test_another_config_is_refused_and_named(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     before = files(tmp_path / "run")
-    with pytest.raises(InputError, match="method.rate=0.02, now 0.5"):
+    with pytest.raises(InputError, match=r"method\.rate=0\.02, now 0\.5"):
         main.run([f"--config={SMOKE}", f"--workdir={tmp_path / 'run'}", *TINY,
                   "--config.method.rate=0.5"])  # fmt: skip
     assert files(tmp_path / "run") == before
@@ -197,7 +202,9 @@ def test_the_command_prints_one_line_and_fails(tmp_path, capsys, monkeypatch):
 )
 def test_every_recipe_loads_and_fits_its_images(dataset, ipc):
     config = configs.load(f"ncfm:dataset={dataset},ipc={ipc}")
-    side = config.data.image_size or {"digits": 8, "mnist": 28, "fashion_mnist": 28}.get(dataset, 32)
+    side = config.data.image_size or {"digits": 8, "mnist": 28, "fashion_mnist": 28}.get(
+        dataset, 32
+    )
     assert side % config.method.factor == 0
     assert side >= 2**config.model.depth
     assert config.run.steps % config.run.chunk == 0

@@ -44,7 +44,7 @@ def ecf(features: Float[Array, "... n d"], freqs: Float[Array, "k d"]) -> ECF:
 
 
 def _safe_sqrt(square: Array) -> Array:
-    positive = square > _TINY
+    positive = ~(square <= _TINY)  # a NaN stays one, so that the runner sees it
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
 
 
@@ -130,7 +130,7 @@ def sampling_floor(
 
 
 class FrequencySampler(NamedTuple):
-    """A law of frequencies: `init(key, dim) -> params`, `draw(params, key, num, dim) -> (num, dim)`.
+    """A law of frequencies: `init(key, dim) -> params` and `draw(params, key, num, dim)`.
 
     The draw is differentiable in the parameters; a fixed law has an empty parameter tree.
     """
@@ -155,31 +155,30 @@ def scale_mixture(
     net_apply: Callable[[Any, Float[Array, "r d"]], Float[Array, "r d"]],
     *,
     scale: float = 1.0,
+    spread: float = 4.0,
     repeat: int = 16,
-    max_rms: float | None = None,
 ) -> FrequencySampler:
     """A learned mixture of zero-mean normals: the network gives the scales (NCFM, section 3.2).
 
-    Rows of noise go through the network, whose output is the logarithm of per-dimension scales;
-    each row of scales is shared by `repeat` frequencies. With an output of zero the law is
-    `gaussian(scale)`.
+    Rows of noise go through the network, which gives every dimension a scale between
+    `scale / spread` and `scale * spread`; each row of scales is shared by `repeat` frequencies.
+    With an output of zero the law is `gaussian(scale)`. The bounds are needed: free ascent of the
+    discrepancy drifts to frequencies so high that only sampling noise is left to match.
 
     Args:
         net_init: `(key, dim) -> params` of the network.
-        net_apply: `(params, noise (r, d)) -> (r, d)` log-scales.
-        scale: Standard deviation at log-scale zero.
+        net_apply: `(params, noise (r, d)) -> (r, d)`, in units in which 1 is most of the way from
+            `scale` to a bound.
+        scale: Standard deviation at an output of zero.
+        spread: Largest factor between a scale and `scale`, at least 1.
         repeat: Frequencies that share one row of scales.
-        max_rms: If given, rows of scales whose root mean square exceeds this are shrunk to it.
-            Unbounded ascent otherwise drifts to frequencies where only sampling noise remains.
     """
 
     def draw(params, key, num, dim):
         k_noise, k_freq = jax.random.split(key)
         rows = -(-num // repeat)
-        scales = scale * jnp.exp(net_apply(params, jax.random.normal(k_noise, (rows, dim))))
-        if max_rms is not None:
-            rms = jnp.sqrt(jnp.mean(jnp.square(scales), -1, keepdims=True))
-            scales = scales * jnp.minimum(1.0, max_rms / rms)
+        outputs = net_apply(params, jax.random.normal(k_noise, (rows, dim)))
+        scales = scale * spread ** jnp.tanh(outputs)
         scales = jnp.repeat(scales, repeat, axis=0)[:num]
         return scales * jax.random.normal(k_freq, (num, dim))
 

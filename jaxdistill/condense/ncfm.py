@@ -109,7 +109,7 @@ def ncfm(
         sampler: Law of the frequencies, see `jaxdistill.condense.charfn`.
         sampler_tx: Optimiser of the sampler (it is fed the negative gradient: ascent). Needed
             if the sampler has parameters.
-        prepare: uint8 or [0, 1] images to normalised images; see `jaxdistill.data.augment.normalizer`.
+        prepare: uint8 or [0, 1] images to normalised ones, see `data.augment.normalizer`.
         feature_dim: Length of a feature vector.
         ipc: Synthetic images per class.
         factor: Tiles per side stored in each synthetic image.
@@ -241,7 +241,6 @@ def ncfm(
 
         tuned = state.tuned
         if finetune_rate:
-
             keys = jax.random.split(k_tune, classes)
             grads = jax.grad(classification_loss)(trained, decoded(new_pixels, factor), keys)
             tuned = jax.tree.map(

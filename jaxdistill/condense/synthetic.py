@@ -21,7 +21,9 @@ STARTS = ("tiled", "random", "noise")
 def real_needed(start: str, ipc: int, factor: int) -> int:
     """Real images of each class that a start consumes."""
     if start not in STARTS:
-        raise InputError(f"unknown start {start!r}; choose from {', '.join(STARTS)}, or give images")
+        raise InputError(
+            f"unknown start {start!r}; choose from {', '.join(STARTS)}, or give images"
+        )
     return {"tiled": ipc * factor**2, "random": ipc, "noise": 1}[start]
 
 
@@ -120,9 +122,9 @@ def synthetic_features(
     the other, and are computed again for the gradient instead of being stored.
     """
     classes, m, *shape = images.shape
-    batch = jax.vmap(
-        lambda k, x: augment(k, prepare(x), strategy, compose=True, siamese=True)
-    )(keys, images)
+    batch = jax.vmap(lambda k, x: augment(k, prepare(x), strategy, compose=True, siamese=True))(
+        keys, images
+    )
     batch = batch.reshape(classes * m, *shape)
     run = lambda part: apply(params, part)  # noqa: E731
     out = in_chunks(run, batch, chunk)

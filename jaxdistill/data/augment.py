@@ -104,9 +104,7 @@ def cutout(key: PRNGKeyArray, images: Images, shape: tuple[int, ...]) -> Images:
         first = jnp.clip(centre - side // 2, 0, size - 1)
         last = jnp.clip(centre - side // 2 + side - 1, 0, size - 1)
         position = jnp.arange(size)
-        masks.append(
-            (position >= first.reshape(-1, 1)) & (position <= last.reshape(-1, 1))
-        )
+        masks.append((position >= first.reshape(-1, 1)) & (position <= last.reshape(-1, 1)))
     hole = masks[0][:, :, None, None] & masks[1][:, None, :, None]
     return jnp.where(hole, 0.0, images)
 

@@ -4,6 +4,7 @@ The last epoch counts. No checkpoint, rate or length is chosen on test data.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -132,7 +133,7 @@ def train(
     targets: Float[Array, "n classes"],
     *,
     prepare: Callable[[Array], Array],
-    protocol: Protocol = Protocol(),
+    protocol: Protocol,
     chunk: int = 256,
     params: Any = None,
 ) -> Any:
@@ -155,7 +156,7 @@ def train(
     batch = min(protocol.batch, n)
     per_epoch = -(-n // batch)
     edges = [0, *(int(protocol.epochs * f) for f in protocol.decay_at), protocol.epochs]
-    for stage, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
+    for stage, (first, last) in enumerate(itertools.pairwise(edges)):
         if last > first:
             params = _train_stage(
                 params,

@@ -10,7 +10,7 @@ from jaxdistill.nn.layers import Dense
 
 
 class ScaleNet(nn.Module):
-    """Noise to log-scales of a mixture of normals, identically zero at the start.
+    """Noise to relative log-scales of a mixture of normals, identically zero at the start.
 
     A zero start makes the law of frequencies begin as the plain Gaussian, so that whatever the
     network gains or loses is gained or lost by learning.
@@ -23,7 +23,7 @@ class ScaleNet(nn.Module):
 
     @nn.compact
     def __call__(self, noise: Float[Array, "r d"]) -> Float[Array, "r d"]:
-        """Log-scales, one per dimension of the features."""
+        """Relative log-scales, one per dimension of the features."""
         x = noise
         for _ in range(2):
             x = nn.leaky_relu(Dense(self.hidden)(x), 0.2)

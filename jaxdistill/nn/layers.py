@@ -91,13 +91,9 @@ def _winograd(x: Array, kernel: Array) -> Array:
     th, tw = _tiles(h), _tiles(w)
     # One small matrix product; an einsum over both axes is ten times slower here.
     kernels = (_KERNEL_2D @ kernel.reshape(9, -1)).reshape(-1, *kernel.shape[2:])
-    products = [
-        (v @ kernels[k]).reshape(n, th, tw, -1) for k, v in enumerate(_transform_input(x))
-    ]
+    products = [(v @ kernels[k]).reshape(n, th, tw, -1) for k, v in enumerate(_transform_input(x))]
     # rows[j][a]: the output transform along the second axis, then along the first.
-    partial = [
-        _combine(_OUTPUT, products[a * _PATCH : (a + 1) * _PATCH]) for a in range(_PATCH)
-    ]
+    partial = [_combine(_OUTPUT, products[a * _PATCH : (a + 1) * _PATCH]) for a in range(_PATCH)]
     columns = [_combine(_OUTPUT, [p[j] for p in partial]) for j in range(_TILE)]
     rows = [jnp.stack([columns[j][i] for j in range(_TILE)], axis=3) for i in range(_TILE)]
     out = jnp.stack(rows, axis=2)  # (n, th, tile, tw, tile, c)
@@ -191,9 +187,7 @@ def _as_matrix_product(x: Array, kernel: Array, stride: int, padding: int) -> Ar
     return out.reshape(*patches.shape[:3], -1)
 
 
-def _folded_conv_norm(
-    x: Array, kernel: Array, scale: Array, bias: Array, padding: int
-) -> Array:
+def _folded_conv_norm(x: Array, kernel: Array, scale: Array, bias: Array, padding: int) -> Array:
     """Convolution and instance norm in one matrix product per image.
 
     The output of a convolution is linear in the input windows, so its mean and variance follow

@@ -226,27 +226,22 @@ def test_scale_mixture_starts_as_the_gaussian():
 
 
 def test_scale_mixture_scales_rows_in_groups_within_the_bound():
-    log_scales, bound = np.asarray(normal(4, DIM)), 1.2
+    outputs = 3 * np.asarray(normal(4, DIM))
 
     @fast_jit
-    def draw(log_scales):
-        sampler = charfn.scale_mixture(*constant(log_scales))
-        bounded = charfn.scale_mixture(*constant(log_scales), max_rms=bound)
-        return [s.draw(log_scales, key(1), 50, DIM) for s in (sampler, bounded)]
+    def draw(outputs):
+        sampler = charfn.scale_mixture(*constant(outputs), scale=2.0, spread=3.0)
+        return sampler.draw(outputs, key(1), 50, DIM)
 
-    plain, _ = draw(jnp.zeros((4, DIM)))
-    scaled, bounded = (np.asarray(x / plain) for x in draw(log_scales))
-    scales = np.exp(log_scales)[np.arange(50) // 16]
-    np.testing.assert_allclose(scaled, scales, rtol=1e-5)
-    rms = np.sqrt((scales**2).mean(1, keepdims=True))
-    assert rms.min() < bound < rms.max()
-    np.testing.assert_allclose(bounded, scales * np.minimum(1, bound / rms), rtol=1e-5)
-    assert np.sqrt((bounded**2).mean(1)).max() < bound * (1 + 1e-5)
+    ratio = np.asarray(draw(outputs) / draw(jnp.zeros((4, DIM))))
+    np.testing.assert_allclose(ratio, 3.0 ** np.tanh(outputs[np.arange(50) // 16]), rtol=1e-5)
+    assert ratio.min() < 0.5 and ratio.max() > 2
+    assert ratio.min() > 1 / 3 - 1e-6 and ratio.max() < 3 + 1e-5
 
 
 SAMPLERS = {
     "gaussian": charfn.gaussian(),
-    "scale_mixture": charfn.scale_mixture(*net(ScaleNet(16)), max_rms=2.0),
+    "scale_mixture": charfn.scale_mixture(*net(ScaleNet(16))),
     "direct": charfn.direct(*net(ReleasedSampleNet())),
 }
 
