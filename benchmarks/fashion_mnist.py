@@ -26,11 +26,11 @@ _ROWS = {
     "herding": {"method.name": "herding"},
     "k-center": {"method.name": "k_center"},
     "tiled real images (start)": {"method.name": "start"},
-    "DM": {"method.name": "dm"},
-    "NCFM, Gaussian frequencies": {},
-    "NCFM, learned ψ": {"method.sampler": "learned"},
-    "NCFM, Gaussian, calibration": {"method.calibration": "30.0"},
-    "NCFM, Gaussian, fine-tuning": {"method.finetune_rate": "0.001"},
+    "DM": {"method.name": "dm", "method.rate": "0.1"},
+    "NCFM, Gaussian frequencies": {"method.calibration": "0.0"},
+    "NCFM, learned frequencies": {"method.calibration": "0.0", "method.sampler": "learned"},
+    "NCFM, Gaussian, calibration": {"eval.soft_labels": "true"},
+    "NCFM, Gaussian, calibration, fine-tuning": {"method.finetune_rate": "0.001"},
 }
 
 

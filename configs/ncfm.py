@@ -27,8 +27,8 @@ from jaxdistill.config import parse_argument
 # Where a data set differs from the defaults below.
 _DATA = {
     "digits": {"depth": 2, "factor": 1, "strategy": "color_crop_cutout_scale_rotate"},
-    "mnist": {"strategy": "color_crop_cutout_scale_rotate"},
-    "fashion_mnist": {},
+    "mnist": {"strategy": "color_crop_cutout_scale_rotate", "rate": 0.2},
+    "fashion_mnist": {"rate": 0.2, "calibration": 30.0},
     "cifar10": {},
     "cifar100": {},
     "tiny_imagenet": {"image_size": 64, "depth": 4},
@@ -88,8 +88,8 @@ def get_config(argument=None):
     config.method.name = arg["method"]
     config.method.ipc = ipc
     config.method.factor = data.get("factor", 2)
-    config.method.start = "tiled"
-    config.method.rate = 2e-2
+    config.method.start = "tiled"  # or random, noise, or the path of a distilled.npz
+    config.method.rate = data.get("rate", 0.02)
     config.method.rate_decay = 0.05  # final rate over initial rate, by a cosine
     config.method.batch_real = _LARGE.get(dataset, 64)
     config.method.strategy = "color_crop_cutout"
@@ -97,7 +97,7 @@ def get_config(argument=None):
     config.method.num_freqs = 4096 if large else 512
     config.method.alpha = 0.5
     config.method.beta = 0.5
-    config.method.calibration = 0.0
+    config.method.calibration = data.get("calibration", 0.0)
     config.method.finetune_rate = 0.0
     config.method.sampler = arg["sampler"]
     config.method.freq_scale = 2.0
@@ -109,7 +109,7 @@ def get_config(argument=None):
     config.method.warmup = 100
 
     config.run = ml_collections.ConfigDict()
-    config.run.steps = 20_000 if large else (300 if small else {1: 1000, 10: 300}.get(ipc, 200))
+    config.run.steps = 20_000 if large else (300 if small else {1: 400, 10: 150}.get(ipc, 100))
     config.run.chunk = 100 if large else 10
     config.run.checkpoint_every = 1000 if large else 100
     config.run.backend = "jit"

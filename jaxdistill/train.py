@@ -21,7 +21,7 @@ import optax
 
 from jaxdistill import pool, runner
 from jaxdistill.condense import charfn, coreset
-from jaxdistill.condense.decode import check_factor
+from jaxdistill.condense.decode import check_factor, encode
 from jaxdistill.condense.dm import dm
 from jaxdistill.condense.labels import soft_labels
 from jaxdistill.condense.ncfm import OBJECTIVES, ncfm
@@ -194,8 +194,9 @@ def _check_budget(config, dataset: sources.Dataset) -> None:
     wanted = {f"method.ipc={method.ipc}": method.ipc}
     if {"ncfm", "dm", "start"} & set(_rows(config)):
         wanted[f"method.batch_real={method.batch_real}"] = method.batch_real
-        needed = real_needed(method.start, method.ipc, method.factor)
-        wanted[f"a {method.start} start with ipc={method.ipc}, factor={method.factor}"] = needed
+        if _start_pixels(method, dataset) is None:
+            start = f"a {method.start} start with ipc={method.ipc}, factor={method.factor}"
+            wanted[start] = real_needed(method.start, method.ipc, method.factor)
     counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes)
     smallest = int(counts.argmin())
     for setting, images in wanted.items():
@@ -318,6 +319,29 @@ def _sampler(config) -> tuple[charfn.FrequencySampler, optax.GradientTransformat
     return charfn.scale_mixture(*functions, scale=config.freq_scale, spread=config.freq_spread), tx
 
 
+def _start_pixels(config, dataset: sources.Dataset) -> jax.Array | None:
+    """The stored images of another artefact, if `method.start` is the path of one."""
+    if not config.start.endswith(".npz"):
+        return None
+    distilled = artifact.load(config.start)
+    per_class = config.ipc * config.factor**2
+    order = np.argsort(distilled.labels, kind="stable")
+    counts = np.bincount(distilled.labels, minlength=dataset.num_classes)
+    shape = distilled.images.shape[1:]
+    if (
+        shape != dataset.image_shape
+        or len(counts) != dataset.num_classes
+        or any(counts != per_class)
+    ):
+        raise InputError(
+            f"{config.start} has {counts.min()} to {counts.max()} images of shape {shape} a class;"
+            f" ipc={config.ipc} with factor={config.factor} starts from {per_class} of shape"
+            f" {dataset.image_shape}"
+        )
+    images = distilled.images[order].reshape(-1, per_class, *shape)
+    return jax.vmap(lambda x: encode(x, config.factor))(jnp.asarray(images))
+
+
 def _job(setup: Setup, name: str, resident: device.Resident) -> _Job:
     config, data = setup.config.method, setup.dataset
     pass_size, steps = setup.config.run.pass_size, setup.config.run.steps
@@ -327,6 +351,7 @@ def _job(setup: Setup, name: str, resident: device.Resident) -> _Job:
         "ipc": config.ipc,
         "factor": config.factor,
         "start": config.start,
+        "pixels": _start_pixels(config, data),
         "batch_real": config.batch_real,
         "strategy": config.strategy,
         "chunk": pass_size,

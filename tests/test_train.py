@@ -92,6 +92,19 @@ def test_eval_adds_soft_labels_beside_hard_ones(finished, tmp_path, capsys):
     assert kinds.count("soft") == 2 and kinds.count("hard") == 6
 
 
+def test_a_run_can_start_from_an_artefact(finished, tmp_path):
+    """One step at a rate of zero: what comes out is what went in."""
+    file = finished / "artifacts" / "distilled.npz"
+    flags = [f"--config.method.start={file}", "--config.method.rate=0.0", "--config.run.steps=1"]
+    flags += [f"--config.pool.dir={finished / 'pool'}", "--config.eval.baselines=()", *TINY[:-1]]
+    main.run([f"--config={SMOKE}", f"--workdir={tmp_path}", *flags])
+    again, first = (artifact.load(d / "artifacts") for d in (tmp_path, finished))
+    np.testing.assert_array_equal(again.images, first.images)
+    with pytest.raises(InputError, match="starts from 3 of shape"):
+        main.run([f"--config={SMOKE}", f"--workdir={tmp_path / 'b'}", *flags,
+                  "--config.method.ipc=3"])  # fmt: skip
+
+
 def test_ncfm_resumes_bitwise(finished, tmp_path):
     """Everything that NCFM can keep in its state, interrupted between two checkpoints."""
     config = configs.load(SMOKE)

@@ -40,6 +40,7 @@ def dm(
     ipc: int,
     factor: int = 1,
     start: str = "random",
+    pixels: Pixels | None = None,
     batch_real: int = 256,
     strategy: str = "color_crop_cutout_flip_scale_rotate",
     chunk: int = 128,
@@ -54,6 +55,7 @@ def dm(
         ipc: Synthetic images per class.
         factor: Tiles per side stored in each synthetic image (1 in the paper).
         start: Initial images, see `initial_pixels`.
+        pixels: Initial images given outright, instead of `start`.
         batch_real: Real images of each class per step.
         strategy: Siamese augmentation.
         chunk: Images in one pass of the network.
@@ -61,13 +63,14 @@ def dm(
     Returns:
         A `Method`; its output is that of `ncfm`.
     """
-    num_real = max(batch_real, real_needed(start, ipc, factor))
+    needed = 1 if pixels is not None else real_needed(start, ipc, factor)
+    num_real = max(batch_real, needed)
     options = {"prepare": prepare, "strategy": strategy, "chunk": chunk}
 
     def init(key, frozen, batch):
         del frozen
-        pixels = initial_pixels(key, batch, ipc=ipc, factor=factor, start=start)
-        return DMState(pixels, images_tx.init(pixels))
+        first = initial_pixels(key, batch, ipc=ipc, factor=factor, start=start, pixels=pixels)
+        return DMState(first, images_tx.init(first))
 
     def step(state, frozen, batch, key):
         del frozen

@@ -153,14 +153,12 @@ def ncfm(
 
     def init(key, frozen, batch):
         k_pixels, k_sampler = jax.random.split(key)
-        start_pixels = pixels
-        if start_pixels is None:
-            start_pixels = initial_pixels(k_pixels, batch, ipc=ipc, factor=factor, start=start)
+        first = initial_pixels(k_pixels, batch, ipc=ipc, factor=factor, start=start, pixels=pixels)
         params = sampler.init(k_sampler, feature_dim)
         return NCFMState(
             step=jnp.zeros((), jnp.int32),
-            pixels=jnp.asarray(start_pixels, jnp.float32),
-            pixels_opt=images_tx.init(start_pixels),
+            pixels=first,
+            pixels_opt=images_tx.init(first),
             sampler=params,
             sampler_opt=sampler_tx.init(params),
             tuned=frozen["trained"] if finetune_rate else (),

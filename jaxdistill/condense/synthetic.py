@@ -34,6 +34,7 @@ def initial_pixels(
     ipc: int,
     factor: int,
     start: str = "tiled",
+    pixels: Pixels | None = None,
 ) -> Pixels:
     """The synthetic images before the first step.
 
@@ -44,6 +45,7 @@ def initial_pixels(
         factor: Tiles per side that a synthetic image stores.
         start: `tiled` pastes factor**2 shrunken real images into each synthetic one, `random`
             takes real images as they are, `noise` draws grey noise around 0.5.
+        pixels: The images outright; `start` is then not looked at.
 
     Returns:
         float32 pixels in [0, 1].
@@ -53,6 +55,12 @@ def initial_pixels(
     """
     classes, available, *shape = real.shape
     check_factor(tuple(shape), factor)
+    if pixels is not None:
+        if pixels.shape != (classes, ipc, *shape):
+            raise InputError(
+                f"initial pixels of shape {pixels.shape} do not fit {(classes, ipc, *shape)}"
+            )
+        return jnp.asarray(pixels, jnp.float32)
     needed = real_needed(start, ipc, factor)
     if available < needed:
         raise InputError(f"start={start!r} needs {needed} images per class, got {available}")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.condense.decode import check_factor, decode, encode
+from jaxdistill.errors import InputError
 
 
 def images(n, h, w, c=2):
@@ -74,7 +75,7 @@ def test_a_factor_that_does_not_divide_is_refused_with_the_choices():
         ValueError, match=r"factor=3 .* 28x28; choose one of 1, 2, 4, 7, 14, or pad"
     ):
         check_factor((28, 28, 1), 3)
-    with pytest.raises(ValueError, match="choose one of 1, 2, 4"):
+    with pytest.raises(InputError, match="choose one of 1, 2, 4"):
         check_factor((8, 12, 1), 3)
-    with pytest.raises(ValueError, match="factor=0 does not divide"):
+    with pytest.raises(InputError, match="factor=0 does not divide"):
         check_factor((8, 8, 1), 0)

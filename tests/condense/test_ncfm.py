@@ -209,7 +209,7 @@ def test_the_images_move_and_match_better(pool, batch):
     assert metrics["match"][-50:].mean() < 0.75 * metrics["match"][:10].mean()
     assert states["pixels"].min() >= 0 and states["pixels"].max() <= 1
     assert states["pixels"].min() == 0 or states["pixels"].max() == 1  # the bounds were met
-    assert last.sampler == {} and "sampler_gain" not in metrics
+    assert last.sampler == {} and set(metrics) == {"match"}
 
 
 def test_a_class_depends_on_its_own_real_images_only(pool, batch):
@@ -224,7 +224,7 @@ def test_a_class_depends_on_its_own_real_images_only(pool, batch):
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_real_and_synthetic_images_are_augmented_alike(impl, batch):
-    options = {"prepare": prepare, "strategy": "color_crop_cutout_flip_scale_rotate", "chunk": 8}
+    options = {"prepare": prepare, "strategy": "color_crop_cutout", "chunk": 8}
     flat = lambda params, images: images.reshape(images.shape[0], -1)  # noqa: E731
 
     @fast_jit
@@ -261,24 +261,19 @@ def cross_entropy(pool, images):
 
 
 def test_calibration_lowers_the_cross_entropy(pool, batch):
-    values = {}
-    for weight in (0.0, 300.0):
-        method = make(images_tx=optax.adam(0.02), calibration=weight)
-        first, last, _, metrics = run(method, pool, batch, 20)
-        values[weight] = float(cross_entropy(pool, method.output(last)["images"]))
-        assert ("calibration" in metrics) == (weight > 0)
-    before = float(cross_entropy(pool, method.output(first)["images"]))
-    assert values[300.0] < 0.8 * min(values[0.0], before)
+    method = make(images_tx=optax.adam(0.02), calibration=300.0)
+    first, last, _, metrics = run(method, pool, batch, 20)
+    before, after = (cross_entropy(pool, method.output(s)["images"]) for s in (first, last))
+    assert after < 0.8 * before
+    assert metrics["calibration"][-5:].mean() < 0.8 * before
 
 
 def test_calibration_against_numpy(pool, batch):
-    """With matching left out, one step is gradient descent on the cross-entropy."""
+    """What it adds to a step is gradient descent on the cross-entropy."""
     one = jax.tree.map(lambda x: x[:1], pool)
-    images_tx = optax.sgd(1e-3)
-    with_it, without = (
-        run(make(images_tx=images_tx, calibration=c), one, batch, 1)[1].pixels for c in (3.0, 0.0)
+    (first, with_it, _, _), (_, without, _, _) = (
+        run(make(images_tx=optax.sgd(1e-3), calibration=c), one, batch, 1) for c in (3.0, 0.0)
     )
-    first = run(make(images_tx=images_tx), one, batch, 1)[0].pixels
     w, head = (np.float64(one["trained"][name][0]) for name in ("w", "head"))
     tiles = Reference(w, batch, np.zeros((1, DIM)))
 
@@ -288,8 +283,8 @@ def test_calibration_against_numpy(pool, batch):
         out -= np.log(np.exp(out).sum(-1, keepdims=True))
         return -np.mean([out[c, :, c].mean() for c in range(CLASSES)])
 
-    expected = -1e-3 * 3.0 * CLASSES * slopes(loss, np.float64(first))
-    difference = np.float64(with_it) - np.float64(without)
+    expected = -1e-3 * 3.0 * CLASSES * slopes(loss, np.float64(first.pixels))
+    difference = np.float64(with_it.pixels) - np.float64(without.pixels)
     assert np.abs(difference - expected).max() < 1e-3 * np.abs(expected).max()
 
 
@@ -345,5 +340,5 @@ def test_settings_that_do_not_fit_are_refused(options, message):
 def test_a_start_that_does_not_fit_the_data_is_refused(pool, batch):
     with pytest.raises(InputError, match=r"start='tiled' needs 4 images per class, got 2"):
         make(factor=2).init(key(0), pool, batch[:, :2])
-    with pytest.raises(ValueError, match="factor=3 does not divide images of 8x8"):
+    with pytest.raises(InputError, match="factor=3 does not divide images of 8x8"):
         make(factor=3).init(key(0), pool, batch)

@@ -9,6 +9,7 @@ import pytest
 
 from jaxdistill.data import augment as ops
 from jaxdistill.data.augment import OPS, augment, normalizer, parse
+from jaxdistill.errors import InputError
 
 N, H, W = 40, 12, 10
 ALL = "color_crop_cutout_flip_scale_rotate"
@@ -234,7 +235,7 @@ def test_no_strategy_is_no_augmentation():
 
 def test_an_unknown_operation_is_refused():
     assert parse("color_crop") == ("color", "crop")
-    with pytest.raises(ValueError, match="unknown augmentation 'blur'; choose from color, crop"):
+    with pytest.raises(InputError, match="unknown augmentation 'blur'; choose from color, crop"):
         augment(key(0), images(2), "flip_blur")
 
 
