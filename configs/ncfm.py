@@ -104,7 +104,7 @@ def get_config(argument=None):
     config.method.sampler_rate = 3e-4
     config.method.sampler_clip = 1.0
     config.method.freq_spread = 4.0  # a learned scale stays within freq_scale / and * this
-    config.method.objective = "ratio"
+    config.method.objective = "ratio"  # or gap, excess
     config.method.ascent_steps = 1
     config.method.warmup = 100
 

@@ -24,7 +24,7 @@ from jaxdistill.condense import charfn, coreset
 from jaxdistill.condense.decode import check_factor, encode
 from jaxdistill.condense.dm import dm
 from jaxdistill.condense.labels import soft_labels
-from jaxdistill.condense.ncfm import OBJECTIVES, ncfm
+from jaxdistill.condense.ncfm import check_objective, ncfm
 from jaxdistill.condense.synthetic import real_needed
 from jaxdistill.data import device, sources
 from jaxdistill.data.augment import normalizer, parse
@@ -172,10 +172,7 @@ def _check(config) -> None:
     for key in ("ipc", "factor"):
         if config.method[key] < 1:
             raise InputError(f"method.{key} is {config.method[key]}; it must be at least 1")
-    if config.method.objective not in OBJECTIVES:
-        raise InputError(
-            f"unknown objective {config.method.objective!r}; choose from {', '.join(OBJECTIVES)}"
-        )
+    check_objective(config.method.objective, config.method.alpha, config.method.beta)
     if config.run.backend not in BACKENDS:
         raise InputError(
             f"unknown backend {config.run.backend!r}; choose from {', '.join(BACKENDS)}"

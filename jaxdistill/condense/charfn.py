@@ -24,9 +24,10 @@ class ECF(NamedTuple):
 
 
 def normalize_rows(features: Float[Array, "... n d"]) -> Float[Array, "... n d"]:
-    """Divides each row by its Euclidean norm; a zero row stays zero, with a finite gradient."""
+    """Divides each row by its Euclidean norm; a zero row stays zero, with a zero gradient."""
     square = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
-    return features * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+    inverse = jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+    return features * jnp.where(square > 0, inverse, 0.0)
 
 
 def ecf(features: Float[Array, "... n d"], freqs: Float[Array, "k d"]) -> ECF:

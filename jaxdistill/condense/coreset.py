@@ -1,6 +1,7 @@
 """Coresets: real images chosen per class by their features, as methods of the common contract.
 
-Each step picks one more image of every class, so `ipc` steps make the set. `frozen` is the table
+Each step picks one more image of every class, so `ipc` steps make the set; the smallest class must
+have that many. `frozen` is the table
 that the choice is made from, see `feature_table`.
 """
 

@@ -93,6 +93,8 @@ def dm(
         return DMState(pixels, pixels_opt), {"match": value / batch.shape[0]}
 
     def output(state):
-        return {"images": decoded(state.pixels, factor), "pixels": state.pixels}
+        # Bilinear weights may sum to a hair above one.
+        images = jnp.clip(decoded(state.pixels, factor), 0.0, 1.0)
+        return {"images": images, "pixels": state.pixels}
 
     return Method(init, step, output, BatchSpec("per_class", num_real))

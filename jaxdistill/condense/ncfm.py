@@ -72,6 +72,21 @@ def pick_extractor(pool: Any, key: PRNGKeyArray) -> tuple[Any, Any, Array]:
     return blend, trained, index
 
 
+def check_objective(objective: str, alpha: float, beta: float) -> None:
+    """Refuses an objective of the sampler that does not exist or has no floor to compare with.
+
+    Raises:
+        InputError: in these cases.
+    """
+    if objective not in OBJECTIVES:
+        raise InputError(f"unknown objective {objective!r}; choose from {', '.join(OBJECTIVES)}")
+    if objective != "gap" and alpha != beta:
+        raise InputError(
+            f"objective={objective!r} is only known for alpha = beta, not {alpha} and {beta};"
+            " use objective='gap'"
+        )
+
+
 def ncfm(
     features: Features,
     logits: Callable[[Any, Float[Array, "b h w c"]], Float[Array, "b classes"]],
@@ -138,8 +153,7 @@ def ncfm(
     Raises:
         InputError: for settings that do not fit together.
     """
-    if objective not in OBJECTIVES:
-        raise InputError(f"unknown objective {objective!r}; choose from {', '.join(OBJECTIVES)}")
+    check_objective(objective, alpha, beta)
     if batch_real < 1 or ipc < 1 or num_freqs < 1:
         raise InputError("ipc, batch_real and num_freqs must be at least 1")
     needed = 1 if pixels is not None else real_needed(start, ipc, factor)
@@ -248,6 +262,8 @@ def ncfm(
         return state, metrics
 
     def output(state):
-        return {"images": decoded(state.pixels, factor), "pixels": state.pixels}
+        # Bilinear weights may sum to a hair above one.
+        images = jnp.clip(decoded(state.pixels, factor), 0.0, 1.0)
+        return {"images": images, "pixels": state.pixels}
 
     return Method(init, step, output, BatchSpec("per_class", num_real))

@@ -60,7 +60,7 @@ def initial_pixels(
             raise InputError(
                 f"initial pixels of shape {pixels.shape} do not fit {(classes, ipc, *shape)}"
             )
-        return jnp.asarray(pixels, jnp.float32)
+        return jnp.clip(jnp.asarray(pixels, jnp.float32), 0.0, 1.0)
     needed = real_needed(start, ipc, factor)
     if available < needed:
         raise InputError(f"start={start!r} needs {needed} images per class, got {available}")
@@ -72,8 +72,8 @@ def initial_pixels(
 
 
 def decoded(pixels: Pixels, factor: int) -> Float[Array, "classes m h w c"]:
-    """The images to train on: clipped to [0, 1] and cut into `m = ipc * factor**2` per class."""
-    return jax.vmap(lambda x: decode(x, factor))(jnp.clip(pixels, 0.0, 1.0))
+    """The images to train on: `m = ipc * factor**2` per class, cut from the stored ones."""
+    return jax.vmap(lambda x: decode(x, factor))(pixels)
 
 
 def real_features(
@@ -95,12 +95,13 @@ def real_features(
         keys: One key per class for the augmentation that the class shares.
         prepare: uint8 or [0, 1] images to normalised images.
         strategy: Augmentation, see `jaxdistill.data.augment`.
-        chunk: Images in one forward pass; bounds memory and, on CPU, keeps it in the cache.
+        chunk: Most images in one forward pass; bounds memory and, on CPU, keeps it in the cache.
+            A pass takes the largest divisor of n that is not above it.
     """
     classes, n, *shape = images.shape
     # The split puts the *last* axis of a chunk along the stored order, so that a batch sharded
     # over devices stays sharded within every chunk.
-    parts = max(1, n // chunk) if n % chunk == 0 else 1
+    parts = next(p for p in range(-(-n // chunk), n + 1) if n % p == 0)
     images = images.reshape(classes, n // parts, parts, *shape).swapaxes(1, 2)
 
     def one(args):
@@ -130,8 +131,10 @@ def synthetic_features(
     the other, and are computed again for the gradient instead of being stored.
     """
     classes, m, *shape = images.shape
-    batch = jax.vmap(lambda k, x: augment(k, prepare(x), strategy, compose=True, siamese=True))(
-        keys, images
+    # Not vmap, under which some generators (rbg) draw other numbers than for the real images.
+    batch = lax.map(
+        lambda pair: augment(pair[0], prepare(pair[1]), strategy, compose=True, siamese=True),
+        (keys, images),
     )
     batch = batch.reshape(classes * m, *shape)
     run = lambda part: apply(params, part)  # noqa: E731

@@ -38,11 +38,14 @@ def read(path: Path) -> dict[Cell, dict]:
     if not path.is_file():
         return {}
     try:
+        records = json.loads(path.read_text())
+        if not isinstance(records, list):
+            raise TypeError("not a list")
         return {
             Cell(*(record[field] for field in Cell._fields)): {
                 k: v for k, v in record.items() if k not in Cell._fields
             }
-            for record in json.loads(path.read_text())
+            for record in records
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a list of results ({error}); delete it") from error

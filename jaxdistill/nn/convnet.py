@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
+from jaxdistill.errors import InputError
 from jaxdistill.nn.init import torch_bias_init, torch_kernel_init
 from jaxdistill.nn.layers import Dense, Norm, conv2d, conv_instance_norm, pool2x2
 
@@ -82,4 +83,7 @@ class _Block(nn.Module):
             x = conv_instance_norm(x, kernel, scale, shift, padding)
         else:
             x = Norm(self.norm, name="norm")(conv2d(x, kernel, 1, padding) + bias)
+        if self.activation not in _ACTIVATIONS:
+            names = ", ".join(_ACTIVATIONS)
+            raise InputError(f"unknown activation {self.activation!r}; choose from {names}")
         return pool2x2(_ACTIVATIONS[self.activation](x), self.pool)

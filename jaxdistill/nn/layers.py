@@ -352,6 +352,7 @@ class Dense(nn.Module):
         return x @ kernel + bias
 
 
+POOLS = ("avg", "max", "none")
 NORMS = ("instance", "layer", "group", "batch", "none")
 
 
@@ -394,7 +395,12 @@ def pool2x2(x: Float[Array, "n h w c"], kind: str = "avg") -> Float[Array, "n h2
 
     Returns:
         Activations of half the height and width (unchanged for `none`, or when a side is 1).
+
+    Raises:
+        InputError: for another kind.
     """
+    if kind not in POOLS:
+        raise InputError(f"unknown pooling {kind!r}; choose from {', '.join(POOLS)}")
     n, h, w, c = x.shape
     if kind == "none" or min(h, w) < 2:
         return x
