@@ -31,6 +31,8 @@ _ROWS = {
     "NCFM, learned frequencies": {"method.calibration": "0.0", "method.sampler": "learned"},
     "NCFM, Gaussian, calibration": {"eval.soft_labels": "true"},
     "NCFM, Gaussian, calibration, fine-tuning": {"method.finetune_rate": "0.001"},
+    # Five times the budget of the rows above.
+    "NCFM, Gaussian, calibration, long": {"run.steps": "2000"},
 }
 
 
@@ -47,6 +49,8 @@ def _run(ipc: int, row: str, seed: int, args: argparse.Namespace) -> dict:
     for path, value in overrides.items():
         configs.override(config, path, value)
     results = train.train(config, workdir)
+    resolved = json.loads((workdir / "config.json").read_text())
+    del resolved["pool"]["dir"]  # a place on this machine
     card = json.loads((workdir / "artifacts" / "distilled.json").read_text())
     return {
         "row": row,
@@ -54,7 +58,7 @@ def _run(ipc: int, row: str, seed: int, args: argparse.Namespace) -> dict:
         "condense_seed": seed,
         "cost": card["cost"],
         "results": results,
-        "config": json.loads((workdir / "config.json").read_text()),
+        "config": resolved,
         "versions": json.loads((workdir / "versions.json").read_text()),
     }
 
