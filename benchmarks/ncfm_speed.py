@@ -30,7 +30,9 @@ def _measure(python: str, script: str, extra: dict[str, str], iterations: int) -
         out = Path(folder) / "out.json"
         command = [python, str(_HERE / script), f"--iterations={iterations}", f"--json={out}"]
         subprocess.run(command, env=os.environ | extra, check=True, stdout=subprocess.DEVNULL)
-        return json.loads(out.read_text())
+        record = json.loads(out.read_text())
+        record["config"].pop("json", None)  # a place on this machine
+        return record
 
 
 def table(record: dict) -> str:
