@@ -291,10 +291,6 @@ class _Job(NamedTuple):
     steps: int
 
 
-def _cosine_adam(rate: float, steps: int, final: float) -> optax.GradientTransformation:
-    return optax.adam(optax.cosine_decay_schedule(rate, steps, final))
-
-
 def _sampler(config) -> tuple[charfn.FrequencySampler, optax.GradientTransformation | None]:
     nets = {"learned": ScaleNet(), "released": ReleasedSampleNet()}
     if config.sampler == "gaussian":
@@ -353,7 +349,7 @@ def _job(setup: Setup, name: str, resident: device.Resident) -> _Job:
         "strategy": config.strategy,
         "chunk": pass_size,
     }
-    images_tx = _cosine_adam(config.rate, steps, config.rate_decay)
+    images_tx = optax.adam(optax.cosine_decay_schedule(config.rate, steps, config.rate_decay))
     if name == "dm":
         return _Job(dm(net.features, net.init, images_tx, **common), (), steps)
     if name in ("ncfm", "start"):

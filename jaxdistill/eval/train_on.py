@@ -51,14 +51,6 @@ class Network(NamedTuple):
     logits: Callable[[Any, Float[Array, "b h w c"]], Float[Array, "b classes"]]
 
 
-class TrainState(NamedTuple):
-    """A network in training and the position of its optimiser."""
-
-    params: Any
-    momentum: Any
-    step: Array
-
-
 def optimizer(protocol: Protocol) -> optax.GradientTransformation:
     """SGD with L2 and momentum; the rate is applied by the caller, as it changes per stage."""
     return optax.chain(
