@@ -5,7 +5,10 @@
 
 Interrupted, the same command goes on. Needs Fashion-MNIST (Debian: dataset-fashion-mnist). Writes
 one record per row and condensation seed to `benchmarks/records/fashion_mnist_ipc<N>.json`.
-`--table` only prints the table of the records that are there.
+
+With `--tune` it runs the settings that were tried for each method instead, in shorter runs that
+are judged by 500 images of each class held out of the training split, and writes
+`fashion_mnist_tuning_ipc<N>.json`. `--table` only prints the table of the records that are there.
 """
 
 import argparse
@@ -35,16 +38,48 @@ _ROWS = {
     "NCFM, Gaussian, calibration, long": {"run.steps": "2000"},
 }
 
+_DM = {"method.name": "dm"}
+_PLAIN = {"method.calibration": "0.0"}
+_LEARNED = {"method.calibration": "0.0", "method.sampler": "learned"}
+# Images per class -> setting -> overrides: the same number of settings for each method.
+_TUNING = {
+    1: {
+        **{f"DM, rate {r}": _DM | {"method.rate": r} for r in ("0.03", "0.1", "0.3")},
+        **{f"NCFM, rate {r}": _PLAIN | {"method.rate": r} for r in ("0.03", "0.1", "0.3")},
+        **{f"NCFM, calibration {c}": {"method.calibration": c} for c in ("10.0", "30.0", "100.0")},
+        **{
+            f"NCFM, learned, spread {s}": _LEARNED | {"method.rate": "0.1", "method.freq_spread": s}
+            for s in ("1.5", "4.0")
+        },
+        **{
+            f"NCFM, calibration, fine-tuning {r}": {"method.finetune_rate": r}
+            for r in ("0.001", "0.01")
+        },
+    },
+    10: {
+        **{f"DM, rate {r}": _DM | {"method.rate": r} for r in ("0.05", "0.1", "0.2")},
+        **{f"NCFM, rate {r}": _PLAIN | {"method.rate": r} for r in ("0.05", "0.1", "0.2")},
+        **{f"NCFM, calibration {c}": {"method.calibration": c} for c in ("10.0", "30.0", "100.0")},
+    },
+}
+# What the settings are judged by: shorter runs, a narrower network, never the test split.
+_JUDGE = {"data.holdout_per_class": "500", "model.width": "64", "eval.seeds": "1"}
+_SHORTER = {
+    1: {"run.steps": "200", "eval.epochs": "300"},
+    10: {"run.steps": "80", "eval.epochs": "60"},
+}
+
 
 def _slug(row: str, seed: int) -> str:
     kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in row.lower())
     return f"{kept.strip('-')}-{seed}"
 
 
-def _run(ipc: int, row: str, seed: int, args: argparse.Namespace) -> dict:
+def _run(row: str, seed: int, args: argparse.Namespace) -> dict:
     workdir = args.workdir / _slug(row, seed)
-    config = configs.load(f"ncfm:dataset=fashion_mnist,ipc={ipc},seed={seed}")
-    overrides = _ROWS[row] | {"eval.baselines": "()", "pool.dir": str(args.workdir / "pool")}
+    config = configs.load(f"ncfm:dataset=fashion_mnist,ipc={args.ipc},seed={seed}")
+    overrides = _JUDGE | _SHORTER[args.ipc] | _TUNING[args.ipc][row] if args.tune else _ROWS[row]
+    overrides |= {"eval.baselines": "()", "pool.dir": str(args.workdir / "pool")}
     overrides |= dict(o.split("=", 1) for o in args.set)
     for path, value in overrides.items():
         configs.override(config, path, value)
@@ -54,7 +89,7 @@ def _run(ipc: int, row: str, seed: int, args: argparse.Namespace) -> dict:
     card = json.loads((workdir / "artifacts" / "distilled.json").read_text())
     return {
         "row": row,
-        "ipc": ipc,
+        "ipc": args.ipc,
         "condense_seed": seed,
         "cost": card["cost"],
         "results": results,
@@ -86,28 +121,34 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _read(path: Path) -> list[dict]:
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
 def main() -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ipc", type=int, default=1)
     parser.add_argument("--workdir", type=Path, default=Path("runs/fashion_mnist"))
-    parser.add_argument("--rows", nargs="*", default=list(_ROWS))
+    parser.add_argument("--rows", nargs="*", help="all by default")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--set", nargs="*", default=[], help="config overrides, a.b=value")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--tune", action="store_true", help="the settings that were tried")
+    parser.add_argument("--table", action="store_true", help="print and run nothing")
     args = parser.parse_args()
-    path = _RECORDS / f"fashion_mnist_ipc{args.ipc}.json"
-    records = json.loads(path.read_text()) if path.is_file() else []
+    rows = list(_TUNING[args.ipc] if args.tune else _ROWS)
+    path = _RECORDS / f"fashion_mnist_{'tuning_' if args.tune else ''}ipc{args.ipc}.json"
     for seed in [] if args.table else args.seeds:
-        for row in args.rows:
-            record = _run(args.ipc, row, seed, args)
+        for row in args.rows or rows:
+            record = _run(row, seed, args)
+            records = _read(path)  # again: another process may run other rows
             same = (row, seed)
             records = [r for r in records if (r["row"], r["condense_seed"]) != same] + [record]
             text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
             path.parent.mkdir(exist_ok=True)
             write_files({path: lambda file, text=text: file.write(text.encode())})
-    order = {row: i for i, row in enumerate(_ROWS)}
-    print(table(sorted(records, key=lambda r: (order[r["row"]], r["condense_seed"]))))
+    order = {row: i for i, row in enumerate(rows)}
+    print(table(sorted(_read(path), key=lambda r: (order[r["row"]], r["condense_seed"]))))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python benchmarks/ncfm_jax.py --json out.json
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -46,7 +47,7 @@ def measure(args: argparse.Namespace) -> dict:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (per_class * args.classes, *shape), np.uint8)
     labels = np.repeat(np.arange(args.classes, dtype=np.int32), per_class)
-    data = device.resident(Split(images, labels), args.classes)
+    data = jax.device_put(device.resident(Split(images, labels), args.classes))
     del images
 
     def parameters(seed):
@@ -70,16 +71,23 @@ def measure(args: argparse.Namespace) -> dict:
         chunk=args.pass_size,
     )
 
-    def draw(key):
+    def batch(data, key):
         return device.draw(method.batches, data, key)
 
-    state = jax.jit(lambda k: method.init(k, pool, draw(k)))(jax.random.key(2))
-    step = jax.jit(lambda s, k: method.step(s, pool, draw(k), k), donate_argnums=0)
+    @jax.jit
+    def init(pool, data, key):
+        return method.init(key, pool, batch(data, key))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, pool, data, key):
+        return method.step(state, pool, batch(data, key), key)
+
+    state = init(pool, data, jax.random.key(2))
     wall, cpu, losses = [], [], []
     start = time.perf_counter()
     for i in range(args.warmup + args.iterations):
         times = time.perf_counter(), time.process_time()
-        state, metrics = step(state, jax.random.key(100 + i))
+        state, metrics = step(state, pool, data, jax.random.key(100 + i))
         losses.append(float(metrics["match"]))
         if i == 0:
             first = time.perf_counter() - start

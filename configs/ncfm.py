@@ -112,11 +112,16 @@ def get_config(argument=None):
     config.run.steps = 20_000 if large else (300 if small else {1: 400, 10: 150}.get(ipc, 100))
     config.run.chunk = 100 if large else 10
     config.run.checkpoint_every = 1000 if large else 100
-    config.run.backend = "jit"
     config.run.tensorboard = False
-    # Images in one pass of a network. Small passes stay in a CPU's cache; accelerators want
-    # large ones.
+    # Images in one pass of a network, on each device. Small passes stay in a CPU's cache;
+    # accelerators want large ones.
     config.run.pass_size = 512 if large else 16
+
+    config.parallel = ml_collections.ConfigDict()
+    config.parallel.backend = "jit"  # or pmap
+    # Devices over which the classes are split, the others share the batch; default: the most
+    # that divide the classes evenly.
+    config.parallel.class_devices = ml_collections.config_dict.placeholder(int)
 
     config.eval = ml_collections.ConfigDict()
     config.eval.baselines = ("random", "herding")

@@ -1,27 +1,67 @@
-"""The one reduction across devices that methods use."""
+"""What a step says to the other devices: the reductions and the place of this one among them.
+
+A step on `per_class` batches is the program of one device. It sees some of the classes, and of
+those a part of the batch; see `jaxdistill.parallel.backends`. Everything here is the identity, or
+says "all", where no device axis is bound: on one device, under plain `jit`, in a foreign loop.
+"""
 
 import jax
-from jaxtyping import PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, Int32, Key, PRNGKeyArray, PyTree
 
-from jaxdistill.method import DATA_AXIS
+from jaxdistill.method import CLASS_AXIS, DATA_AXIS
 
 
-def _bound(axis_name: str) -> bool:
+def _place(axis: str) -> tuple[Array | int, int]:
+    """The position of this device on an axis, and the length of the axis."""
     try:
-        jax.lax.axis_index(axis_name)
+        return jax.lax.axis_index(axis), jax.lax.axis_size(axis)
     except NameError:
-        return False
-    return True
+        return 0, 1
+
+
+def _reduce(operation, tree: PyTree, axis: str) -> PyTree:
+    return operation(tree, axis) if _place(axis)[1] > 1 else tree
 
 
 def mean(tree: PyTree) -> PyTree:
-    """Averages over the devices that share a batch.
-
-    Under `pmap` each device sees its part of the batch, so a statistic of the batch must be
-    averaged explicitly. Under `jit` over a mesh, and on one device, a program sees the whole
-    batch and this is the identity.
+    """Averages over the devices that share the batch of the same classes.
 
     Average the *statistic*, before anything non-linear is taken of it: the discrepancy of two
-    mean characteristic functions is not the mean of the discrepancies.
+    mean characteristic functions is not the mean of the discrepancies. Average the gradients
+    too, of whatever is replicated over these devices.
     """
-    return jax.lax.pmean(tree, DATA_AXIS) if _bound(DATA_AXIS) else tree
+    return _reduce(jax.lax.pmean, tree, DATA_AXIS)
+
+
+def sum(tree: PyTree) -> PyTree:
+    """Adds what the devices that share the work of the same classes have each found.
+
+    The gradient of a value made with it is right after `mean`: each device has the part that its
+    own share contributes, times the number of devices.
+    """
+    return _reduce(jax.lax.psum, tree, DATA_AXIS)
+
+
+def class_mean(tree: PyTree) -> PyTree:
+    """Averages over the devices that hold different classes; each holds equally many."""
+    return _reduce(jax.lax.pmean, tree, CLASS_AXIS)
+
+
+def share() -> tuple[Array | int, int]:
+    """Which share of a batch is this device's: the index, and the number of shares."""
+    return _place(DATA_AXIS)
+
+
+def class_ids(classes: int) -> Int32[Array, " classes"]:
+    """The ids of this device's classes.
+
+    Args:
+        classes: How many it holds.
+    """
+    return _place(CLASS_AXIS)[0] * classes + jnp.arange(classes, dtype=jnp.int32)
+
+
+def class_keys(key: PRNGKeyArray, classes: int) -> Key[Array, " classes"]:
+    """A key for each of this device's classes, the same whichever device holds the class."""
+    return jax.vmap(lambda c: jax.random.fold_in(key, c))(class_ids(classes))

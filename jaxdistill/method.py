@@ -15,8 +15,10 @@ Frozen = PyTree
 Batch = PyTree
 Metrics = dict[str, Any]
 
-#: The name of the mesh axis over which a batch is split.
+#: The mesh axis over which a batch is split.
 DATA_AXIS = "data"
+#: The mesh axis over which classes are split, with all that belongs to them.
+CLASS_AXIS = "class"
 
 
 class BatchSpec(NamedTuple):
@@ -26,7 +28,9 @@ class BatchSpec(NamedTuple):
         kind: `per_class` for uint8 images (classes, size, H, W, C) with `size` distinct draws of
             each class; `uniform` for a dict of images (size, H, W, C) and labels (size,) drawn
             from the whole set; `none` for a method that needs no data in its steps (the batch
-            is then an empty tuple).
+            is then an empty tuple). A `per_class` step is the program of one device, which sees
+            its part of the classes and of the batch and reduces with `jaxdistill.collective`;
+            other steps are programs on whole arrays.
         size: Images per class, or in all.
     """
 
@@ -47,7 +51,7 @@ class Method(NamedTuple):
         init: `(key, frozen, batch) -> state`. The state holds everything that changes: synthetic
             data, networks, optimiser states, counters.
         step: `(state, frozen, batch, key) -> (state, metrics)`. Pure, of fixed shapes, and free
-            of host work, so that it can be scanned. Metrics are scalars.
+            of host work, so that it can be scanned. Metrics are scalars, averaged over devices.
         output: `state -> PyTree`: what the user came for.
         batches: What a step is fed.
         specs: `(state, mesh) -> PyTree` of `PartitionSpec`s, a prefix of the state's tree.

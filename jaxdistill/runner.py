@@ -18,8 +18,8 @@ from jaxdistill.errors import InputError
 from jaxdistill.io import checkpoint
 from jaxdistill.io.writers import JsonlWriter, Progress, TensorBoardWriter
 from jaxdistill.method import Frozen, Method, State
-from jaxdistill.parallel.backends import compile_chunk
-from jaxdistill.parallel.mesh import make_mesh, replicate, shardings
+from jaxdistill.parallel import backends
+from jaxdistill.parallel.mesh import make_mesh, put, shardings
 
 
 class TrainState(NamedTuple):
@@ -110,25 +110,20 @@ def run(
         raise InputError("checkpoints and TensorBoard events need a workdir; give one")
     device.check(method.batches, data)
     mesh = make_mesh() if mesh is None else mesh
-    data, frozen, key = replicate((data, frozen, key), mesh)
-    draw = partial(device.draw, method.batches)
-
-    initial = partial(_initial, method, draw)
-    shapes = jax.eval_shape(initial, key, frozen, data)
-    specs = TrainState(PartitionSpec(), PartitionSpec(), method.specs(shapes.method, mesh))
-    layout = shardings(specs, mesh)
-    program = compile_chunk(
-        partial(_steps, method, chunk), draw, method.batches, specs, mesh, backend
+    program = programs(
+        method, data=data, frozen=frozen, key=key, chunk=chunk, mesh=mesh, backend=backend
     )
+    data = put(data, mesh, backends.data_spec(method.batches))
+    frozen, key = put((frozen, key), mesh)
 
     with contextlib.ExitStack() as stack:
         manager, restored = None, None
         if workdir is not None:
             workdir = Path(workdir)
             manager = stack.enter_context(checkpoint.manager(workdir / "checkpoints", keep))
-            restored = checkpoint.restore(manager, _target(shapes, layout), metadata)
+            restored = checkpoint.restore(manager, program.state, metadata)
         if restored is None:
-            restored = 0, jax.jit(initial, out_shardings=layout)(key, frozen, data)
+            restored = 0, program.init(key, frozen, data)
         done, state = restored
         if done > steps:
             raise InputError(f"{workdir} holds a run of {done} steps, more than the {steps} asked")
@@ -148,7 +143,7 @@ def run(
             # Ends lie on multiples of the intervals, so a resumed run has the same chunks.
             every = checkpoint_every or steps
             end = min(steps, (done // chunk + 1) * chunk, (done // every + 1) * every)
-            state, log = program(state, replicate(np.int32(end - done), mesh), frozen, data)
+            state, log = program.chunk(state, put(np.int32(end - done), mesh), frozen, data)
             launched, done = _Chunk(done, end - done, log), end
             if late is not None:
                 _report(late, writers, display, saved)
@@ -165,6 +160,51 @@ def run(
             if on_chunk is not None:
                 on_chunk(done, state.method)
     return state.method
+
+
+class Programs(NamedTuple):
+    """What a run executes.
+
+    Attributes:
+        init: `(key, frozen, data) -> TrainState`.
+        chunk: `(state, count, frozen, data) -> (state, log)`; donates the state.
+        state: The shapes of the state, and how it lies on the devices.
+    """
+
+    init: Callable
+    chunk: Callable
+    state: TrainState
+
+
+def programs(
+    method: Method,
+    *,
+    data: PyTree,
+    frozen: Frozen,
+    key: PRNGKeyArray,
+    chunk: int,
+    mesh: Mesh,
+    backend: str,
+) -> Programs:
+    """The compiled functions of `run`, for the same arguments.
+
+    Arrays may be given as `jax.ShapeDtypeStruct`, and the mesh may be one of another machine.
+
+    Raises:
+        InputError: If method, data and devices do not fit together.
+    """
+    draw = partial(device.draw, method.batches)
+    initial = partial(_initial, method, draw)
+    shapes = jax.eval_shape(initial, key, frozen, data)
+    specs = TrainState(PartitionSpec(), PartitionSpec(), method.specs(shapes.method, mesh))
+    classes = len(data.counts) if method.batches.kind != "none" else 0
+    backends.check(method.batches, classes, specs, mesh, backend)
+    steps = partial(_steps, method, chunk)
+    return Programs(
+        backends.compile_init(initial, method.batches, specs, mesh),
+        backends.compile_chunk(steps, draw, method.batches, specs, mesh, backend),
+        _target(shapes, shardings(specs, mesh)),
+    )
 
 
 def initial_state(

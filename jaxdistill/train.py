@@ -7,6 +7,7 @@ config. Every stage finds what an earlier start left in the workdir and goes on 
 import functools
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxdistill import pool, runner
 from jaxdistill.condense import charfn, coreset
@@ -39,6 +41,7 @@ from jaxdistill.nn.frequency_net import ReleasedSampleNet, ScaleNet
 from jaxdistill.nn.resnet import ResNet18
 from jaxdistill.nn.vgg import VGG11
 from jaxdistill.parallel.backends import BACKENDS
+from jaxdistill.parallel.mesh import make_mesh
 
 METHODS = ("ncfm", "dm", *coreset.CORESETS, "start")
 ARCHITECTURES = ("convnet", "resnet18", "vgg11")
@@ -121,20 +124,32 @@ def _hash(tree: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _identity(plain: dict) -> dict:
+    """The settings that decide what is distilled, of which a workdir holds one set.
+
+    The evaluation may be repeated with others, and how a run is carried out (`parallel`, and
+    `run` but for its length) and where its extractors lie change nothing but the last bits.
+    """
+    kept = {k: v for k, v in plain.items() if k not in ("eval", "parallel")}
+    pool = {k: v for k, v in plain["pool"].items() if k != "dir"}
+    return kept | {"pool": pool, "run": {"steps": plain["run"]["steps"]}}
+
+
 def _set_up(config, workdir) -> Setup:
     _check(config)
     workdir = Path(workdir)
-    # The evaluation may be repeated with other settings; what is distilled must not change.
     plain = json.loads(json.dumps(config.to_dict(), default=list))
-    identity = {k: v for k, v in plain.items() if k != "eval"}
+    identity = _identity(plain)
     config_hash = _hash(identity)
     stored = workdir / "config.json"
     if stored.is_file():
         try:
-            before = json.loads(stored.read_text())
-        except ValueError as error:
-            raise InputError(f"{stored} is not JSON ({error}); use another workdir") from error
-        changed = _difference({k: v for k, v in before.items() if k != "eval"}, identity)
+            before = _identity(json.loads(stored.read_text()))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{stored} is not a run's config ({error}); use another workdir"
+            ) from error
+        changed = _difference(before, identity)
         if changed:
             raise InputError(
                 f"workdir {workdir} was started with another config ({changed});"
@@ -173,9 +188,9 @@ def _check(config) -> None:
         if config.method[key] < 1:
             raise InputError(f"method.{key} is {config.method[key]}; it must be at least 1")
     check_objective(config.method.objective, config.method.alpha, config.method.beta)
-    if config.run.backend not in BACKENDS:
+    if config.parallel.backend not in BACKENDS:
         raise InputError(
-            f"unknown backend {config.run.backend!r}; choose from {', '.join(BACKENDS)}"
+            f"unknown backend {config.parallel.backend!r}; choose from {', '.join(BACKENDS)}"
         )
     _sampler(config.method)
     if config.eval.seeds < 1:
@@ -291,6 +306,15 @@ class _Job(NamedTuple):
     steps: int
 
 
+def _mesh(setup: Setup) -> Mesh:
+    """All devices. As many as divide the classes evenly form the class axis, if not told."""
+    parallel, classes = setup.config.parallel, setup.dataset.num_classes
+    by_class = parallel.class_devices
+    if by_class is None:
+        by_class = math.gcd(classes, jax.device_count()) if parallel.backend == "jit" else 1
+    return make_mesh(class_devices=by_class)
+
+
 def _sampler(config) -> tuple[charfn.FrequencySampler, optax.GradientTransformation | None]:
     nets = {"learned": ScaleNet(), "released": ReleasedSampleNet()}
     if config.sampler == "gaussian":
@@ -335,7 +359,7 @@ def _start_pixels(config, dataset: sources.Dataset) -> jax.Array | None:
     return jax.vmap(lambda x: encode(x, config.factor))(jnp.asarray(images))
 
 
-def _job(setup: Setup, name: str, resident: device.Resident) -> _Job:
+def _job(setup: Setup, name: str) -> _Job:
     config, data = setup.config.method, setup.dataset
     pass_size, steps = setup.config.run.pass_size, setup.config.run.steps
     net = _convnet(setup, setup.config.pool.width)
@@ -381,7 +405,8 @@ def _job(setup: Setup, name: str, resident: device.Resident) -> _Job:
                 coreset.feature_table, net.features, prepare=setup.prepare, chunk=pass_size
             )
         )(teacher, images)
-    table = coreset.Table(images, resident.table, resident.counts, features)
+    index, counts = sources.per_class_table(data.train.labels, data.num_classes)
+    table = coreset.Table(images, jnp.asarray(index), jnp.asarray(counts), features)
     return _Job(coreset.CORESETS[name](config.ipc), table, config.ipc)
 
 
@@ -397,7 +422,7 @@ def _distil(setup: Setup, name: str) -> None:
         return
     config, data = setup.config, setup.dataset
     resident = device.resident(data.train, data.num_classes)
-    job = _job(setup, name, resident)
+    job = _job(setup, name)
     key = jax.random.key(config.seed)
     began = time.perf_counter(), time.process_time()
     if name == "start":
@@ -411,7 +436,8 @@ def _distil(setup: Setup, name: str) -> None:
             key=key,
             steps=job.steps,
             chunk=config.run.chunk,
-            backend=config.run.backend,
+            mesh=_mesh(setup),
+            backend=config.parallel.backend,
             workdir=folder,
             checkpoint_every=config.run.checkpoint_every,
             metadata={"config_hash": setup.hash, "method": name},

@@ -7,12 +7,12 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxdistill import collective, method, runner
+from jaxdistill import collective, runner
 from jaxdistill.condense.charfn import ECF, discrepancy_at, ecf
 from jaxdistill.data.device import resident
 from jaxdistill.data.sources import Split
 from jaxdistill.errors import InputError
-from jaxdistill.method import DATA_AXIS, BatchSpec, Method
+from jaxdistill.method import CLASS_AXIS, BatchSpec, Method
 from jaxdistill.parallel.mesh import make_mesh
 
 CLASSES, SIDE, FEATURES, FREQS = 8, 8, 12, 32
@@ -28,11 +28,11 @@ class Recorder:
         self.records.append((step, dict(values)))
 
 
-def run_on(devices, backend, tested, data, frozen, steps, **options):
+def run_on(devices, backend, tested, data, frozen, steps, by_class=1, **options):
     """Runs a method one step a launch; returns the metrics of every step and the last state."""
     recorder = Recorder()
     options = {"key": jax.random.key(7), "chunk": 1, **options}
-    mesh = make_mesh(jax.devices()[:devices])
+    mesh = make_mesh(jax.devices()[:devices], by_class)
     state = runner.run(
         tested,
         data=data,
@@ -63,19 +63,20 @@ def differences(actual, desired, rtol):
 
 
 def assert_backends_agree(tested, data, frozen=(), steps=3, rtol=1e-4, **options):
-    """Asserts that eight devices, by jit and by pmap, give the losses and state of one.
+    """Asserts that eight devices give the losses and state of one, in every arrangement.
 
     Few steps: two players amplify the rounding of another order of summation.
     """
     records, state = run_on(1, "jit", tested, data, frozen, steps, **options)
-    for backend in ("jit", "pmap"):
-        others, other = run_on(8, backend, tested, data, frozen, steps, **options)
+    for backend, by_class in (("jit", 1), ("jit", 4), ("pmap", 1)):
+        others, other = run_on(8, backend, tested, data, frozen, steps, by_class, **options)
         assert [step for step, _ in others] == [step for step, _ in records]
         wrong = {
             **differences([v for _, v in others], [v for _, v in records], rtol),
             **differences(other, state, rtol),
         }
-        assert not wrong, f"{backend} on 8 devices disagrees with one device: {wrong}"
+        where = f"{backend} on 8 devices, {by_class} for the classes,"
+        assert not wrong, f"{where} disagrees with one device: {wrong}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(other):
             if leaf.is_fully_replicated and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 first, *rest = (np.asarray(shard.data) for shard in leaf.addressable_shards)
@@ -93,12 +94,19 @@ def toy_data(per_class=24):
     return resident(Split(images.astype(np.uint8), labels), CLASSES), jnp.asarray(features)
 
 
-def min_max(statistic=collective.mean, specs=method.replicated, size=16, seen=None):
+def by_class(state, mesh):
+    """Splits the images over the devices, class by class."""
+    del mesh
+    shape = state["images"].shape
+    split, whole = PartitionSpec(CLASS_AXIS), PartitionSpec()
+    return jax.tree.map(lambda x: split if x.shape == shape else whole, state)
+
+
+def min_max(statistic=collective.mean, size=16, seen=None):
     """Images descend and the scale of the frequencies ascends a discrepancy, by matmuls only.
 
     Args:
         statistic: What reduces the real characteristic function across devices.
-        specs: The layout of the state.
         size: Real images per class and step.
         seen: A list that gets the shape of the batch whenever the step is traced.
     """
@@ -127,10 +135,13 @@ def min_max(statistic=collective.mean, specs=method.replicated, size=16, seen=No
         def loss(images, log_scale):
             scaled = freqs * jnp.exp(log_scale)
             target = ECF(*statistic(tuple(ecf(real, scaled))))
-            return discrepancy_at(target, ecf(flat(images) @ frozen, scaled)).mean()
+            gap = discrepancy_at(target, ecf(flat(images) @ frozen, scaled))
+            return gap.mean(-1).sum(), gap.mean()
 
-        value, grads = jax.value_and_grad(loss, (0, 1))(state["images"], state["log_scale"])
+        slopes = jax.grad(loss, (0, 1), has_aux=True)
+        grads, value = slopes(state["images"], state["log_scale"])
         descent, ascent = collective.mean(grads)
+        ascent = collective.class_mean(ascent / batch.shape[0])
         moves, images_opt = images_tx.update(descent, state["images_opt"])
         images = jnp.clip(state["images"] + moves, 0, 1)
         rises, scale_opt = scale_tx.update(-ascent, state["scale_opt"])
@@ -144,23 +155,18 @@ def min_max(statistic=collective.mean, specs=method.replicated, size=16, seen=No
             "steps": state["steps"] + 1,
         }, {"loss": value, "scale": jnp.exp(state["log_scale"]).mean()}
 
-    return Method(init, step, lambda s: s["images"], BatchSpec("per_class", size), specs)
-
-
-def by_class(state, mesh):
-    """Splits the images over the devices, class by class."""
-    del mesh
-    split = PartitionSpec(DATA_AXIS)
-    whole = jax.tree.map(lambda _: PartitionSpec(), state)
-    return {**whole, "images": split, "average": split}
+    return Method(init, step, lambda s: s["images"], BatchSpec("per_class", size), by_class)
 
 
 def test_a_min_max_method_agrees():
     seen = []
     assert_backends_agree(min_max(seen=seen), *toy_data(), steps=4)
     image = (SIDE, SIDE, 1)
-    whole, part = (CLASSES, 16, *image), (CLASSES, 2, *image)
-    assert seen == [whole, whole, part]  # one device, jit and pmap on eight: each traced once
+    part, block = (CLASSES, 2, *image), (CLASSES // 4, 8, *image)
+    # One device; eight for the batch; four by two for classes and batch: each traced once. pmap
+    # may trace again.
+    assert seen[:4] == [(CLASSES, 16, *image), part, block, part]
+    assert set(seen[4:]) <= {part}
 
 
 def test_a_method_fed_from_the_whole_set_agrees():
@@ -177,7 +183,7 @@ def test_a_method_fed_from_the_whole_set_agrees():
 
 def test_averaging_the_losses_of_the_devices_is_caught():
     mistaken = min_max(statistic=lambda tree: tree)
-    with pytest.raises(AssertionError, match=r"pmap.*'loss'.*'log_scale'"):
+    with pytest.raises(AssertionError, match=r"8 devices.*'loss'.*'log_scale'"):
         assert_backends_agree(mistaken, *toy_data())
 
 
@@ -189,42 +195,46 @@ def test_the_ascent_needs_the_reduced_statistic():
     assert np.linalg.norm(wrong - right) > 0.1 * np.linalg.norm(right)
 
 
-@pytest.mark.parametrize("kind", ["per_class", "uniform"])
-def test_the_batch_of_jit_is_split(kind):
+def test_the_batch_of_a_program_on_whole_arrays_is_split():
     layouts = []
 
     def step(state, frozen, batch, key):
-        images = batch if kind == "per_class" else batch["images"]
         # What the compiler chose, asked of a value computed from the batch image by image.
+        images = batch["images"]
         jax.debug.inspect_array_sharding(images + jnp.uint8(1), callback=layouts.append)
         return state + images.astype(jnp.float32).mean(), {}
 
-    probe = Method(lambda *_: jnp.float32(0), step, lambda s: s, BatchSpec(kind, 16))
+    probe = Method(lambda *_: jnp.float32(0), step, lambda s: s, BatchSpec("uniform", 16))
     run_on(8, "jit", probe, toy_data()[0], (), 1)
-    shape = (CLASSES, 16, SIDE, SIDE, 1) if kind == "per_class" else (16, SIDE, SIDE, 1)
-    part = layouts[-1].shard_shape(shape)
-    assert part == ((CLASSES, 2, SIDE, SIDE, 1) if kind == "per_class" else (2, SIDE, SIDE, 1))
+    assert layouts[-1].shard_shape((16, SIDE, SIDE, 1)) == (2, SIDE, SIDE, 1)
 
 
-def test_a_split_state_stays_split():
+def test_classes_are_split_with_all_that_belongs_to_them():
     data, frozen = toy_data()
-    records, whole = run_on(1, "jit", min_max(), data, frozen, 3)
-    others, split = run_on(8, "jit", min_max(specs=by_class), data, frozen, 3)
-    assert split["images"].sharding.spec == PartitionSpec(DATA_AXIS)
-    assert split["images"].addressable_shards[0].data.shape[0] == CLASSES // 8
-    assert not differences(split, whole, 1e-4)
-    assert not differences([v for _, v in others], [v for _, v in records], 1e-4)
+    _, state = run_on(8, "jit", min_max(), data, frozen, 1, by_class=8)
+    for leaf in (state["images"], state["images_opt"][0].trace):
+        assert leaf.sharding.spec == PartitionSpec(CLASS_AXIS)
+        assert leaf.addressable_shards[0].data.shape[0] == CLASSES // 8
+    assert state["log_scale"].sharding.is_fully_replicated
 
 
 @pytest.mark.parametrize(
-    ("backend", "tested", "message"),
+    ("backend", "by_class", "tested", "message"),
     [
-        ("pjit", min_max(), "no parallel backend is called 'pjit'; choose jit or pmap"),
-        ("jit", min_max(size=12), "12 images of each class cannot be split evenly over 8 devices"),
-        ("pmap", min_max(size=12), "make it a multiple of 8 or use fewer devices"),
-        ("pmap", min_max(specs=by_class), "this method splits; use the jit backend"),
+        ("pjit", 1, min_max(), "no parallel backend is called 'pjit'; choose jit or pmap"),
+        ("jit", 1, min_max(size=12), "12 images of each class cannot be split evenly over 8"),
+        ("pmap", 1, min_max(size=12), "make it a multiple of 8 or use fewer devices"),
+        ("pmap", 2, min_max(), "which this run splits; use the jit backend"),
+        ("jit", 3, min_max(), "8 devices cannot form a class axis of 3"),
     ],
 )
-def test_what_cannot_run_is_refused(backend, tested, message):
+def test_what_cannot_run_is_refused(backend, by_class, tested, message):
     with pytest.raises(InputError, match=message):
-        run_on(8, backend, tested, *toy_data(), 1)
+        run_on(8, backend, tested, *toy_data(), 1, by_class)
+
+
+def test_classes_that_do_not_divide_are_refused():
+    images = np.zeros((48, SIDE, SIDE, 1), np.uint8)
+    six = resident(Split(images, np.arange(48, dtype=np.int32) % 6), 6)
+    with pytest.raises(InputError, match="6 classes cannot be split evenly over 4 devices"):
+        run_on(8, "jit", min_max(size=2), six, toy_data()[1], 1, by_class=4)

@@ -81,8 +81,10 @@ def dm_case(strategy="flip_crop"):
 
 def coreset_case(name):
     data, _ = toy_data()
-    images = data.pixels.reshape(-1, *data.image_shape)
-    table = Table(images, data.table, data.counts, features(network(0), PREPARE(images)))
+    images = jnp.asarray(data.pixels.reshape(-1, *data.image_shape))
+    index = jnp.arange(len(images), dtype=jnp.int32).reshape(CLASSES, -1)
+    counts = jnp.asarray(data.counts)
+    table = Table(images, index, counts, features(network(0), PREPARE(images)))
     return Case(CORESETS[name](IPC), table, IPC)
 
 
@@ -157,8 +159,11 @@ def together(methods):
             log |= {f"{name}/{metric}": value for metric, value in metrics.items()}
         return states, log
 
+    def specs(state, mesh):
+        return {name: m.specs(state[name], mesh) for name, m in methods.items()}
+
     (batches,) = {m.batches for m in methods.values()}
-    return Method(init, step, lambda state: state, batches)
+    return Method(init, step, lambda state: state, batches, specs)
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 from jaxdistill import runner
 from jaxdistill.errors import InputError
 from jaxdistill.method import BatchSpec, Method
-from jaxdistill.parallel.mesh import make_mesh
+from jaxdistill.parallel.backends import data_spec
+from jaxdistill.parallel.mesh import make_mesh, put
 from tests.test_backends import Recorder, min_max, toy_data
 
 
@@ -198,6 +199,7 @@ def test_the_loop_moves_nothing_to_the_devices_unasked(backend):
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
 def test_the_state_is_donated_and_nothing_else(backend):
     data, frozen = toy_data()
+    data = put(data, make_mesh(), data_spec(min_max().batches))
     states = []
     options = {"data": data, "frozen": frozen, "backend": backend, "mesh": make_mesh()}
     final = run(min_max(), 3, chunk=1, on_chunk=lambda _, state: states.append(state), **options)

@@ -148,7 +148,7 @@ def test_ncfm_resumes_bitwise(finished, tmp_path):
         (["--config=ncfm", "--config.method.sampler=magic"], "unknown sampler 'magic'"),
         (["--config=ncfm", "--config.method.objective=magic"], "unknown objective 'magic'"),
         (["--config=ncfm", "--config.method.start=magic"], "unknown start 'magic'"),
-        (["--config=ncfm", "--config.run.backend=magic"], "unknown backend 'magic'"),
+        (["--config=ncfm", "--config.parallel.backend=magic"], "unknown backend 'magic'"),
         (["--config=ncfm", "--config.eval.strategy=magic"], "unknown augmentation 'magic'"),
         (["--config=ncfm", '--config.eval.architectures=("magic",)'], "unknown network 'magic'"),
         (["--config=ncfm", "--config.method.factor=3"], "factor=3 does not divide"),

@@ -30,18 +30,28 @@ def normalize_rows(features: Float[Array, "... n d"]) -> Float[Array, "... n d"]
     return features * jnp.where(square > 0, inverse, 0.0)
 
 
-def ecf(features: Float[Array, "... n d"], freqs: Float[Array, "k d"]) -> ECF:
+def ecf(
+    features: Float[Array, "... n d"],
+    freqs: Float[Array, "k d"],
+    weights: Float[Array, "... m n"] | None = None,
+) -> ECF:
     """The mean over rows of `exp(1j * <t, f>)` at each frequency t (NCFM, eq. 5).
 
     Args:
         features: Rows are samples. Leading axes are batched over.
         freqs: Frequencies, one per row.
+        weights: Of the rows in each of m means, instead of one mean over all rows.
 
     Returns:
-        Real and imaginary parts, each of shape (..., k), in the dtype of the features.
+        Real and imaginary parts, each of shape (..., k), or (..., m, k) with weights, in the
+        dtype of the features.
     """
-    phases = jnp.einsum("...nd,kd->...nk", features, freqs)
-    return ECF(jnp.cos(phases).mean(-2), jnp.sin(phases).mean(-2))
+    # Highest: accelerators would round to bfloat16, and these are angles of many turns.
+    phases = jnp.einsum("...nd,kd->...nk", features, freqs, precision="highest")
+    if weights is None:
+        return ECF(jnp.cos(phases).mean(-2), jnp.sin(phases).mean(-2))
+    mean = lambda x: jnp.einsum("...mn,...nk->...mk", weights, x, precision="highest")  # noqa: E731
+    return ECF(mean(jnp.cos(phases)), mean(jnp.sin(phases)))
 
 
 def _safe_sqrt(square: Array) -> Array:

@@ -15,11 +15,13 @@ from jaxdistill import collective
 from jaxdistill.condense.synthetic import (
     Features,
     Pixels,
+    by_class,
     decoded,
+    in_chunks,
     initial_pixels,
-    real_features,
     real_needed,
-    synthetic_features,
+    real_statistic,
+    synthetic_rows,
 )
 from jaxdistill.method import BatchSpec, Method
 
@@ -50,7 +52,7 @@ def dm(
     Args:
         features: `(params, normalised images) -> penultimate features`.
         network_init: `key -> params` of a random network.
-        images_tx: Optimiser of the pixels.
+        images_tx: Optimiser of the pixels, acting image by image; see `ncfm`.
         prepare: uint8 or [0, 1] images to normalised images.
         ipc: Synthetic images per class.
         factor: Tiles per side stored in each synthetic image (1 in the paper).
@@ -58,14 +60,14 @@ def dm(
         pixels: Initial images given outright, instead of `start`.
         batch_real: Real images of each class per step.
         strategy: Siamese augmentation.
-        chunk: Images in one pass of the network.
+        chunk: Images in one pass of the network, on each device.
 
     Returns:
         A `Method`; its output is that of `ncfm`.
     """
     needed = 1 if pixels is not None else real_needed(start, ipc, factor)
     num_real = max(batch_real, needed)
-    options = {"prepare": prepare, "strategy": strategy, "chunk": chunk}
+    augmentation = {"prepare": prepare, "strategy": strategy}
 
     def init(key, frozen, batch):
         del frozen
@@ -76,14 +78,16 @@ def dm(
         del frozen
         k_net, k_augment = jax.random.split(key)
         params = network_init(k_net)
-        keys = jax.random.split(k_augment, batch.shape[0])
-        target = real_features(features, params, batch, keys, **options).mean(1)
+        keys = collective.class_keys(k_augment, batch.shape[0])
+        target = real_statistic(
+            lambda real: real.mean(1), features, params, batch, keys, chunk=chunk, **augmentation
+        )
         target = collective.mean(target)
 
         def loss(pixels):
-            images = decoded(pixels, factor)
-            out = synthetic_features(features, params, images, keys, **options)
-            return jnp.sum(jnp.square(out.mean(1) - target))
+            rows = synthetic_rows(decoded(pixels, factor), keys, **augmentation)
+            out = in_chunks(lambda part: features(params, part), rows.images, chunk)
+            return jnp.sum(jnp.square(rows.class_means(out) - target))
 
         value, grads = jax.value_and_grad(loss)(state.pixels)
         updates, pixels_opt = images_tx.update(
@@ -97,4 +101,8 @@ def dm(
         images = jnp.clip(decoded(state.pixels, factor), 0.0, 1.0)
         return {"images": images, "pixels": state.pixels}
 
-    return Method(init, step, output, BatchSpec("per_class", num_real))
+    def specs(state, mesh):
+        del mesh
+        return by_class(state, state.pixels.shape)
+
+    return Method(init, step, output, BatchSpec("per_class", num_real), specs)

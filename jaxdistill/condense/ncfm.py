@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxdistill import collective
@@ -18,19 +19,25 @@ from jaxdistill.condense import charfn
 from jaxdistill.condense.synthetic import (
     Features,
     Pixels,
+    Rows,
+    by_class,
     decoded,
+    in_chunks,
     initial_pixels,
-    real_features,
     real_needed,
-    synthetic_features,
+    real_statistic,
+    synthetic_rows,
 )
 from jaxdistill.errors import InputError
-from jaxdistill.method import BatchSpec, Method
+from jaxdistill.method import CLASS_AXIS, BatchSpec, Method
 
 #: Factor of the published loss on the mean discrepancy.
 LOSS_SCALE = 300.0
 
 OBJECTIVES = ("gap", "excess", "ratio")
+
+# Most rows whose phases at all frequencies exist at a time.
+_ECF_ROWS = 1024
 
 
 class NCFMState(NamedTuple):
@@ -120,7 +127,8 @@ def ncfm(
     Args:
         features: `(params, normalised images) -> penultimate features`.
         logits: `(params, normalised images) -> logits`, used by calibration and fine-tuning.
-        images_tx: Optimiser of the pixels (descent).
+        images_tx: Optimiser of the pixels (descent). It must act image by image, as Adam does and
+            clipping by a global norm does not, where classes are split over devices.
         sampler: Law of the frequencies, see `jaxdistill.condense.charfn`.
         sampler_tx: Optimiser of the sampler (it is fed the negative gradient: ascent). Needed
             if the sampler has parameters.
@@ -144,7 +152,7 @@ def ncfm(
             discrepancy over that expected gap.
         ascent_steps: Ascent steps of the sampler per descent step.
         warmup: Steps before the sampler begins to ascend.
-        chunk: Images in one pass of the network.
+        chunk: Images in one pass of the network, on each device.
 
     Returns:
         A `Method`. Its output is a dict with `images` (classes, m, H, W, C), decoded, and
@@ -178,32 +186,34 @@ def ncfm(
             tuned=frozen["trained"] if finetune_rate else (),
         )
 
-    network_options = {"prepare": prepare, "strategy": strategy, "chunk": chunk}
+    augmentation = {"prepare": prepare, "strategy": strategy}
 
-    def classification_loss(params, images, keys):
-        out = synthetic_features(logits, params, images, keys, **network_options)
-        labels = jnp.arange(out.shape[0])[:, None]
-        return optax.softmax_cross_entropy_with_integer_labels(
-            out, jnp.broadcast_to(labels, out.shape[:2])
-        ).mean()
+    def classification_losses(params, rows):
+        """The mean cross-entropy of each class."""
+        out = in_chunks(lambda part: logits(params, part), rows.images, chunk)
+        losses = optax.softmax_cross_entropy_with_integer_labels(out, rows.labels)
+        return rows.class_means(losses[:, None])[:, 0]
 
-    def ascend(params, opt, real, syn, key):
+    def ascend(params, opt, real, syn, rows, key):
         """One ascent step on features that stay as they are."""
 
         def gain(params):
             freqs = sampler.draw(params, key, num_freqs, feature_dim)
             real_ecf = collective.mean(jax.lax.map(lambda f: charfn.ecf(f, freqs), real))
-            gap = charfn.discrepancy_at(real_ecf, charfn.ecf(syn, freqs), alpha=alpha, beta=beta)
+            syn_ecf = _synthetic_ecf(syn, freqs, rows)
+            gap = charfn.discrepancy_at(real_ecf, syn_ecf, alpha=alpha, beta=beta)
+            gap = collective.class_mean(gap.mean())
             if objective == "gap":
-                return gap.mean()
-            # num_real, not real.shape[1]: under pmap a device holds a part of the batch.
-            floor = charfn.sampling_floor(real_ecf, num_real, syn.shape[1], alpha=alpha)
+                return gap
+            per_class = ipc * factor**2
+            floor = charfn.sampling_floor(real_ecf, num_real, per_class, alpha=alpha)
+            floor = collective.class_mean(floor.mean())
             if objective == "excess":
-                return gap.mean() - floor.mean()
-            return gap.mean() / jnp.maximum(floor.mean(), 1e-6)
+                return gap - floor
+            return gap / jnp.maximum(floor, 1e-6)
 
         value, grads = jax.value_and_grad(gain)(params)
-        grads = collective.mean(grads)
+        grads = collective.mean(collective.class_mean(grads))
         updates, opt = sampler_tx.update(jax.tree.map(jnp.negative, grads), opt, params)
         return optax.apply_updates(params, updates), opt, value
 
@@ -212,28 +222,36 @@ def ncfm(
         pool = {**frozen, "trained": state.tuned} if finetune_rate else frozen
         blend, trained, index = pick_extractor(pool, k_net)
         classes = batch.shape[0]
-        match_keys, calib_keys = (jax.random.split(k, classes) for k in (k_match, k_calib))
-        freqs = sampler.draw(state.sampler, k_freq, num_freqs, feature_dim)
+        match_keys, calib_keys = (collective.class_keys(k, classes) for k in (k_match, k_calib))
+        freqs = jax.lax.stop_gradient(sampler.draw(state.sampler, k_freq, num_freqs, feature_dim))
 
-        real = real_features(features, blend, batch, match_keys, **network_options)
-        real = charfn.normalize_rows(real)
-        fixed_freqs = jax.lax.stop_gradient(freqs)
-        real_ecf = collective.mean(jax.lax.map(lambda f: charfn.ecf(f, fixed_freqs), real))
+        def statistic(real):
+            real = charfn.normalize_rows(real)
+            # Only an ascent looks at the features again.
+            return charfn.ecf(real, freqs), real if learned else ()
+
+        real_ecf, real = real_statistic(
+            statistic, features, blend, batch, match_keys, chunk=chunk, **augmentation
+        )
+        real_ecf = collective.mean(real_ecf)
 
         def loss(pixels):
             images = decoded(pixels, factor)
-            syn = synthetic_features(features, blend, images, match_keys, **network_options)
+            rows = synthetic_rows(images, match_keys, **augmentation)
+            syn = in_chunks(lambda part: features(blend, part), rows.images, chunk)
             syn = charfn.normalize_rows(syn)
-            syn_ecf = charfn.ecf(syn, fixed_freqs)
+            syn_ecf = _synthetic_ecf(syn, freqs, rows)
             gap = charfn.discrepancy_at(real_ecf, syn_ecf, alpha=alpha, beta=beta)
             total = match = LOSS_SCALE * gap.mean(-1).sum()
             metrics = {"match": match / classes}
             if calibration:
-                metrics["calibration"] = classification_loss(trained, images, calib_keys)
-                total += calibration * classes * metrics["calibration"]
-            return total, (metrics, syn)
+                rows_calib = synthetic_rows(images, calib_keys, **augmentation)
+                losses = classification_losses(trained, rows_calib)
+                metrics["calibration"] = losses.mean()
+                total += calibration * losses.sum()
+            return total, (metrics, syn, rows)
 
-        (_, (metrics, syn)), grads = jax.value_and_grad(loss, has_aux=True)(state.pixels)
+        (_, (metrics, syn, rows)), grads = jax.value_and_grad(loss, has_aux=True)(state.pixels)
         updates, pixels_opt = images_tx.update(
             collective.mean(grads), state.pixels_opt, state.pixels
         )
@@ -244,7 +262,7 @@ def ncfm(
 
             def many(params, opt):
                 for k in jax.random.split(k_ascent, ascent_steps):
-                    params, opt, gain = ascend(params, opt, real, syn, k)
+                    params, opt, gain = ascend(params, opt, real, syn, rows, k)
                 return params, opt, gain
 
             hold = lambda params, opt: (params, opt, jnp.zeros(()))  # noqa: E731
@@ -253,11 +271,11 @@ def ncfm(
 
         tuned = state.tuned
         if finetune_rate:
-            keys = jax.random.split(k_tune, classes)
-            grads = jax.grad(classification_loss)(trained, decoded(new_pixels, factor), keys)
-            tuned = jax.tree.map(
-                lambda t, g: t.at[index].add(-finetune_rate * g), tuned, collective.mean(grads)
-            )
+            keys = collective.class_keys(k_tune, classes)
+            rows = synthetic_rows(decoded(new_pixels, factor), keys, **augmentation)
+            grads = jax.grad(lambda params: classification_losses(params, rows).mean())(trained)
+            grads = collective.mean(collective.class_mean(grads))
+            tuned = jax.tree.map(lambda t, g: t.at[index].add(-finetune_rate * g), tuned, grads)
         state = NCFMState(state.step + 1, new_pixels, pixels_opt, params, opt, tuned)
         return state, metrics
 
@@ -266,4 +284,34 @@ def ncfm(
         images = jnp.clip(decoded(state.pixels, factor), 0.0, 1.0)
         return {"images": images, "pixels": state.pixels}
 
-    return Method(init, step, output, BatchSpec("per_class", num_real))
+    return Method(init, step, output, BatchSpec("per_class", num_real), _specs)
+
+
+def _synthetic_ecf(features: Array, freqs: Array, rows: Rows) -> charfn.ECF:
+    """The characteristic function of each class, from this device's rows."""
+    n = features.shape[0]
+    parts = -(-n // _ECF_ROWS)
+    if parts == 1:
+        return collective.sum(charfn.ecf(features, freqs, rows.weights))
+    pad = parts * _ECF_ROWS - n
+    blocks = jnp.pad(features, ((0, pad), (0, 0))).reshape(parts, _ECF_ROWS, -1)
+    weights = jnp.pad(rows.weights, ((0, 0), (0, pad))).reshape(-1, parts, _ECF_ROWS)
+
+    @jax.checkpoint
+    def add(total, block):
+        part = charfn.ecf(block[0], freqs, block[1])
+        return jax.tree.map(jnp.add, total, part), None
+
+    zeros = jnp.zeros((rows.weights.shape[0], freqs.shape[0]), features.dtype)
+    total, _ = jax.lax.scan(add, charfn.ECF(zeros, zeros), (blocks, weights.swapaxes(0, 1)))
+    return collective.sum(total)
+
+
+def _specs(state: NCFMState, mesh: Mesh) -> NCFMState:
+    """Images, and what their optimiser keeps of each, are split by class."""
+    del mesh
+    whole = jax.tree.map(lambda _: PartitionSpec(), state)
+    return whole._replace(
+        pixels=PartitionSpec(CLASS_AXIS),
+        pixels_opt=by_class(state.pixels_opt, state.pixels.shape),
+    )

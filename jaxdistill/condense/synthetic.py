@@ -1,16 +1,22 @@
-"""What the methods that learn images by gradient share: the start, the pixels, the features."""
+"""What the methods that learn images by gradient share: the start, the pixels, the features.
+
+These functions run in the program of one device; see `jaxdistill.collective`.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt8
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree, UInt8
 
+from jaxdistill import collective
 from jaxdistill.condense.decode import check_factor, decode, encode
 from jaxdistill.data.augment import augment
 from jaxdistill.errors import InputError
+from jaxdistill.method import CLASS_AXIS
 
 Pixels = Float[Array, "classes ipc h w c"]
 Features = Callable[[Any, Float[Array, "b h w c"]], Float[Array, "b d"]]
@@ -65,7 +71,8 @@ def initial_pixels(
     if available < needed:
         raise InputError(f"start={start!r} needs {needed} images per class, got {available}")
     if start == "noise":
-        noise = jax.random.normal(key, (classes, ipc, *shape))
+        keys = collective.class_keys(key, classes)
+        noise = jax.vmap(lambda k: jax.random.normal(k, (ipc, *shape)))(keys)
         return jnp.clip(0.5 + noise / 4, 0.0, 1.0)
     images = real[:, :needed].astype(jnp.float32) / 255.0
     return images if start == "random" else jax.vmap(lambda x: encode(x, factor))(images)
@@ -76,7 +83,8 @@ def decoded(pixels: Pixels, factor: int) -> Float[Array, "classes m h w c"]:
     return jax.vmap(lambda x: decode(x, factor))(pixels)
 
 
-def real_features(
+def real_statistic(
+    statistic: Callable[[Float[Array, "g n d"]], PyTree],
     features: Features,
     params: Any,
     images: UInt8[Array, "classes n h w c"],
@@ -85,10 +93,13 @@ def real_features(
     prepare: Callable[[Array], Array],
     strategy: str,
     chunk: int,
-) -> Float[Array, "classes n d"]:
-    """Features of augmented real images without gradients, `chunk` images of a class at a time.
+) -> PyTree:
+    """A statistic of the features of augmented real images, class by class, without gradients.
+
+    No more features than those of `chunk` images, or of one class, exist at a time.
 
     Args:
+        statistic: `features of g classes -> tree` of arrays with a leading axis of g.
         features: `(params, normalised images) -> features`.
         params: Parameters of the network.
         images: Real images.
@@ -96,39 +107,71 @@ def real_features(
         prepare: uint8 or [0, 1] images to normalised images.
         strategy: Augmentation, see `jaxdistill.data.augment`.
         chunk: Most images in one forward pass; bounds memory and, on CPU, keeps it in the cache.
-            A pass takes the largest divisor of n that is not above it.
+            A pass takes several whole classes, or a part of one that divides it.
+
+    Returns:
+        The statistics of all classes.
     """
     classes, n, *shape = images.shape
-    # The split puts the *last* axis of a chunk along the stored order, so that a batch sharded
-    # over devices stays sharded within every chunk.
-    parts = next(p for p in range(-(-n // chunk), n + 1) if n % p == 0)
-    images = images.reshape(classes, n // parts, parts, *shape).swapaxes(1, 2)
+    group = next(g for g in range(max(1, min(classes, chunk // n)), 0, -1) if classes % g == 0)
+    parts = next(p for p in range(-(-group * n // chunk), n + 1) if n % p == 0)
 
-    def one(args):
+    def one_class(args):
         part, key = args
-        batch = augment(key, prepare(part), strategy, compose=True, siamese=True)
-        return features(params, batch)
+        return augment(key, prepare(part), strategy, compose=True, siamese=True)
 
-    flat = images.reshape(classes * parts, n // parts, *shape)
-    out = lax.map(one, (flat, jnp.repeat(keys, parts, axis=0)))
-    out = out.reshape(classes, parts, n // parts, -1).swapaxes(1, 2)
-    return lax.stop_gradient(out.reshape(classes, n, -1))
+    def one_group(args):
+        images, keys = args
+
+        def one_pass(part):
+            batch = lax.map(one_class, (part, keys))
+            out = features(params, batch.reshape(-1, *shape))
+            return out.reshape(group, n // parts, -1)
+
+        out = lax.map(one_pass, images.reshape(group, parts, n // parts, *shape).swapaxes(0, 1))
+        return statistic(out.swapaxes(0, 1).reshape(group, n, -1))
+
+    groups = (images.reshape(-1, group, n, *shape), keys.reshape(-1, group))
+    out = lax.stop_gradient(lax.map(one_group, groups))
+    return jax.tree.map(lambda x: x.reshape(classes, *x.shape[2:]), out)
 
 
-def synthetic_features(
-    apply: Features,
-    params: Any,
+class Rows(NamedTuple):
+    """This device's share of the synthetic images of its classes.
+
+    Attributes:
+        images: Augmented images, those of a class together.
+        labels: The id of each image's class.
+        weights: Of each row in the mean over its class; the means of the shares add up to the
+            mean of the class.
+    """
+
+    images: Float[Array, "r h w c"]
+    labels: Array
+    weights: Float[Array, "classes r"]
+
+    def class_means(self, values: Float[Array, "r d"]) -> Float[Array, "classes d"]:
+        """The mean of each class, of values that belong to the rows."""
+        return collective.sum(jnp.matmul(self.weights, values, precision="highest"))
+
+
+def synthetic_rows(
     images: Float[Array, "classes m h w c"],
     keys: Key[Array, " classes"],
     *,
     prepare: Callable[[Array], Array],
     strategy: str,
-    chunk: int,
-) -> Float[Array, "classes m d"]:
-    """Network outputs of augmented synthetic images, differentiable in the images.
+) -> Rows:
+    """Augments synthetic images and takes this device's share of them.
 
-    The arguments are those of `real_features`. Beyond `chunk` images the passes run one after
-    the other, and are computed again for the gradient instead of being stored.
+    The images of all its classes are divided evenly among the devices that hold these classes,
+    wherever a class ends: few images a class are enough for many devices.
+
+    Args:
+        images: Decoded images of this device's classes.
+        keys: One key per class, those of the real images.
+        prepare: uint8 or [0, 1] images to normalised images.
+        strategy: Augmentation that the class shares.
     """
     classes, m, *shape = images.shape
     # Not vmap, under which some generators (rbg) draw other numbers than for the real images.
@@ -137,9 +180,28 @@ def synthetic_features(
         (keys, images),
     )
     batch = batch.reshape(classes * m, *shape)
-    run = lambda part: apply(params, part)  # noqa: E731
-    out = in_chunks(run, batch, chunk)
-    return out.reshape(classes, m, -1)
+    index, number = collective.share()
+    rows = -(-classes * m // number)
+    wanted = index * rows + jnp.arange(rows)
+    # The last share is filled up with images that weigh nothing.
+    position = jnp.minimum(wanted, classes * m - 1)
+    owner = jnp.where(wanted < classes * m, position // m, classes)
+    return Rows(
+        batch if number == 1 else batch[position],
+        collective.class_ids(classes)[position // m],
+        jax.nn.one_hot(owner, classes, axis=0) / m,
+    )
+
+
+def by_class(tree: PyTree, shape: tuple[int, ...]) -> PyTree:
+    """`PartitionSpec`s that split by class whatever has the shape of the pixels.
+
+    Args:
+        tree: What to lay out: the pixels, and the state of their optimiser.
+        shape: Of the pixels.
+    """
+    split, whole = PartitionSpec(CLASS_AXIS), PartitionSpec()
+    return jax.tree.map(lambda x: split if x.shape == shape else whole, tree)
 
 
 def in_chunks(run: Callable[[Array], Array], batch: Array, chunk: int) -> Array:

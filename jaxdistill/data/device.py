@@ -1,4 +1,4 @@
-"""A data set held on the device, and batches drawn there from a key.
+"""A data set held on the devices, and batches drawn there from a key.
 
 The images stay uint8, and nothing crosses from the host after they have been uploaded.
 """
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, PRNGKeyArray, UInt8
 
+from jaxdistill import collective
 from jaxdistill.data.sources import Split, per_class_table
 from jaxdistill.errors import InputError
 from jaxdistill.method import Batch, BatchSpec
@@ -19,30 +20,27 @@ from jaxdistill.method import Batch, BatchSpec
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["pixels", "labels", "table", "counts"],
+    data_fields=["pixels", "counts"],
     meta_fields=["image_shape"],
 )
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """A pytree of device arrays.
+    """A pytree of arrays whose leading axis is the class, so that devices can divide the classes.
 
     Attributes:
         pixels: The images, one a row: TPUs would pad a last axis of one or three channels to 128.
-        labels: Class ids.
-        table: Row c lists the positions of class c, and starts over up to the row's length.
+            Shorter classes start over up to the length of the longest.
         counts: Images of each class.
         image_shape: (H, W, C).
     """
 
-    pixels: UInt8[Array, "n hwc"]
-    labels: Int32[Array, " n"]
-    table: Int32[Array, "c m"]
-    counts: Int32[Array, " c"]
+    pixels: UInt8[Array | np.ndarray, "c m hwc"]
+    counts: Int32[Array | np.ndarray, " c"]
     image_shape: tuple[int, int, int]
 
 
 def resident(split: Split, num_classes: int) -> Resident:
-    """Uploads a split to the default device.
+    """Arranges a split by class, on the host; `runner.run` uploads it.
 
     Args:
         split: Images uint8 (N, H, W, C) and labels (N,).
@@ -57,14 +55,7 @@ def resident(split: Split, num_classes: int) -> Resident:
             f"images must be uint8 (N, H, W, C), not {images.dtype} of shape {images.shape}"
         )
     table, counts = per_class_table(labels, num_classes)
-    return Resident(
-        # Copies: on a CPU, jax would otherwise go on reading the caller's memory.
-        jnp.array(images.reshape(len(images), -1)),
-        jnp.array(labels, jnp.int32),
-        jnp.array(table),
-        jnp.array(counts),
-        images.shape[1:],
-    )
+    return Resident(images.reshape(len(images), -1)[table], counts, images.shape[1:])
 
 
 def check(
@@ -102,16 +93,16 @@ def draw(
     spec: BatchSpec,
     data: Resident | tuple[()],
     key: PRNGKeyArray,
-    part: tuple[Int32[Array, ""] | int, int] | None = None,
+    part: tuple[Int32[Array, ""] | int, int] = (0, 1),
 ) -> Batch:
     """Draws a batch. Pure, and of fixed shapes, so it can be part of a compiled step.
 
-    The draws of a class are distinct and equally likely. Those of a `uniform` batch are
-    independent: an image may occur twice.
+    The draws of a class are distinct and equally likely, and depend on the key and the class
+    alone. Those of a `uniform` batch are independent: an image may occur twice.
 
     Args:
         spec: What is wanted; see `check`.
-        data: Where it is drawn from.
+        data: Where it is drawn from. In the program of one device, the classes it holds.
         key: Decides the draw.
         part: `(index, number)` for one of `number` equal slices of the batch that the same key
             gives as a whole. The number must divide the size.
@@ -122,23 +113,27 @@ def draw(
     """
     if spec.kind == "none":
         return ()
+    data = jax.tree.map(jnp.asarray, data)
     if spec.kind == "uniform":
-        chosen = _slice(jax.random.randint(key, (spec.size,), 0, len(data.labels)), part)
-        return {"images": _images(data, chosen), "labels": data.labels[chosen]}
+        ends = jnp.cumsum(data.counts)
+        chosen = _slice(jax.random.randint(key, (spec.size,), 0, ends[-1]), part)
+        labels = jnp.searchsorted(ends, chosen, side="right").astype(jnp.int32)
+        position = chosen - (ends - data.counts)[labels]
+        return {"images": _images(data, labels, position), "labels": labels}
     # The columns with the largest random marks: a draw without replacement, by partial sorting.
-    marks = jax.random.uniform(key, data.table.shape)
-    real = jnp.arange(data.table.shape[1]) < data.counts[:, None]
-    columns = jax.lax.top_k(jnp.where(real, marks, -1.0), spec.size)[1]
-    return _images(data, jnp.take_along_axis(data.table, _slice(columns, part), axis=1))
+    classes, columns = data.pixels.shape[:2]
+    keys = collective.class_keys(key, classes)
+    marks = jax.vmap(lambda k: jax.random.uniform(k, (columns,)))(keys)
+    real = jnp.arange(columns) < data.counts[:, None]
+    chosen = jax.lax.top_k(jnp.where(real, marks, -1.0), spec.size)[1]
+    return _images(data, jnp.arange(classes)[:, None], _slice(chosen, part))
 
 
-def _slice(indices: Array, part: tuple[Array | int, int] | None) -> Array:
-    if part is None:
-        return indices
+def _slice(indices: Array, part: tuple[Array | int, int]) -> Array:
     index, number = part
     size = indices.shape[-1] // number
     return jax.lax.dynamic_slice_in_dim(indices, index * size, size, axis=-1)
 
 
-def _images(data: Resident, indices: Array) -> Array:
-    return data.pixels[indices].reshape(*indices.shape, *data.image_shape)
+def _images(data: Resident, labels: Array, positions: Array) -> Array:
+    return data.pixels[labels, positions].reshape(*positions.shape, *data.image_shape)

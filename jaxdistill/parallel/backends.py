@@ -1,12 +1,18 @@
 """Two ways to run one pure program on a mesh: `jit`, the engine, and `pmap`.
 
-Under `jit` the program sees whole arrays and the compiler splits the work, following the sharding
-of the batch. Under `pmap` every device runs the program on its part of the batch, and the method
-averages across devices with `jaxdistill.collective.mean`. Both take and return the same arrays on
-the same mesh, so a state moves between them freely.
+A program on `per_class` batches is one device's: it sees its classes, and its part of their batch,
+and reduces with `jaxdistill.collective`. Under `jit` this is a `shard_map` over both axes of the
+mesh, under `pmap` the same with the data axis alone. So nothing is left to the compiler's guess:
+what one device computes and what crosses between devices is what the method says.
+
+A program on `uniform` batches, or on none, sees whole arrays under `jit`, and the compiler splits
+the work, following the sharding of the batch and of the state. That is what large networks want.
+
+Both take and return the same arrays on the same mesh, so a state moves between them freely.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,19 +22,70 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdistill import collective
 from jaxdistill.errors import InputError
-from jaxdistill.method import DATA_AXIS, Batch, BatchSpec
+from jaxdistill.method import CLASS_AXIS, DATA_AXIS, Batch, BatchSpec
 from jaxdistill.parallel.mesh import shardings
 
 BACKENDS = ("jit", "pmap")
 
-Part = tuple[Array, int]
+Part = tuple[Array | int, int]
 """The position of a device among those that share a batch, and how many they are."""
-Draw = Callable[[PyTree, PRNGKeyArray, Part | None], Batch]
-"""`(data, key, part) -> batch`, the whole batch when the part is None."""
+Draw = Callable[[PyTree, PRNGKeyArray, Part], Batch]
+"""`(data, key, part) -> batch`."""
 Program = Callable[..., tuple[PyTree, PyTree]]
 """`(sample, state, count, frozen, data) -> (state, log)`, where `sample(data, key) -> batch`."""
 
-_EXAMPLE_AXIS = {"per_class": 1, "uniform": 0}
+
+def data_spec(spec: BatchSpec) -> PartitionSpec:
+    """How a resident data set, whose leading axes are classes, lies on the devices."""
+    return PartitionSpec(CLASS_AXIS) if spec.kind == "per_class" else PartitionSpec()
+
+
+def check(spec: BatchSpec, classes: int, specs: PyTree, mesh: Mesh, backend: str) -> None:
+    """Refuses what cannot be run.
+
+    Args:
+        spec: What a step is fed.
+        classes: Classes of the data, 0 where a step is fed nothing.
+        specs: `PartitionSpec`s of the state.
+        mesh: The devices.
+        backend: `jit` or `pmap`.
+
+    Raises:
+        InputError: If there is no such backend, batch or classes cannot be split evenly over the
+            devices, or `pmap` is asked to split the state or to span processes.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"no parallel backend is called {backend!r}; choose jit or pmap")
+    by_class, by_example = mesh.shape[CLASS_AXIS], mesh.shape[DATA_AXIS]
+    if spec.kind == "uniform":
+        by_example = mesh.size
+    if spec.kind == "per_class" and classes % by_class:
+        raise InputError(
+            f"{classes} classes cannot be split evenly over {by_class} devices; "
+            "choose parallel.class_devices among the divisors of both"
+        )
+    if spec.kind != "none" and spec.size % by_example:
+        per = " of each class" if spec.kind == "per_class" else ""
+        raise InputError(
+            f"a batch of {spec.size} images{per} cannot be split evenly over {by_example} devices; "
+            f"make it a multiple of {by_example} or use fewer devices"
+        )
+    if backend == "jit":
+        return
+    if not all(s.is_fully_replicated for s in jax.tree.leaves(shardings(specs, mesh))):
+        raise InputError(
+            "the pmap backend keeps the whole state on every device, which this run splits; "
+            "use the jit backend, or parallel.class_devices=1"
+        )
+    if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
+        raise InputError("the pmap backend runs in one process; use the jit backend")
+
+
+def compile_init(init: Callable, spec: BatchSpec, specs: PyTree, mesh: Mesh) -> Callable:
+    """Compiles `(key, frozen, data) -> state`, with the state laid out as the specs say."""
+    if spec.kind == "per_class":
+        init = _one_device(init, mesh, (PartitionSpec(),) * 2 + (data_spec(spec),), specs)
+    return jax.jit(init, out_shardings=shardings(specs, mesh))
 
 
 def compile_chunk(
@@ -36,77 +93,80 @@ def compile_chunk(
 ) -> Callable[[PyTree, Any, PyTree, PyTree], tuple[PyTree, PyTree]]:
     """Compiles a program that donates its state.
 
-    Both backends draw the same global batch; under `pmap` each device keeps its part of it.
-
     Args:
         program: See `Program`. Pure; `count` is an integer scalar; the log holds floats or
             integers that are averaged over the devices.
         draw: See `Draw`.
-        spec: What is drawn, which says along which axis it is split.
+        spec: What is drawn, which says how it is split.
         specs: `PartitionSpec`s of the state, a prefix of its tree.
         mesh: The devices.
-        backend: `jit` or `pmap`.
+        backend: `jit` or `pmap`; what cannot be run must have been refused by `check`.
 
     Returns:
-        `(state, count, frozen, data) -> (state, log)`. Frozen and data are replicated on the
-        mesh and may be used again; the state given may not.
-
-    Raises:
-        InputError: If there is no such backend, the batch cannot be split evenly over the
-            devices, or `pmap` is asked to split the state.
+        `(state, count, frozen, data) -> (state, log)`. Frozen is replicated, and the data lie as
+        `data_spec` says; both may be used again, the state given may not.
     """
-    if backend not in BACKENDS:
-        raise InputError(f"no parallel backend is called {backend!r}; choose jit or pmap")
-    if spec.kind != "none" and spec.size % mesh.size:
-        per = " of each class" if spec.kind == "per_class" else ""
-        raise InputError(
-            f"a batch of {spec.size} images{per} cannot be split evenly over {mesh.size} devices; "
-            f"make it a multiple of {mesh.size} or use fewer devices"
-        )
     compiler = _compile_jit if backend == "jit" else _compile_pmap
     return compiler(program, draw, spec, specs, mesh)
 
 
-def _compile_jit(program, draw, spec, specs, mesh):
-    def sample(data, key):
-        batch = draw(data, key, None)
-        if spec.kind == "none":
-            return batch
-        # Without this the compiler may well replicate the forward pass.
-        split = PartitionSpec(*[None] * _EXAMPLE_AXIS[spec.kind], DATA_AXIS)
-        return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, split))
-
-    whole = NamedSharding(mesh, PartitionSpec())
-    state = shardings(specs, mesh)
-    return jax.jit(
-        lambda *args: program(sample, *args),
-        donate_argnums=0,
-        in_shardings=(state, whole, whole, whole),
-        out_shardings=(state, whole),
+def _one_device(function: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTree) -> Callable:
+    # Without the check of what varies over devices, gradients are those of pmap: a device's own.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
 
 
+def _local(program: Program, draw: Draw) -> Callable:
+    """The program of one device."""
+
+    def local(*args):
+        sample = lambda data, key: draw(data, key, collective.share())  # noqa: E731
+        state, log = program(sample, *args)
+        return state, collective.mean(collective.class_mean(log))
+
+    return local
+
+
+def _compile_jit(program, draw, spec, specs, mesh):
+    whole = PartitionSpec()
+    in_specs, out_specs = (specs, whole, whole, data_spec(spec)), (specs, whole)
+    if spec.kind == "per_class":
+        run = _one_device(_local(program, draw), mesh, in_specs, out_specs)
+    else:
+        run = partial(program, partial(_sample_whole, draw, spec, mesh))
+    return jax.jit(
+        run,
+        donate_argnums=0,
+        in_shardings=shardings(in_specs, mesh),
+        out_shardings=shardings(out_specs, mesh),
+    )
+
+
+def _sample_whole(draw, spec, mesh, data, key):
+    batch = draw(data, key, (0, 1))
+    if spec.kind == "none":
+        return batch
+    # Without this the compiler may well replicate the forward pass.
+    split = PartitionSpec((CLASS_AXIS, DATA_AXIS))
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, split))
+
+
 def _compile_pmap(program, draw, spec, specs, mesh):
-    if not all(s.is_fully_replicated for s in jax.tree.leaves(shardings(specs, mesh))):
-        raise InputError(
-            "the pmap backend keeps the whole state on every device, which this method splits; "
-            "use the jit backend"
-        )
-
-    def local(index, *args):
-        state, log = program(lambda data, key: draw(data, key, (index, mesh.size)), *args)
-        return state, collective.mean(log)
-
+    del spec, specs
+    local = _local(program, draw)
     # The state has no device axis, neither going in nor coming out: the devices hold equal
-    # copies, so it is the replicated array that jit uses and checkpoints hold. Only the index is
-    # mapped.
+    # copies, so it is the replicated array that jit uses and checkpoints hold. An index is
+    # mapped, for pmap maps over something.
     mapped = jax.pmap(
-        local,
+        lambda index, *args: local(*args),
         axis_name=DATA_AXIS,
         in_axes=(0, None, None, None, None),
         out_axes=None,
         devices=list(mesh.devices.flat),
         donate_argnums=1,
     )
-    indices = jax.device_put(jnp.arange(mesh.size), NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
+    indices = jax.device_put(
+        jnp.arange(mesh.size), NamedSharding(mesh, PartitionSpec((CLASS_AXIS, DATA_AXIS)))
+    )
     return lambda *args: mapped(indices, *args)

@@ -7,8 +7,14 @@ import optax
 import pytest
 
 from jaxdistill.condense import charfn
-from jaxdistill.condense.ncfm import LOSS_SCALE, OBJECTIVES, ncfm, pick_extractor
-from jaxdistill.condense.synthetic import real_features, synthetic_features
+from jaxdistill.condense.ncfm import (
+    LOSS_SCALE,
+    OBJECTIVES,
+    _synthetic_ecf,
+    ncfm,
+    pick_extractor,
+)
+from jaxdistill.condense.synthetic import Rows, real_statistic, synthetic_rows
 from jaxdistill.errors import InputError
 from jaxdistill.nn.frequency_net import ReleasedSampleNet, ScaleNet
 
@@ -224,20 +230,40 @@ def test_a_class_depends_on_its_own_real_images_only(pool, batch):
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_real_and_synthetic_images_are_augmented_alike(impl, batch):
-    options = {"prepare": prepare, "strategy": "color_crop_cutout", "chunk": 8}
+    options = {"prepare": prepare, "strategy": "color_crop_cutout"}
     flat = lambda params, images: images.reshape(images.shape[0], -1)  # noqa: E731
 
     @fast_jit
     def both(k):
         keys = jax.random.split(k, CLASSES)
         fractions = batch.astype(jnp.float32) / 255
-        return (
-            real_features(flat, (), batch, keys, **options),
-            synthetic_features(flat, (), fractions, keys, **options),
-        )
+        rows = synthetic_rows(fractions, keys, **options)
+        # Passes of a part of a class, of one class, and of all classes.
+        reals = [
+            real_statistic(lambda f: f, flat, (), batch, keys, chunk=chunk, **options)
+            for chunk in (8, 20, 64)
+        ]
+        return reals, flat((), rows.images), rows.labels, rows.weights
 
-    real, syn = both(jax.random.key(0, impl=impl))
-    np.testing.assert_allclose(real, syn, atol=1e-5)
+    reals, syn, labels, weights = both(jax.random.key(0, impl=impl))
+    for real in reals:
+        np.testing.assert_allclose(real.reshape(syn.shape), syn, atol=1e-5)
+    np.testing.assert_array_equal(labels, np.repeat(np.arange(CLASSES), REAL))
+    np.testing.assert_allclose(weights, np.kron(np.eye(CLASSES), np.full((1, REAL), 1 / REAL)))
+
+
+@pytest.mark.parametrize("rows", [5, 1500, 2048])
+def test_characteristic_functions_in_blocks_are_those_of_all_rows(rows):
+    numbers = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(numbers.normal(size=shape), jnp.float32)  # noqa: E731
+    syn, freqs, weights = draw(rows, DIM), draw(FREQS, DIM), draw(CLASSES, rows) / rows
+    share = Rows(jnp.zeros((rows, 1, 1, 1)), jnp.zeros(rows, jnp.int32), weights)
+    cost = lambda e: jnp.square(e.real).sum() + e.imag.sum()  # noqa: E731
+    blocks = jax.grad(lambda f: cost(_synthetic_ecf(f, freqs, share)))(syn)
+    whole = jax.grad(lambda f: cost(charfn.ecf(f, freqs, weights)))(syn)
+    np.testing.assert_allclose(blocks, whole, rtol=1e-4, atol=1e-6)
+    one = charfn.ecf(syn, freqs, jnp.full((1, rows), 1 / rows))
+    np.testing.assert_allclose(one.real[0], charfn.ecf(syn, freqs).real, atol=1e-5)
 
 
 def test_warmup_holds_the_sampler(pool, batch):
