@@ -71,7 +71,8 @@ def run(
 
     A run that was interrupted and goes on ends in the same bits as one that was not, on the same
     kind and number of devices. Neither the chunk length nor the interval of checkpoints changes
-    a result.
+    a result. Where `jax.distributed` has joined several processes, each calls this with the same
+    arguments and a workdir that all of them reach; the first writes the metrics.
 
     Args:
         method: What is run.
@@ -127,14 +128,15 @@ def run(
         done, state = restored
         if done > steps:
             raise InputError(f"{workdir} holds a run of {done} steps, more than the {steps} asked")
-        if workdir is not None:
+        first = jax.process_index() == 0  # of several processes, the one that reports
+        if first and workdir is not None:
             writers = [*writers, JsonlWriter(workdir / "metrics.jsonl", resume_step=done)]
             stack.callback(writers[-1].close)
-        if tensorboard:
+        if first and tensorboard:
             writers = [*writers, TensorBoardWriter(workdir / "tensorboard", resume_step=done)]
             stack.callback(writers[-1].close)
         display = None
-        if progress is not None:
+        if first and progress is not None:
             display = Progress(steps, done, progress)
             stack.callback(display.close)
 

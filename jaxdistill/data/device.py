@@ -6,11 +6,12 @@ The images stay uint8, and nothing crosses from the host after they have been up
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, PRNGKeyArray, UInt8
+from jaxtyping import Array, Int32, PRNGKeyArray
 
 from jaxdistill import collective
 from jaxdistill.data.sources import Split, per_class_table
@@ -28,14 +29,14 @@ class Resident:
     """A pytree of arrays whose leading axis is the class, so that devices can divide the classes.
 
     Attributes:
-        pixels: The images, one a row: TPUs would pad a last axis of one or three channels to 128.
-            Shorter classes start over up to the length of the longest.
-        counts: Images of each class.
+        pixels: uint8 (classes, m, H * W * C). The images, one a row: TPUs would pad a last axis of
+            one or three channels to 128. Shorter classes start over up to the longest's length.
+        counts: int32 (classes,). Images of each class.
         image_shape: (H, W, C).
     """
 
-    pixels: UInt8[Array | np.ndarray, "c m hwc"]
-    counts: Int32[Array | np.ndarray, " c"]
+    pixels: Any
+    counts: Any
     image_shape: tuple[int, int, int]
 
 

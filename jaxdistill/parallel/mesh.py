@@ -1,8 +1,12 @@
 """The device mesh, and how trees of arrays are laid out on it."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -46,9 +50,26 @@ def shardings(specs: PyTree, mesh: Mesh) -> PyTree:
 def put(tree: PyTree, mesh: Mesh, specs: PyTree = _WHOLE) -> PyTree:
     """Lays arrays out on the devices of the mesh; what is there stays there.
 
+    Where the mesh spans processes, each gives the same tree and uploads what its devices hold.
+
     Args:
-        tree: Arrays.
+        tree: Arrays of the host or of this process.
         mesh: The devices.
         specs: How, a prefix of the tree; by default each device gets a copy.
     """
-    return jax.device_put(tree, shardings(specs, mesh))
+    layout = jax.tree.broadcast(shardings(specs, mesh), tree)
+    if all(device.process_index == jax.process_index() for device in mesh.devices.flat):
+        return jax.device_put(tree, layout)
+    return jax.tree.map(_put_own, tree, layout)
+
+
+def _put_own(array: Any, sharding: NamedSharding) -> jax.Array:
+    """This process's shards. `jax.device_put` would first compare the whole of all processes."""
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = _put_own(jax.random.key_data(array), NamedSharding(sharding.mesh, _WHOLE))
+        wrap = partial(jax.random.wrap_key_data, impl=jax.random.key_impl(array))
+        return jax.jit(wrap, out_shardings=sharding)(data)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return array
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
