@@ -65,6 +65,8 @@ def get_config(argument=None):
     config.data.pad_to = ml_collections.config_dict.placeholder(int)
     if "image_size" in data:
         config.data.image_size = data["image_size"]
+    # resident: on the devices; streamed: on the host, for data that do not fit on the devices
+    config.data.placement = "resident"
     # Images of each class moved from training to a validation set, on which the accuracies are
     # then measured instead of the test set. For choosing settings.
     config.data.holdout_per_class = 0

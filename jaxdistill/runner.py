@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Int32, PRNGKeyArray, PyTree
+from jaxtyping import Array, Int32, Key, PRNGKeyArray, PyTree
 
-from jaxdistill.data import device
+from jaxdistill.data import device, stream
 from jaxdistill.errors import InputError
 from jaxdistill.io import checkpoint
 from jaxdistill.io.writers import JsonlWriter, Progress, TensorBoardWriter
-from jaxdistill.method import Frozen, Method, State
+from jaxdistill.method import BatchSpec, Frozen, Method, State
 from jaxdistill.parallel import backends
 from jaxdistill.parallel.mesh import make_mesh, put, shardings
 
@@ -76,7 +76,8 @@ def run(
 
     Args:
         method: What is run.
-        data: A `Resident` data set, unless the method needs no batches.
+        data: A `Resident` data set, or a `Stream` where it does not fit on the devices; nothing
+            if the method needs no batches.
         frozen: Passed to the method's init and steps; neither changed nor saved.
         key: The root of all randomness.
         steps: Length of the whole run, resumed steps included.
@@ -114,7 +115,7 @@ def run(
     program = programs(
         method, data=data, frozen=frozen, key=key, chunk=chunk, mesh=mesh, backend=backend
     )
-    data = put(data, mesh, backends.data_spec(method.batches))
+    feed = _Feed(method.batches, data, mesh)
     frozen, key = put((frozen, key), mesh)
 
     with contextlib.ExitStack() as stack:
@@ -124,7 +125,7 @@ def run(
             manager = stack.enter_context(checkpoint.manager(workdir / "checkpoints", keep))
             restored = checkpoint.restore(manager, program.state, metadata)
         if restored is None:
-            restored = 0, program.init(key, frozen, data)
+            restored = 0, program.init(key, frozen, feed.first(_split(key)[1]))
         done, state = restored
         if done > steps:
             raise InputError(f"{workdir} holds a run of {done} steps, more than the {steps} asked")
@@ -140,12 +141,14 @@ def run(
             display = Progress(steps, done, progress)
             stack.callback(display.close)
 
+        take = feed.chunks(state.key, done, steps, chunk)
         saved, late = done, None
         while done < steps:
             # Ends lie on multiples of the intervals, so a resumed run has the same chunks.
             every = checkpoint_every or steps
             end = min(steps, (done // chunk + 1) * chunk, (done // every + 1) * every)
-            state, log = program.chunk(state, put(np.int32(end - done), mesh), frozen, data)
+            count = end - done
+            state, log = program.chunk(state, put(np.int32(count), mesh), frozen, take(count))
             launched, done = _Chunk(done, end - done, log), end
             if late is not None:
                 _report(late, writers, display, saved)
@@ -162,6 +165,27 @@ def run(
             if on_chunk is not None:
                 on_chunk(done, state.method)
     return state.method
+
+
+class _Feed:
+    """What the programs are given as `data`: a resident set each time, or windows of a stream."""
+
+    def __init__(self, spec: BatchSpec, data: PyTree, mesh: Mesh):
+        self.spec, self.data, self.mesh = spec, data, mesh
+        self.streamed = isinstance(data, stream.Stream)
+        if not self.streamed:
+            self.data = put(data, mesh, backends.data_spec(spec))
+
+    def first(self, key: PRNGKeyArray) -> PyTree:
+        if not self.streamed:
+            return self.data
+        return stream.first_window(self.spec, self.data, key, self.mesh)
+
+    def chunks(self, key: PRNGKeyArray, first: int, steps: int, size: int) -> Callable:
+        """A function from the number of the next steps to the data of their chunk."""
+        if not self.streamed:
+            return lambda count: self.data
+        return stream.windows(self.spec, self.data, key, first, steps, size, self.mesh).take
 
 
 class Programs(NamedTuple):
@@ -195,16 +219,23 @@ def programs(
     Raises:
         InputError: If method, data and devices do not fit together.
     """
-    draw = partial(device.draw, method.batches)
+    spec = method.batches
+    draw = partial(device.draw, spec)
     initial = partial(_initial, method, draw)
+    classes = data.counts.shape[0] if spec.kind != "none" else 0
+    first_layout = layout = backends.data_spec(spec)
+    if isinstance(data, stream.Stream):
+        if backend == "pmap":
+            raise InputError("the pmap backend does not take streamed data; use the jit backend")
+        first_layout, layout = stream.first_spec(spec), stream.window_spec(spec)
+        data = stream.first_shape(spec, data)
     shapes = jax.eval_shape(initial, key, frozen, data)
     specs = TrainState(PartitionSpec(), PartitionSpec(), method.specs(shapes.method, mesh))
-    classes = len(data.counts) if method.batches.kind != "none" else 0
-    backends.check(method.batches, classes, specs, mesh, backend)
+    backends.check(spec, classes, specs, mesh, backend)
     steps = partial(_steps, method, chunk)
     return Programs(
-        backends.compile_init(initial, method.batches, specs, mesh),
-        backends.compile_chunk(steps, draw, method.batches, specs, mesh, backend),
+        backends.compile_init(initial, spec, specs, mesh, first_layout),
+        backends.compile_chunk(steps, draw, spec, specs, mesh, backend, layout),
         _target(shapes, shardings(specs, mesh)),
     )
 
@@ -213,14 +244,20 @@ def initial_state(
     method: Method, *, data: PyTree = (), frozen: Frozen = (), key: PRNGKeyArray
 ) -> State:
     """The method's state before the first step of `run` with the same arguments."""
-    draw = partial(device.draw, method.batches)
-    return jax.jit(partial(_initial, method, draw))(key, frozen, data).method
+    feed = _Feed(method.batches, data, make_mesh(jax.local_devices()[:1]))
+    initial = partial(_initial, method, partial(device.draw, method.batches))
+    return jax.jit(initial)(key, frozen, feed.first(_split(key)[1])).method
 
 
 def _initial(method: Method, draw: Callable, key, frozen, data) -> TrainState:
-    key_init, key_batch, key_run = jax.random.split(key, 3)
+    key_init, key_batch, key_run = _split(key)
     state = method.init(key_init, frozen, draw(data, key_batch))
     return TrainState(jnp.int32(0), key_run, jax.tree.map(_strong, state))
+
+
+def _split(key: PRNGKeyArray) -> Key[Array, " 3"]:
+    """Of the initial state, of its batch, and of the run."""
+    return jax.random.split(key, 3)
 
 
 def _strong(leaf: Any) -> Array:
@@ -238,16 +275,17 @@ def _steps(method: Method, size: int, sample: Callable, state, count, frozen, da
     """
 
     @jax.jit  # traced once for the shapes and the loop
-    def one(state, frozen, data):
+    def one(state, frozen, data, row):
         key_batch, key_step = jax.random.split(jax.random.fold_in(state.key, state.step))
-        inner, metrics = method.step(state.method, frozen, sample(data, key_batch), key_step)
+        batch = sample(data, key_batch, row)
+        inner, metrics = method.step(state.method, frozen, batch, key_step)
         return TrainState(state.step + 1, state.key, inner), metrics
 
     def body(row, carry):
-        state, metrics = one(carry[0], frozen, data)
+        state, metrics = one(carry[0], frozen, data, row)
         return state, jax.tree.map(lambda log, x: log.at[row].set(x), carry[1], metrics)
 
-    _, shapes = jax.eval_shape(one, state, frozen, data)
+    _, shapes = jax.eval_shape(one, state, frozen, data, count)
     log = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
     return jax.lax.fori_loop(0, count, body, (state, log))
 

@@ -28,7 +28,7 @@ from jaxdistill.condense.dm import dm
 from jaxdistill.condense.labels import soft_labels
 from jaxdistill.condense.ncfm import check_objective, ncfm
 from jaxdistill.condense.synthetic import real_needed
-from jaxdistill.data import device, sources
+from jaxdistill.data import device, sources, stream
 from jaxdistill.data.augment import normalizer, parse
 from jaxdistill.errors import InputError
 from jaxdistill.eval import results, train_on
@@ -128,11 +128,12 @@ def _identity(plain: dict) -> dict:
     """The settings that decide what is distilled, of which a workdir holds one set.
 
     The evaluation may be repeated with others, and how a run is carried out (`parallel`, and
-    `run` but for its length) and where its extractors lie change nothing but the last bits.
+    `run` but for its length) and where data and extractors lie change nothing but the last bits.
     """
     kept = {k: v for k, v in plain.items() if k not in ("eval", "parallel")}
     pool = {k: v for k, v in plain["pool"].items() if k != "dir"}
-    return kept | {"pool": pool, "run": {"steps": plain["run"]["steps"]}}
+    data = {k: v for k, v in plain["data"].items() if k != "placement"}
+    return kept | {"data": data, "pool": pool, "run": {"steps": plain["run"]["steps"]}}
 
 
 def _set_up(config, workdir) -> Setup:
@@ -191,6 +192,10 @@ def _check(config) -> None:
     if config.parallel.backend not in BACKENDS:
         raise InputError(
             f"unknown backend {config.parallel.backend!r}; choose from {', '.join(BACKENDS)}"
+        )
+    if config.data.placement not in ("resident", "streamed"):
+        raise InputError(
+            f"data.placement is {config.data.placement!r}; choose resident or streamed"
         )
     _sampler(config.method)
     if config.eval.seeds < 1:
@@ -421,17 +426,18 @@ def _distil(setup: Setup, name: str) -> None:
     if (folder / "artifacts" / "distilled.npz").is_file():
         return
     config, data = setup.config, setup.dataset
-    resident = device.resident(data.train, data.num_classes)
+    place = {"resident": device.resident, "streamed": stream.stream}[config.data.placement]
+    placed = place(data.train, data.num_classes)
     job = _job(setup, name)
     key = jax.random.key(config.seed)
     began = time.perf_counter(), time.process_time()
     if name == "start":
         # The undistilled start of the same seed: what a run of NCFM has before its first step.
-        state = runner.initial_state(job.method, data=resident, frozen=job.frozen, key=key)
+        state = runner.initial_state(job.method, data=placed, frozen=job.frozen, key=key)
     else:
         state = runner.run(
             job.method,
-            data=resident,
+            data=placed,
             frozen=job.frozen,
             key=key,
             steps=job.steps,

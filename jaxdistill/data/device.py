@@ -40,6 +40,19 @@ class Resident:
     image_shape: tuple[int, int, int]
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["batches"], meta_fields=[])
+@dataclass(frozen=True, eq=False)
+class Window:
+    """The batches of some consecutive steps, sent to the devices; see `data.stream`.
+
+    Attributes:
+        batches: What `draw` gives, with a leading axis of steps. In the program of one device, its
+            part.
+    """
+
+    batches: Any
+
+
 def resident(split: Split, num_classes: int) -> Resident:
     """Arranges a split by class, on the host; `runner.run` uploads it.
 
@@ -59,14 +72,12 @@ def resident(split: Split, num_classes: int) -> Resident:
     return Resident(images.reshape(len(images), -1)[table], counts, images.shape[1:])
 
 
-def check(
-    spec: BatchSpec, data: Resident | tuple[()], class_names: Sequence[str] | None = None
-) -> None:
+def check(spec: BatchSpec, data: Any, class_names: Sequence[str] | None = None) -> None:
     """Makes sure at set-up that the data can fill the batches.
 
     Args:
         spec: What a step wants.
-        data: Where it is drawn from; an empty tuple where nothing is.
+        data: Where it is drawn from, a `Resident` or a `Stream`; an empty tuple where nothing is.
         class_names: For the message; the class ids by default.
 
     Raises:
@@ -74,7 +85,7 @@ def check(
     """
     if spec.kind == "none":
         return
-    if not isinstance(data, Resident):
+    if not hasattr(data, "counts"):
         raise InputError(
             f"the method takes {spec.kind} batches; give it the data to draw them from"
         )
@@ -92,9 +103,10 @@ def check(
 
 def draw(
     spec: BatchSpec,
-    data: Resident | tuple[()],
+    data: Resident | Window | tuple[()],
     key: PRNGKeyArray,
     part: tuple[Int32[Array, ""] | int, int] = (0, 1),
+    row: Int32[Array, ""] | int = 0,
 ) -> Batch:
     """Draws a batch. Pure, and of fixed shapes, so it can be part of a compiled step.
 
@@ -107,6 +119,7 @@ def draw(
         key: Decides the draw.
         part: `(index, number)` for one of `number` equal slices of the batch that the same key
             gives as a whole. The number must divide the size.
+        row: Which of the batches of a window; key and part have had their say there.
 
     Returns:
         For `per_class` uint8 (classes, size, H, W, C); for `uniform` a dict of `images`, uint8
@@ -114,27 +127,46 @@ def draw(
     """
     if spec.kind == "none":
         return ()
+    if isinstance(data, Window):
+        return jax.tree.map(lambda x: x[row], data.batches)
     data = jax.tree.map(jnp.asarray, data)
+    labels, columns = choose(spec, data.counts, data.pixels.shape[1], key)
+    labels, columns = (_slice(x, part) for x in (labels, columns))
+    images = data.pixels[labels, columns].reshape(*columns.shape, *data.image_shape)
+    return images if spec.kind == "per_class" else {"images": images, "labels": labels}
+
+
+def choose(
+    spec: BatchSpec, counts: Int32[Array, " c"], columns: int, key: PRNGKeyArray
+) -> tuple[Int32[Array, "*batch"], Int32[Array, "*batch"]]:
+    """Which images a batch consists of.
+
+    Args:
+        spec: What is wanted.
+        counts: Images of each class.
+        columns: Length of the longest class.
+        key: Decides the draw.
+
+    Returns:
+        For each image its class, counted from the first in `counts`, and its position among the
+        images of the class: (classes, size) for `per_class`, (size,) for `uniform`.
+    """
     if spec.kind == "uniform":
-        ends = jnp.cumsum(data.counts)
-        chosen = _slice(jax.random.randint(key, (spec.size,), 0, ends[-1]), part)
+        ends = jnp.cumsum(counts)
+        chosen = jax.random.randint(key, (spec.size,), 0, ends[-1])
         labels = jnp.searchsorted(ends, chosen, side="right").astype(jnp.int32)
-        position = chosen - (ends - data.counts)[labels]
-        return {"images": _images(data, labels, position), "labels": labels}
+        return labels, chosen - (ends - counts)[labels]
     # The columns with the largest random marks: a draw without replacement, by partial sorting.
-    classes, columns = data.pixels.shape[:2]
+    classes = counts.shape[0]
     keys = collective.class_keys(key, classes)
     marks = jax.vmap(lambda k: jax.random.uniform(k, (columns,)))(keys)
-    real = jnp.arange(columns) < data.counts[:, None]
+    real = jnp.arange(columns) < counts[:, None]
     chosen = jax.lax.top_k(jnp.where(real, marks, -1.0), spec.size)[1]
-    return _images(data, jnp.arange(classes)[:, None], _slice(chosen, part))
+    labels = jnp.broadcast_to(jnp.arange(classes, dtype=jnp.int32)[:, None], chosen.shape)
+    return labels, chosen
 
 
 def _slice(indices: Array, part: tuple[Array | int, int]) -> Array:
     index, number = part
     size = indices.shape[-1] // number
     return jax.lax.dynamic_slice_in_dim(indices, index * size, size, axis=-1)
-
-
-def _images(data: Resident, labels: Array, positions: Array) -> Array:
-    return data.pixels[labels, positions].reshape(*positions.shape, *data.image_shape)

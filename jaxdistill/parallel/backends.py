@@ -29,10 +29,10 @@ BACKENDS = ("jit", "pmap")
 
 Part = tuple[Array | int, int]
 """The position of a device among those that share a batch, and how many they are."""
-Draw = Callable[[PyTree, PRNGKeyArray, Part], Batch]
-"""`(data, key, part) -> batch`."""
+Draw = Callable[[PyTree, PRNGKeyArray, Part, Any], Batch]
+"""`(data, key, part, row) -> batch`, of the row-th step of the chunk."""
 Program = Callable[..., tuple[PyTree, PyTree]]
-"""`(sample, state, count, frozen, data) -> (state, log)`, where `sample(data, key) -> batch`."""
+"""`(sample, state, count, frozen, data) -> (state, log)`; `sample(data, key, row) -> batch`."""
 
 
 def data_spec(spec: BatchSpec) -> PartitionSpec:
@@ -81,15 +81,23 @@ def check(spec: BatchSpec, classes: int, specs: PyTree, mesh: Mesh, backend: str
         raise InputError("the pmap backend runs in one process; use the jit backend")
 
 
-def compile_init(init: Callable, spec: BatchSpec, specs: PyTree, mesh: Mesh) -> Callable:
+def compile_init(
+    init: Callable, spec: BatchSpec, specs: PyTree, mesh: Mesh, data_layout: PartitionSpec
+) -> Callable:
     """Compiles `(key, frozen, data) -> state`, with the state laid out as the specs say."""
     if spec.kind == "per_class":
-        init = _one_device(init, mesh, (PartitionSpec(),) * 2 + (data_spec(spec),), specs)
+        init = _one_device(init, mesh, (PartitionSpec(), PartitionSpec(), data_layout), specs)
     return jax.jit(init, out_shardings=shardings(specs, mesh))
 
 
 def compile_chunk(
-    program: Program, draw: Draw, spec: BatchSpec, specs: PyTree, mesh: Mesh, backend: str
+    program: Program,
+    draw: Draw,
+    spec: BatchSpec,
+    specs: PyTree,
+    mesh: Mesh,
+    backend: str,
+    data_layout: PartitionSpec,
 ) -> Callable[[PyTree, Any, PyTree, PyTree], tuple[PyTree, PyTree]]:
     """Compiles a program that donates its state.
 
@@ -101,13 +109,15 @@ def compile_chunk(
         specs: `PartitionSpec`s of the state, a prefix of its tree.
         mesh: The devices.
         backend: `jit` or `pmap`; what cannot be run must have been refused by `check`.
+        data_layout: How the data lie on the devices.
 
     Returns:
-        `(state, count, frozen, data) -> (state, log)`. Frozen is replicated, and the data lie as
-        `data_spec` says; both may be used again, the state given may not.
+        `(state, count, frozen, data) -> (state, log)`. Frozen is replicated; it and the data may
+        be used again, the state given may not.
     """
-    compiler = _compile_jit if backend == "jit" else _compile_pmap
-    return compiler(program, draw, spec, specs, mesh)
+    if backend == "pmap":
+        return _compile_pmap(program, draw, mesh)
+    return _compile_jit(program, draw, spec, specs, mesh, data_layout)
 
 
 def _one_device(function: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTree) -> Callable:
@@ -121,16 +131,16 @@ def _local(program: Program, draw: Draw) -> Callable:
     """The program of one device."""
 
     def local(*args):
-        sample = lambda data, key: draw(data, key, collective.share())  # noqa: E731
+        sample = lambda data, key, row: draw(data, key, collective.share(), row)  # noqa: E731
         state, log = program(sample, *args)
         return state, collective.mean(collective.class_mean(log))
 
     return local
 
 
-def _compile_jit(program, draw, spec, specs, mesh):
+def _compile_jit(program, draw, spec, specs, mesh, data_layout):
     whole = PartitionSpec()
-    in_specs, out_specs = (specs, whole, whole, data_spec(spec)), (specs, whole)
+    in_specs, out_specs = (specs, whole, whole, data_layout), (specs, whole)
     if spec.kind == "per_class":
         run = _one_device(_local(program, draw), mesh, in_specs, out_specs)
     else:
@@ -143,8 +153,8 @@ def _compile_jit(program, draw, spec, specs, mesh):
     )
 
 
-def _sample_whole(draw, spec, mesh, data, key):
-    batch = draw(data, key, (0, 1))
+def _sample_whole(draw, spec, mesh, data, key, row):
+    batch = draw(data, key, (0, 1), row)
     if spec.kind == "none":
         return batch
     # Without this the compiler may well replicate the forward pass.
@@ -152,8 +162,7 @@ def _sample_whole(draw, spec, mesh, data, key):
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, split))
 
 
-def _compile_pmap(program, draw, spec, specs, mesh):
-    del spec, specs
+def _compile_pmap(program, draw, mesh):
     local = _local(program, draw)
     # The state has no device axis, neither going in nor coming out: the devices hold equal
     # copies, so it is the replicated array that jit uses and checkpoints hold. An index is

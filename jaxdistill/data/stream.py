@@ -1,0 +1,180 @@
+"""A data set that stays on the host: the batches of the coming steps are sent to the devices.
+
+For data that do not fit on the devices. The images of a step are chosen by the same function of
+the same key as from a resident set, so both give the same batches, and the step in a checkpoint
+is the whole state of the stream. Grain reads ahead in threads while the devices compute.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PRNGKeyArray
+
+from jaxdistill.data import device
+from jaxdistill.data.device import Window
+from jaxdistill.data.sources import Split, per_class_table
+from jaxdistill.method import CLASS_AXIS, DATA_AXIS, BatchSpec
+
+_THREADS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A split on the host, which may be memory-mapped.
+
+    Attributes:
+        images: uint8 (N, H, W, C).
+        table: int32 (classes, m). Row c lists the positions of class c, and starts over up to the
+            row's length.
+        counts: int32 (classes,). Images of each class.
+    """
+
+    images: np.ndarray
+    table: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.images.shape[1:]
+
+
+def stream(split: Split, num_classes: int) -> Stream:
+    """Tabulates a split by class; the images stay where they are.
+
+    Args:
+        split: Images uint8 (N, H, W, C) and labels (N,).
+        num_classes: Number of classes; each must occur.
+
+    Raises:
+        InputError: If a class is empty or a label out of range.
+    """
+    return Stream(split.images, *per_class_table(split.labels, num_classes))
+
+
+def first_shape(spec: BatchSpec, data: Stream) -> Window:
+    """The shapes of `first_window`."""
+    images = jax.ShapeDtypeStruct
+    if spec.kind == "per_class":
+        return Window(images((1, len(data.counts), spec.size, *data.image_shape), np.uint8))
+    batch = images((1, spec.size, *data.image_shape), np.uint8)
+    return Window({"images": batch, "labels": images((1, spec.size), np.int32)})
+
+
+def first_spec(spec: BatchSpec) -> PartitionSpec:
+    """How `first_window` lies on the devices: each has it whole, for the classes it holds."""
+    return PartitionSpec(None, CLASS_AXIS if spec.kind == "per_class" else None)
+
+
+def window_spec(spec: BatchSpec) -> PartitionSpec:
+    """How a `Window` lies on the devices: as the program wants its batches."""
+    if spec.kind == "per_class":
+        return PartitionSpec(None, CLASS_AXIS, DATA_AXIS)
+    return PartitionSpec(None, (CLASS_AXIS, DATA_AXIS))
+
+
+def first_window(spec: BatchSpec, data: Stream, key: PRNGKeyArray, mesh: Mesh) -> Window:
+    """The batch that a method starts from, for this key."""
+    source = _Source(spec, data, NamedSharding(mesh, first_spec(spec)))
+    return source.window([source.read(_on_host(key))], 1)
+
+
+class Windows(NamedTuple):
+    """Gives windows of the number of steps asked for; see `windows`."""
+
+    source: "_Source"
+    batches: Iterator
+    size: int
+
+    def take(self, count: int) -> Window:
+        """The batches of the next `count` steps, on the devices."""
+        return self.source.window([next(self.batches) for _ in range(count)], self.size)
+
+
+def windows(
+    spec: BatchSpec, data: Stream, key: PRNGKeyArray, first: int, steps: int, size: int, mesh: Mesh
+) -> Windows:
+    """The batches of the steps from `first` to `steps`, in windows of up to `size`.
+
+    Args:
+        spec: What a step wants.
+        data: Where it is drawn from.
+        key: The root key of the run, of which the key of a step is folded.
+        first: Steps done.
+        steps: Length of the run.
+        size: Steps in a window; a shorter one is filled up with its last batch.
+        mesh: The devices.
+    """
+    source, host = _Source(spec, data, NamedSharding(mesh, window_spec(spec))), _on_host(key)
+
+    def read(step):
+        return source.read(jax.random.split(jax.random.fold_in(host, step))[0])
+
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * size)
+    batches = grain.MapDataset.range(first, steps).map(read).to_iter_dataset(options)
+    return Windows(source, iter(batches), size)
+
+
+class _Source(NamedTuple):
+    """Reads the images that this process's devices hold, and no others."""
+
+    spec: BatchSpec
+    data: Stream
+    sharding: NamedSharding
+
+    def read(self, key: PRNGKeyArray) -> tuple[np.ndarray, np.ndarray]:
+        """The labels of a batch, and this process's block of its images."""
+        labels, columns = _choose(self.spec, self.data.counts, self.data.table.shape[1], key)
+        labels, columns = np.asarray(labels), np.asarray(columns)
+        chosen = self.data.table[labels, columns]
+        return labels, self.data.images[chosen[self._block(chosen.shape)]]
+
+    def window(self, steps: list[tuple[np.ndarray, np.ndarray]], size: int) -> Window:
+        """Uploads the batches of some steps, the last one repeated up to `size`."""
+        steps = [*steps, *[steps[-1]] * (size - len(steps))]
+        labels, images = (np.stack(x) for x in zip(*steps, strict=True))
+        # The block begins where this process's part does.
+        start = (0, *(s.start for s in self._block(labels.shape[1:])), 0, 0, 0)
+        shape = (*labels.shape, *self.data.image_shape)
+
+        def own(index):
+            spans = (s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+            return images[
+                tuple(slice(a - o, b - o) for (a, b), o in zip(spans, start, strict=True))
+            ]
+
+        batches = jax.make_array_from_callback(shape, self.sharding, own)
+        if self.spec.kind == "per_class":
+            return Window(batches)
+        labels = jax.make_array_from_callback(labels.shape, self.sharding, lambda i: labels[i])
+        return Window({"images": batches, "labels": labels})
+
+    def _block(self, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """The smallest block of the chosen images of a batch that holds all of this process."""
+        parts = self.sharding.addressable_devices_indices_map((1, *shape)).values()
+        spans = (
+            [s.indices(n)[:2] for s in axis]
+            for axis, n in zip(list(zip(*parts, strict=True))[1:], shape, strict=True)
+        )
+        return tuple(slice(min(a for a, _ in x), max(b for _, b in x)) for x in spans)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _choose(spec, counts, columns, key):
+    return device.choose(spec, counts, columns, key)
+
+
+def _on_host(key: PRNGKeyArray) -> PRNGKeyArray:
+    """The key on the host's own device, which is free while the others compute."""
+    data = np.asarray(jax.device_get(jax.random.key_data(key)))
+    try:
+        place = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        place = None
+    return jax.device_put(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)), place)
