@@ -13,9 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
 
 from jaxdistill.data.augment import augment
+
+# Launches of a training, between which its progress is seen and it can be stopped.
+_BLOCKS = 20
 
 
 class Protocol(NamedTuple):
@@ -58,18 +62,51 @@ def optimizer(protocol: Protocol) -> optax.GradientTransformation:
     )
 
 
+class _Carry(NamedTuple):
+    """What changes while networks are trained; every leaf has a leading axis of networks."""
+
+    params: Any
+    momentum: Any
+
+
+_SEED_AXIS = "seed"
+
+
 @functools.partial(
-    jax.jit, static_argnames=("network", "protocol", "prepare", "steps", "chunk", "batch")
+    jax.jit,
+    static_argnames=("network", "protocol", "prepare", "chunk", "mesh"),
+    donate_argnames="carry",
 )
-def _train_stage(
-    params, images, targets, key, rate, *, network, protocol, prepare, steps, batch, chunk
+def _train_block(
+    carry, keys, images, targets, rate, first, count, *, network, protocol, prepare, chunk, mesh
 ):
-    """`steps` optimiser steps at one rate from fresh momentum; one program."""
+    """`count` optimiser steps from the `first` of a stage, of all networks; one program."""
+    steps = functools.partial(
+        _train_steps, network=network, protocol=protocol, prepare=prepare, chunk=chunk
+    )
+
+    def local(carry, keys, *args):
+        if keys.shape[0] == 1:  # A mapped convolution is another one, and slow on a CPU.
+            one = jax.tree.map(lambda x: x[0], (carry, keys))
+            return jax.tree.map(lambda x: x[None], steps(*one, *args))
+        return jax.vmap(lambda carry, key: steps(carry, key, *args))(carry, keys)
+
+    own, whole = PartitionSpec(_SEED_AXIS), PartitionSpec()
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(own, own) + (whole,) * 5, out_specs=own, check_vma=False
+    )(carry, keys, images, targets, rate, first, count)
+
+
+def _train_steps(
+    carry, key, images, targets, rate, first, count, *, network, protocol, prepare, chunk
+):
+    """`count` optimiser steps of one network."""
     n = images.shape[0]
+    batch = min(protocol.batch, n)
     tx = optimizer(protocol)
     per_epoch = -(-n // batch)
 
-    def step(carry, i):
+    def step(i, carry):
         params, opt = carry
         epoch, position = i // per_epoch, i % per_epoch
         k_epoch = jax.random.fold_in(key, epoch)
@@ -92,11 +129,9 @@ def _train_stage(
 
         grads = _accumulate(jax.grad(loss), params, (x, y, weight), chunk)
         updates, opt = tx.update(grads, opt, params)
-        params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
-        return (params, opt), None
+        return _Carry(jax.tree.map(lambda p, u: p - rate * u, params, updates), opt)
 
-    (params, _), _ = lax.scan(step, (params, tx.init(params)), jnp.arange(steps))
-    return params
+    return lax.fori_loop(first, first + count, step, carry)
 
 
 def _accumulate(grad: Callable, params: Any, batch: tuple, chunk: int) -> Any:
@@ -118,8 +153,25 @@ def _accumulate(grad: Callable, params: Any, batch: tuple, chunk: int) -> Any:
     return total
 
 
-def train(
-    key: PRNGKeyArray,
+def together() -> int:
+    """How many networks `train_many` should be given: as many as train in the time of one.
+
+    One for each device. An accelerator takes several at once, for the networks are small.
+    """
+    per_device = 1 if jax.default_backend() == "cpu" else 8
+    return per_device * jax.local_device_count()
+
+
+def train(key: PRNGKeyArray, *args: Any, params: Any = None, **options: Any) -> Any:
+    """`train_many` of one network: no leading axis in the key, the parameters and the result."""
+    if params is not None:
+        params = jax.tree.map(lambda x: jnp.asarray(x)[None], params)
+    trained = train_many(key[None], *args, params=params, **options)
+    return jax.tree.map(lambda x: x[0], trained)
+
+
+def train_many(
+    keys: Key[Array, " seeds"],
     network: Network,
     images: Array,
     targets: Float[Array, "n classes"],
@@ -128,42 +180,68 @@ def train(
     protocol: Protocol,
     chunk: int = 256,
     params: Any = None,
+    on_block: Callable[[float], None] | None = None,
 ) -> Any:
-    """Trains a fresh network (or `params`) and returns its parameters after the last epoch.
+    """Trains fresh networks (or `params`) and returns their parameters after the last epoch.
+
+    The networks are dealt to this process's devices; a device trains its own at the same time.
 
     Args:
-        key: Source of the initialisation, the order and the augmentation.
+        keys: For each network, the source of its initialisation, order and augmentation.
         network: What to train.
         images: uint8, or float32 in [0, 1], (n, H, W, C).
         targets: One-hot or soft labels.
         prepare: Images to normalised images.
         protocol: How.
         chunk: Images in one pass; gradients of a batch are accumulated over passes.
-        params: Initial parameters, instead of `network.init(key)`.
+        params: Initial parameters with a leading axis of networks, instead of `network.init`.
+        on_block: Called now and then with the fraction done; it may raise to stop.
+
+    Returns:
+        Parameters on the host's default device, with a leading axis of networks.
     """
-    k_init, k_train = jax.random.split(key)
+    count = keys.shape[0]
+    devices = jax.local_devices()[:count]
+    # Equal shares: some networks are trained twice rather than none.
+    padded = jnp.arange(-(-count // len(devices)) * len(devices)) % count
+    split = jax.vmap(jax.random.split)(keys[padded])
+    k_init, k_train = split[:, 0], split[:, 1]
     if params is None:
-        params = jax.jit(network.init)(k_init)
-    n = images.shape[0]
-    batch = min(protocol.batch, n)
-    per_epoch = -(-n // batch)
+        params = jax.jit(lambda keys: lax.map(network.init, keys))(k_init)
+    else:
+        params = jax.tree.map(lambda x: jnp.asarray(x)[padded], params)
+    mesh = Mesh(np.array(devices), (_SEED_AXIS,))
+    own = NamedSharding(mesh, PartitionSpec(_SEED_AXIS))
+    images, targets = jax.device_put((images, targets), NamedSharding(mesh, PartitionSpec()))
+    options = {"network": network, "protocol": protocol, "prepare": prepare, "chunk": chunk}
+
+    per_epoch = -(-images.shape[0] // min(protocol.batch, images.shape[0]))
     edges = [0, *(int(protocol.epochs * f) for f in protocol.decay_at), protocol.epochs]
-    for stage, (first, last) in enumerate(itertools.pairwise(edges)):
-        if last > first:
-            params = _train_stage(
-                params,
+    total = protocol.epochs * per_epoch
+    block = -(-total // _BLOCKS)
+    for stage, epochs in enumerate(itertools.pairwise(edges)):
+        begin, end = (epoch * per_epoch for epoch in epochs)
+        keys_stage = jax.vmap(lambda k, stage=stage: jax.random.fold_in(k, stage))(k_train)
+        # Fresh momentum in each stage.
+        carry = _Carry(params, jax.vmap(optimizer(protocol).init)(params))
+        carry, keys_stage = jax.device_put((carry, keys_stage), own)
+        for first in range(0, end - begin, block):
+            carry = _train_block(
+                carry,
+                keys_stage,
                 images,
                 targets,
-                jax.random.fold_in(k_train, stage),
-                protocol.rate * 0.1**stage,
-                network=network,
-                protocol=protocol,
-                prepare=prepare,
-                steps=(last - first) * per_epoch,
-                batch=batch,
-                chunk=chunk,
+                jnp.float32(protocol.rate * 0.1**stage),
+                jnp.int32(first),
+                jnp.int32(min(block, end - begin - first)),
+                mesh=mesh,
+                **options,
             )
-    return params
+            if on_block is not None:
+                jax.block_until_ready(carry)
+                on_block(min(begin + first + block, end) / total)
+        params = carry.params
+    return jax.tree.map(lambda x: x[:count], jax.device_put(params, devices[0]))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "prepare", "chunk"))

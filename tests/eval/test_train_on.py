@@ -10,7 +10,7 @@ from jaxdistill.data.sources import load
 from jaxdistill.errors import InputError
 from jaxdistill.eval import results
 from jaxdistill.eval.results import Cell
-from jaxdistill.eval.train_on import Network, Protocol, accuracy, one_hot, train
+from jaxdistill.eval.train_on import Network, Protocol, accuracy, one_hot, train, train_many
 
 CLASSES, SIDE = 4, 4
 PLAIN = Protocol(epochs=8, batch=16, rate=0.3, weight_decay=0.1, strategy="none")
@@ -124,6 +124,32 @@ def test_the_key_decides_the_training():
     a, b, c = (fit(images, targets, protocol, seed)["w"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, b)
     assert jnp.abs(a - c).max() > 0.05
+
+
+@pytest.mark.parametrize("count", [3, 11])  # fewer and more than there are devices
+def test_networks_trained_together_are_those_trained_alone(count):
+    images, targets = some_data(10)
+    protocol = PLAIN._replace(batch=7, strategy="color_flip")
+    keys = jax.vmap(jax.random.key)(jnp.arange(count))
+    options = {"prepare": PREPARE, "protocol": protocol}
+    many = train_many(keys, LINEAR, images, targets, **options)
+    for i in range(count):
+        one = fit(images, targets, protocol, seed=i)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, atol=1e-5), many, one)
+
+
+def test_the_fraction_done_is_told_and_training_can_be_stopped():
+    images, targets = some_data(10)
+    told = []
+    fit(images, targets, PLAIN._replace(epochs=50, batch=4), on_block=told.append)
+    assert told == sorted(told) and told[-1] == 1 and 15 <= len(told) <= 30
+
+    def stop(fraction):
+        if fraction > 0.3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(images, targets, PLAIN, on_block=stop)
 
 
 def test_soft_targets_are_learned_as_they_are():
