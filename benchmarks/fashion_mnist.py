@@ -30,14 +30,17 @@ _ROWS = {
     "k-center": {"method.name": "k_center"},
     "tiled real images (start)": {"method.name": "start"},
     "DM": {"method.name": "dm", "method.rate": "0.1"},
-    "NCFM, Gaussian frequencies": {"method.calibration": "0.0"},
-    "NCFM, learned frequencies": {"method.calibration": "0.0", "method.sampler": "learned"},
+    "NCFM, Gaussian frequencies": {"method.rate": "0.1", "method.calibration": "0.0"},
+    "NCFM, learned frequencies": {
+        "method.rate": "0.1",
+        "method.calibration": "0.0",
+        "method.sampler": "learned",
+    },
     "NCFM, Gaussian, calibration": {"eval.soft_labels": "true"},
     "NCFM, Gaussian, calibration, fine-tuning": {"method.finetune_rate": "0.001"},
     # Five times the budget of the rows above.
-    "NCFM, Gaussian, calibration, long": {"run.steps": "2000"},
+    "NCFM, Gaussian, calibration, long": {"run.steps": "2000", "eval.soft_labels": "true"},
 }
-
 _DM = {"method.name": "dm"}
 _PLAIN = {"method.calibration": "0.0"}
 _LEARNED = {"method.calibration": "0.0", "method.sampler": "learned"}

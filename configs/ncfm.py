@@ -28,7 +28,7 @@ from jaxdistill.config import parse_argument
 _DATA = {
     "digits": {"depth": 2, "factor": 1, "strategy": "color_crop_cutout_scale_rotate"},
     "mnist": {"strategy": "color_crop_cutout_scale_rotate", "rate": 0.2},
-    "fashion_mnist": {"rate": 0.2, "calibration": 30.0},
+    "fashion_mnist": {"rate": 0.2, "calibration": 10.0},
     "cifar10": {},
     "cifar100": {},
     "tiny_imagenet": {"image_size": 64, "depth": 4},
@@ -105,7 +105,7 @@ def get_config(argument=None):
     config.method.freq_scale = 2.0
     config.method.sampler_rate = 3e-4
     config.method.sampler_clip = 1.0
-    config.method.freq_spread = 4.0  # a learned scale stays within freq_scale / and * this
+    config.method.freq_spread = 1.5  # a learned scale stays within freq_scale / and * this
     config.method.objective = "ratio"  # or gap, excess
     config.method.ascent_steps = 1
     config.method.warmup = 100

@@ -97,6 +97,11 @@ def _train_block(
     )(carry, keys, images, targets, rate, first, count)
 
 
+@functools.partial(jax.jit, static_argnames="network")
+def _initial(keys, *, network):
+    return lax.map(network.init, keys)
+
+
 def _train_steps(
     carry, key, images, targets, rate, first, count, *, network, protocol, prepare, chunk
 ):
@@ -207,7 +212,7 @@ def train_many(
     split = jax.vmap(jax.random.split)(keys[padded])
     k_init, k_train = split[:, 0], split[:, 1]
     if params is None:
-        params = jax.jit(lambda keys: lax.map(network.init, keys))(k_init)
+        params = _initial(k_init, network=network)
     else:
         params = jax.tree.map(lambda x: jnp.asarray(x)[padded], params)
     mesh = Mesh(np.array(devices), (_SEED_AXIS,))
