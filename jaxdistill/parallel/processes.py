@@ -1,0 +1,58 @@
+"""Several processes as one run: joining them, dealing work, waiting for each other."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import multihost_utils
+
+from jaxdistill.errors import InputError
+
+
+def join(spec: str) -> None:
+    """Makes this process one of several. To be called before JAX is used.
+
+    Args:
+        spec: `auto` where JAX finds the others itself (SLURM, TPU pods, MPI, Kubernetes), else
+            `ADDRESS,PROCESSES,INDEX`: the `host:port` of the first, their number, and which of
+            them this is, from 0.
+
+    Raises:
+        InputError: If the text is neither, or the others cannot be reached.
+    """
+    options = {}
+    if spec != "auto":
+        address, *numbers = spec.split(",")
+        if len(numbers) != 2 or not all(n.isdecimal() for n in numbers) or ":" not in address:
+            raise InputError(
+                f"--distributed={spec!r}: give auto, or HOST:PORT,PROCESSES,INDEX such as"
+                " 10.0.0.1:9876,4,0"
+            )
+        count, index = (int(n) for n in numbers)
+        if index >= count:
+            raise InputError(f"--distributed={spec!r}: the index is counted from 0 to {count - 1}")
+        options = dict(coordinator_address=address, num_processes=count, process_id=index)
+    try:
+        jax.distributed.initialize(**options)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"the processes of this run cannot be joined: {reason}") from error
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def mine(tasks: Sequence) -> Sequence:
+    """This process's share of tasks that need no other device; all of them if it is alone."""
+    return tasks[jax.process_index() :: jax.process_count()]
+
+
+def wait(name: str) -> None:
+    """Waits until every process is here.
+
+    Args:
+        name: Of the place; all must give the same.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
