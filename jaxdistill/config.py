@@ -119,16 +119,19 @@ def _is_optional(node: ml_collections.ConfigDict, name: str) -> bool:
 
 
 def _fits(value: Any, kind: type, *, optional: bool) -> bool:
-    """What ConfigDict lets pass and no setting means: None, booleans as numbers, huge integers."""
+    """Refuses what ConfigDict lets pass and no setting means.
+
+    That is None, booleans as numbers, numbers that no array holds, and nested containers.
+    """
     if value is None:
         return optional
     if isinstance(value, tuple | list):
         return all(
-            type(x) in (str, bool, int, float) and _fits(x, type(x), optional=False) for x in value
+            _fits(x, type(x), optional=False) and not isinstance(x, tuple | list) for x in value
         )
     if isinstance(value, bool):
-        return kind not in (int, float)
-    return not isinstance(value, int) or abs(value) <= _LARGEST
+        return kind is not int and kind is not float
+    return isinstance(value, str | float) or (isinstance(value, int) and abs(value) <= _LARGEST)
 
 
 def parse_argument(argument: str | None, words: tuple[str, ...] = (), **defaults: Any) -> dict:

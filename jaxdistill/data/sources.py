@@ -11,6 +11,8 @@ import importlib.util
 import math
 import os
 import struct
+import sys
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Iterable, Sequence
@@ -192,6 +194,10 @@ def from_arrays(
     names = tuple(map(str, range(count) if class_names is None else class_names))
     if len(names) != count:
         raise InputError(f"{len(names)} class names for {count} classes; give one per class")
+    for label in names:
+        # A lone surrogate, as in a folder whose name is not UTF-8, cannot be written to the card.
+        if {unicodedata.category(letter) for letter in label} & {"Cc", "Cs"}:
+            raise InputError(f"class name {_shown(label)} is not plain text; rename it")
     mean, std = _statistics(train.images)
     return Dataset(name, train, test, names, mean, std)
 
@@ -297,7 +303,7 @@ def _read(name: StrPath, data_dir: Path | None, image_size: int | None) -> Datas
     if name == "tiny_imagenet":
         return _read_tiny_imagenet(data_dir, image_size)
     path = _expand(name)
-    if "\0" in str(path):
+    if any(ord(letter) < 32 for letter in str(path)):
         raise InputError(f"no data set is called {_shown(name)}; check the name")
     if path.suffix == ".npz":
         return _read_npz(path)
@@ -434,11 +440,16 @@ def _read_npz(path: Path) -> Dataset:
     names = arrays.pop("class_names", None)
     if names is not None and (names.dtype.kind != "U" or names.ndim != 1):
         raise InputError(f"class_names in {path} must be a one-dimensional array of strings")
-    try:
-        class_names = None if names is None else names.tolist()
-    except ValueError as error:
-        raise InputError(f"class_names in {path} are no text: {_one_line(error)}") from error
-    return from_arrays(*(arrays[key] for key in keys), name=path.stem, class_names=class_names)
+    # NumPy holds numbers that are no characters, and Python breaks on them.
+    if names is not None and names.size:
+        codes = names.view(np.dtype(np.uint32).newbyteorder(names.dtype.byteorder))
+        if codes.max() > sys.maxunicode:
+            raise InputError(f"class_names in {path} are not text")
+    return from_arrays(
+        *(arrays[key] for key in keys),
+        name=path.stem,
+        class_names=None if names is None else names.tolist(),
+    )
 
 
 # --- image files ----------------------------------------------------------------------------------
