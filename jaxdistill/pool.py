@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from jaxdistill.data.sources import Dataset
 from jaxdistill.errors import InputError
 from jaxdistill.eval import train_on
+from jaxdistill.io import npz
 from jaxdistill.io.files import write_files
 from jaxdistill.io.writers import Progress
 
@@ -79,12 +80,20 @@ def _write(path: Path, member: PyTree) -> None:
 
 
 def _read(path: Path, shapes: PyTree) -> PyTree:
+    wanted = flax.traverse_util.flatten_dict(shapes, sep="/")
+
+    def check(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        if (shape, dtype) != (wanted[name].shape, wanted[name].dtype):
+            raise InputError(
+                f"{name} is {dtype} of shape {shape}, not {wanted[name].dtype} of shape "
+                f"{wanted[name].shape}"
+            )
+
     try:
-        with np.load(path, allow_pickle=False) as file:
-            flat = {name: file[name] for name in file.files}
-        member = flax.traverse_util.unflatten_dict(flat, sep="/")
-        if not jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape, member, shapes)):
-            raise ValueError("its arrays have other shapes")
-    except Exception as error:  # zipfile and NumPy raise many kinds on damaged files
+        flat = npz.read(path, list(wanted), check=check)
+        for name, array in flat.items():
+            if not np.isfinite(array).all():
+                raise InputError(f"{name} holds values that are not finite")
+    except InputError as error:
         raise InputError(f"{path} is not a network of this run ({error}); delete it") from error
-    return member
+    return flax.traverse_util.unflatten_dict(flat, sep="/")

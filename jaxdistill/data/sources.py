@@ -11,8 +11,9 @@ import importlib.util
 import math
 import os
 import struct
+import sys
+import unicodedata
 import warnings
-import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from jaxtyping import Int, Int32
 from PIL import Image
 
 from jaxdistill.errors import InputError
+from jaxdistill.io import npz
 
 DIGITS_TRAIN_ROWS = 1437
 MAX_PIXELS = 64_000_000
@@ -128,17 +130,21 @@ def load(
     for key, value in (("image_size", image_size), ("pad_to", pad_to)):
         if value is not None and value < 1:
             raise InputError(f"data.{key} must be at least 1, not {value}")
-    dataset = _read(name, None if data_dir is None else Path(data_dir).expanduser(), image_size)
-    if image_size is not None and dataset.image_shape[:2] != (image_size, image_size):
-        dataset = from_arrays(
-            _resize_all(dataset.train.images, image_size),
-            dataset.train.labels,
-            _resize_all(dataset.test.images, image_size),
-            dataset.test.labels,
-            name=dataset.name,
-            class_names=dataset.class_names,
-        )
-    return dataset if pad_to is None else pad(dataset, pad_to)
+    try:
+        dataset = _read(name, None if data_dir is None else _expand(data_dir), image_size)
+        if image_size is not None and dataset.image_shape[:2] != (image_size, image_size):
+            dataset = from_arrays(
+                _resize_all(dataset.train.images, image_size),
+                dataset.train.labels,
+                _resize_all(dataset.test.images, image_size),
+                dataset.test.labels,
+                name=dataset.name,
+                class_names=dataset.class_names,
+            )
+        return dataset if pad_to is None else pad(dataset, pad_to)
+    # Folders that may not be listed, names no file system takes, more than fits.
+    except (OSError, MemoryError) as error:
+        raise InputError(f"cannot read data set {_shown(name)}: {_one_line(error)}") from error
 
 
 def from_arrays(
@@ -188,6 +194,10 @@ def from_arrays(
     names = tuple(map(str, range(count) if class_names is None else class_names))
     if len(names) != count:
         raise InputError(f"{len(names)} class names for {count} classes; give one per class")
+    for label in names:
+        # A lone surrogate, as in a folder whose name is not UTF-8, cannot be written to the card.
+        if {unicodedata.category(letter) for letter in label} & {"Cc", "Cs"}:
+            raise InputError(f"class name {_shown(label)} is not plain text; rename it")
     mean, std = _statistics(train.images)
     return Dataset(name, train, test, names, mean, std)
 
@@ -292,7 +302,9 @@ def _read(name: StrPath, data_dir: Path | None, image_size: int | None) -> Datas
         return _read_fashion_mnist(data_dir, image_size)
     if name == "tiny_imagenet":
         return _read_tiny_imagenet(data_dir, image_size)
-    path = Path(name).expanduser()
+    path = _expand(name)
+    if any(ord(letter) < 32 for letter in str(path)):
+        raise InputError(f"no data set is called {_shown(name)}; check the name")
     if path.suffix == ".npz":
         return _read_npz(path)
     if isinstance(name, str):
@@ -301,6 +313,13 @@ def _read(name: StrPath, data_dir: Path | None, image_size: int | None) -> Datas
         if bare or (not path.exists() and _is_tfds_builtin(name.split("/")[0])):
             return _read_tfds(name, data_dir, image_size)
     return _read_folder(path, image_size)
+
+
+def _expand(path: StrPath) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # ~ of a user that there is not
+        raise InputError(f"no such folder: {_shown(path)}; {_one_line(error)}") from error
 
 
 def _read_digits() -> Dataset:
@@ -386,6 +405,13 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
                 )
             shape = struct.unpack(f">{ndim}I", header[4:])
             expected = math.prod(shape)
+            if expected == 0:
+                raise InputError(f"{path} is empty: its header announces the shape {shape}")
+            if opener is gzip.open and expected > npz.inflation_limit(path.stat().st_size):
+                raise InputError(
+                    f"{path} announces {expected} bytes (shape {shape}), more than a file of its "
+                    "size can hold; download it again"
+                )
             # Grown by what is there, never allocated by what the header claims.
             while len(body) <= expected and (chunk := file.read(_READ_CHUNK)):
                 body += chunk
@@ -408,32 +434,21 @@ def _read_npz(path: Path) -> Dataset:
     if not path.is_file():
         raise InputError(f"no such file: {path}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in keys if key not in archive.files]
-            if missing:
-                raise InputError(
-                    f"{path} lacks {', '.join(missing)}; it holds {', '.join(archive.files)}"
-                )
-            arrays = [archive[key] for key in keys]
-            names = archive["class_names"] if "class_names" in archive.files else None
-    except InputError:
-        raise
-    # A file that is a bare .npy array has neither `files` nor `with`: AttributeError, TypeError.
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        MemoryError,
-        AttributeError,
-        TypeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise InputError(f"cannot read {path} as an .npz: {_one_line(error)}") from error
+        arrays = npz.read(path, keys, optional=("class_names",))
+    except InputError as error:
+        raise InputError(f"cannot read {path} as an .npz of a data set: {error}") from error
+    names = arrays.pop("class_names", None)
     if names is not None and (names.dtype.kind != "U" or names.ndim != 1):
         raise InputError(f"class_names in {path} must be a one-dimensional array of strings")
+    # NumPy holds numbers that are no characters, and Python breaks on them.
+    if names is not None and names.size:
+        codes = names.view(np.dtype(np.uint32).newbyteorder(names.dtype.byteorder))
+        if codes.max() > sys.maxunicode:
+            raise InputError(f"class_names in {path} are not text")
     return from_arrays(
-        *arrays, name=path.stem, class_names=None if names is None else names.tolist()
+        *(arrays[key] for key in keys),
+        name=path.stem,
+        class_names=None if names is None else names.tolist(),
     )
 
 
@@ -551,7 +566,7 @@ def _from_files(
 ) -> Dataset:
     # Every header is read before anything is decoded: a mistake in the last file costs no wait,
     # and an image that claims to be enormous is never unpacked.
-    grey, first = True, None
+    grey, first, pixels, size = True, None, 0, 0
     for path, _ in (*train, *test):
         with _open_image(path) as image:
             width, height = image.size
@@ -563,6 +578,13 @@ def _from_files(
         first = first or (path, height, width)
         if image_size is None and (height, width) != first[1:]:
             raise _unequal(first[0], first[1:], path, (height, width))
+        pixels, size = pixels + height * width, size + path.stat().st_size
+    # As single files, so all of them together: blank images are a thousand times their files.
+    if image_size is None and pixels * (1 if grey else 3) > npz.inflation_limit(size):
+        raise InputError(
+            f"the images of {name} are {pixels // 10**6} megapixels in {size} bytes of files; "
+            "set data.image_size to shrink them"
+        )
 
     def decoded(files: list[_Labelled]) -> np.ndarray:
         return _stack(
@@ -583,7 +605,7 @@ def _open_image(path: Path) -> Image.Image:
             return Image.open(path, formats=("PNG", "JPEG"))
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise _too_large(path) from error
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # the decoders raise many kinds on damaged files
             raise InputError(
                 f"{path} is not a readable png or jpeg; remove or replace it"
             ) from error
@@ -593,7 +615,7 @@ def _decode(path: Path, mode: str, image_size: int | None) -> np.ndarray:
     with _open_image(path) as image:
         try:
             converted = image.convert(mode)
-        except (OSError, SyntaxError, ValueError, zlib.error) as error:
+        except Exception as error:
             raise InputError(
                 f"cannot decode {path}: {_one_line(error)}; remove or replace it"
             ) from error
@@ -698,8 +720,13 @@ def _read_tfds_split(
     def images() -> Iterable[np.ndarray]:
         shape = None
         for index in range(len(source)):
-            example = source[index]
-            labels[index] = example["label"]
+            try:
+                example = source[index]
+                labels[index] = example["label"]
+            except Exception as error:  # of the record reader and of the image decoder
+                raise InputError(
+                    f"cannot read {name} {split}[{index}]: {_one_line(error)}; prepare it again"
+                ) from error
             image = np.asarray(example["image"])
             if image.ndim == 2:
                 image = image[..., None]
@@ -808,6 +835,10 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
 
 def _size(image: np.ndarray) -> str:
     return "x".join(map(str, image.shape))
+
+
+def _shown(name: StrPath) -> str:
+    return repr(str(name)[:200])
 
 
 def _one_line(error: BaseException) -> str:

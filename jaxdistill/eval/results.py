@@ -1,6 +1,7 @@
 """Records of measured accuracies, and the table made from them."""
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,20 +36,35 @@ def read(path: Path) -> dict[Cell, dict]:
     Raises:
         InputError: if the file is not of this form.
     """
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
-        records = json.loads(path.read_text())
+        if not path.is_file():
+            raise ValueError("not a file")
+        records = json.loads(path.read_text("utf-8"), parse_constant=_refuse)
         if not isinstance(records, list):
             raise TypeError("not a list")
-        return {
-            Cell(*(record[field] for field in Cell._fields)): {
-                k: v for k, v in record.items() if k not in Cell._fields
-            }
-            for record in records
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return dict(map(_measurement, records))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not a list of results ({error}); delete it") from error
+
+
+def _measurement(record: object) -> tuple[Cell, dict]:
+    """The two halves of a record as `write` makes it, checked as far as `table` relies on it."""
+    if not isinstance(record, dict) or not {*Cell._fields, "accuracy"} <= record.keys():
+        raise TypeError(f"each needs {', '.join(Cell._fields)}, accuracy")
+    rest = dict(record)
+    cell = Cell(*(rest.pop(field) for field in Cell._fields))
+    for name, value in cell._asdict().items():
+        if type(value) is not Cell.__annotations__[name]:
+            raise TypeError(f"{name} is {reprlib.repr(value)}")
+    if type(rest["accuracy"]) not in (int, float) or not 0 <= rest["accuracy"] <= 1:
+        raise TypeError(f"accuracy is {reprlib.repr(rest['accuracy'])}")
+    return cell, rest
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
 
 
 def write(path: Path, measured: Mapping[Cell, dict]) -> None:

@@ -24,16 +24,18 @@ import json
 import math
 import os
 import platform
-import zipfile
+import reprlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Int32, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from jaxdistill.errors import InputError
+from jaxdistill.io import npz
 from jaxdistill.io.files import write_files
 
 FORMAT = "jaxdistill.distilled/1"
@@ -56,6 +58,7 @@ REQUIRED = (
 
 _DTYPES = {"images": "<f4", "labels": "<i4", "soft_labels": "<f4"}
 _RANKS = {"images": 4, "labels": 1, "soft_labels": 2}
+_MAX_CARD = 64 << 20  # bytes; names of many classes and accuracies of many seeds fit
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "jaxdistill")
 
 
@@ -132,16 +135,19 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Distilled
         InputError: when the file is not such an artefact, or not a whole one.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "distilled.npz"
     try:
-        with open(path, "rb") as file:
-            arrays = _read_arrays(file, max_bytes)
+        arrays = npz.read(
+            path,
+            ("images", "labels"),
+            optional=("soft_labels",),
+            check=_check_layout,
+            max_bytes=max_bytes,
+        )
         _check_arrays(arrays)
         card = _read_card(path.with_suffix(".json"), arrays)
-    # Damaged archives raise whatever zipfile, zlib and NumPy's header parser run into; to the
-    # reader they are all the same fact.
-    except Exception as error:
+    except (InputError, OSError) as error:
         raise InputError(
             f"not a jaxdistill artefact: {path}: {_one_line(error)}; expected distilled.npz "
             "with images and labels, as written by jaxdistill"
@@ -174,42 +180,6 @@ def _content_sha256(arrays: dict[str, np.ndarray]) -> str:
             digest.update(f"{key} {array.dtype.str} {sizes}\n".encode())
             digest.update(array.reshape(-1))
     return digest.hexdigest()
-
-
-def _read_arrays(file: BinaryIO, max_bytes: int) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(file) as archive:
-        names = archive.namelist()
-        members = {key: f"{key}.npy" for key in _DTYPES if f"{key}.npy" in names}
-        for key in ("images", "labels"):
-            if key not in members:
-                raise InputError(f"it has no array {key!r}")
-        # Sizes are declared by the archive and again by each array's header. Both are checked
-        # before any memory is taken, and zipfile yields no more than the archive declares.
-        if sum(archive.getinfo(name).file_size for name in members.values()) > max_bytes:
-            raise InputError(f"its arrays take more than {max_bytes} bytes (see max_bytes)")
-        arrays = {}
-        for key, name in members.items():
-            if names.count(name) > 1:
-                raise InputError(f"it has {key!r} twice")
-            with archive.open(name) as member:
-                _check_header(key, member, archive.getinfo(name).file_size)
-            with archive.open(name) as member:
-                arrays[key] = np.lib.format.read_array(member, allow_pickle=False)
-    return arrays
-
-
-def _check_header(key: str, member: zipfile.ZipExtFile, size: int) -> None:
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    version = np.lib.format.read_magic(member)
-    if version not in readers:
-        raise InputError(f"{key} are in version {version} of the npy format, not (1, 0) or (2, 0)")
-    shape, _, dtype = readers[version](member)
-    _check_layout(key, dtype, shape)
-    if math.prod(shape) * dtype.itemsize != size - member.tell():
-        raise InputError(f"{key} of shape {shape} do not fill their {size} bytes")
 
 
 def _check_layout(key: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
@@ -261,8 +231,10 @@ def _plain(value: object) -> object:
 def _read_card(path: Path, arrays: dict[str, np.ndarray]) -> dict:
     if not path.exists():
         return {}
+    if not path.is_file() or path.stat().st_size > _MAX_CARD:
+        raise InputError(f"{path.name} is not a file of at most {_MAX_CARD >> 20} MiB")
     try:
-        card = json.loads(path.read_bytes())
+        card = json.loads(path.read_bytes(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path.name} is not JSON: {_one_line(error)}") from error
     if not isinstance(card, dict):
@@ -274,6 +246,10 @@ def _read_card(path: Path, arrays: dict[str, np.ndarray]) -> dict:
             "interrupted save: save again"
         )
     return card
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
 
 
 def _check_card(card: dict, arrays: dict[str, np.ndarray]) -> None:
@@ -303,7 +279,7 @@ def _check_card(card: dict, arrays: dict[str, np.ndarray]) -> None:
         rules[key] = (type(card[key]) is int and card[key] >= 1, "a whole number above 0")
     for key, (holds, wanted) in rules.items():
         if not holds:
-            raise InputError(f"the card's {key} must be {wanted}, not {str(card[key])[:80]!r}")
+            raise InputError(f"the card's {key} must be {wanted}, not {reprlib.repr(card[key])}")
     if arrays["labels"].max() >= len(names):
         raise InputError(f"labels hold {arrays['labels'].max()} but class_names are {len(names)}")
     if "soft_labels" in arrays and arrays["soft_labels"].shape[1] != len(names):
@@ -317,7 +293,7 @@ def _are_numbers(value: object, count: int) -> bool:
     return (
         isinstance(value, list)
         and len(value) == count
-        and all(type(v) in (int, float) and math.isfinite(v) for v in value)
+        and all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in value)
     )
 
 

@@ -45,6 +45,8 @@ class JsonlWriter:
         path = Path(path)
         try:
             if path.exists():
+                if not path.is_file():  # a pipe would be waited for, for ever
+                    raise InputError(f"cannot write metrics to {path}: it is not a regular file")
                 write_files({path: lambda file: file.writelines(_kept(path, resume_step))})
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         except OSError as error:

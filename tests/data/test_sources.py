@@ -518,6 +518,11 @@ def _signed(path):
         ("t10k-labels-idx1-ubyte", lambda p: p.write_bytes(b""), "is not an IDX file of 1-dim"),
         ("t10k-labels-idx1-ubyte", Path.unlink, r"missing file t10k-labels-idx1-ubyte\[.gz\]"),
         (
+            "t10k-images-idx3-ubyte",
+            lambda p: p.write_bytes(bytes((0, 0, 8, 3)) + struct.pack(">3I", 0, 2**31, 2**31)),
+            "is empty: its header announces",
+        ),
+        (
             "train-labels-idx1-ubyte",
             lambda p: write_idx(p, np.zeros(39)),
             "holds 40 images but train-labels-idx1-ubyte 39 labels",
@@ -546,7 +551,7 @@ def test_bad_npz(few, tmp_path):
     ):
         sources.load(path)
     save_npz(path, few, class_names=np.array([f"{i}" for i in range(10)], object))
-    with pytest.raises(InputError, match=r"cannot read .*allow_pickle=False"):
+    with pytest.raises(InputError, match=r"cannot read .*class_names hold Python objects"):
         sources.load(path)
     save_npz(path, few, class_names=np.arange(10))
     with pytest.raises(
@@ -561,6 +566,65 @@ def test_bad_npz(few, tmp_path):
         np.save(file, few[0])
     with pytest.raises(InputError, match=r"cannot read .*bad\.npz as an \.npz"):
         sources.load(path)
+
+
+def test_small_files_do_not_fill_the_memory(few, tmp_path):
+    write_idx_folder(tmp_path, few, suffix=".gz")
+    header = bytes((0, 0, 8, 3)) + struct.pack(">3I", 2000, 1000, 1000)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(header + bytes(1 << 20))
+    with pytest.raises(InputError, match=r"announces 2000000000 bytes .* more than a file of its"):
+        sources.load(tmp_path)
+
+
+def test_small_pictures_do_not_fill_the_memory_together(few, tmp_path):
+    folder = write_image_folder(tmp_path, few)
+    for path in folder.rglob("*.png"):
+        path.unlink()
+        path.write_bytes(_png_header(8000, 8000))
+    with pytest.raises(InputError, match=r"are 3840 megapixels in \d+ bytes of files; set data.im"):
+        sources.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"name": "a" * 300}, "a{100}"),
+        ({"name": "./" + "a" * 300}, "a{100}"),
+        ({"name": "a" * 300 + ".npz"}, "a{100}"),
+        ({"name": "a\0b"}, r"no data set is called 'a\\x00b'"),
+        ({"name": "./a\nb"}, r"no data set is called './a\\nb'"),
+        ({"name": "~no-such-user/x"}, "no such folder: '~no-such-user/x'"),
+        ({"name": "digits", "pad_to": 10**6}, "cannot read data set 'digits': Unable to allocate"),
+    ],
+)
+def test_names_and_sizes_that_no_system_takes(kwargs, message):
+    with pytest.raises(InputError, match=message) as error:
+        sources.load(**kwargs)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\ud800", os.fsdecode(b"latin\xe9")])
+def test_class_names_that_no_card_can_hold(few, name):
+    names = [name, *"123456789"]
+    with pytest.raises(InputError, match=r"class name '.*' is not plain text; rename it"):
+        sources.from_arrays(*few, name="bad", class_names=names)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_what_is_no_file_is_not_opened(few, tmp_path, kind):
+    make = {"fifo": os.mkfifo, "folder": os.mkdir}[kind]
+    write_image_folder(tmp_path / "images", few)
+    make(tmp_path / "images" / "train" / "class0" / "z.png")
+    assert len(sources.load(tmp_path / "images").train.labels) == 40
+    make(tmp_path / "x.npz")
+    with pytest.raises(InputError, match="no such file"):
+        sources.load(tmp_path / "x.npz")
+    (write_idx_folder(tmp_path / "idx", few) / "t10k-labels-idx1-ubyte").unlink()
+    make(tmp_path / "idx" / "t10k-labels-idx1-ubyte")
+    with pytest.raises(InputError, match="missing file t10k-labels"):
+        sources.load(tmp_path / "idx")
 
 
 def _gif() -> bytes:

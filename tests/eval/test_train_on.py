@@ -1,5 +1,7 @@
 """Training against a plain loop, measuring, and the record of what was measured."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -226,6 +228,14 @@ def test_results_come_back(tmp_path):
         b'{"network": "convnet"}',
         b'[{"network": [], "method": "a", "labels": "hard", "seed": 0, "protocol": "b"}]',
         b"\xff\xfe\x00",
+        b"[" * 100_000,
+        json.dumps([cell()._asdict()]).encode(),
+        json.dumps([cell(seed="0")._asdict() | {"accuracy": 0.5}]).encode(),
+        json.dumps([cell(seed=True)._asdict() | {"accuracy": 0.5}]).encode(),
+        json.dumps([cell(network=3)._asdict() | {"accuracy": 0.5}]).encode(),
+        json.dumps([cell()._asdict() | {"accuracy": "0.5"}]).encode(),
+        json.dumps([cell()._asdict() | {"accuracy": 50}]).encode(),
+        json.dumps([cell()._asdict() | {"accuracy": float("nan")}]).encode(),
     ],
 )
 def test_garbage_is_refused(tmp_path, content):

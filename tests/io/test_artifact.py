@@ -188,6 +188,7 @@ CARD_FAULTS = {
     "soft_labels know 10 classes but class_names are 11": {"class_names": list("0123456789a")},
     "mean must be 1 finite numbers": {"mean": [0.1, 0.2, 0.3]},
     "std must be 1 finite numbers above 0": {"std": [0]},
+    "mean must be 1 finite numbers, not [1000": {"mean": [10**400]},
     "method must be a string": {"method": None},
     "ipc must be a whole number above 0": {"ipc": 0},
     "factor must be a whole number above 0": {"factor": True},
@@ -230,6 +231,8 @@ def test_a_card_without_a_required_field_is_refused(tmp_path, field):
         (b"\xff\xfe\xff", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
         (b"[]", "is not a JSON object"),
+        (b'{"ipc": NaN}', "NaN is no JSON number"),
+        (b'{"ipc": ' + b"9" * 5000 + b"}", "is not JSON"),
     ],
 )
 def test_cards_that_are_no_cards(tmp_path, content, message):
@@ -261,9 +264,9 @@ def test_missing_files(tmp_path):
 
 
 def test_other_peoples_npz(tmp_path):
-    with pytest.raises(InputError, match="no array 'images'"):
+    with pytest.raises(InputError, match="it lacks images, labels; it holds x_train, y_train"):
         load(_with_arrays(tmp_path, x_train=np.zeros((2, 8, 8)), y_train=np.zeros(2)))
-    with pytest.raises(InputError, match="no array 'labels'"):
+    with pytest.raises(InputError, match="it lacks labels; it holds images"):
         load(_with_arrays(tmp_path, images=np.zeros((2, 8, 8, 1), np.float32)))
 
 
@@ -312,6 +315,25 @@ def test_sizes_are_checked_before_memory_is_taken(tmp_path):
     with pytest.raises(InputError, match="take more than 1000000 bytes"):
         load(path, max_bytes=1_000_000)
     assert load(path).images.shape == (1, 1 << 20, 1, 1)
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "distilled.npz")
+    with pytest.raises(InputError, match="it is not a regular file"):
+        load(tmp_path)
+    (tmp_path / "distilled.npz").unlink()
+    save(tmp_path, _digits(1))
+    (tmp_path / "distilled.json").unlink()
+    os.mkfifo(tmp_path / "distilled.json")
+    with pytest.raises(InputError, match=r"distilled\.json is not a file of at most 64 MiB"):
+        load(tmp_path)
+
+
+def test_a_huge_card_is_not_read(tmp_path):
+    save(tmp_path, _digits(1))
+    os.truncate(tmp_path / "distilled.json", 1 << 40)  # sparse
+    with pytest.raises(InputError, match=r"distilled\.json is not a file of at most 64 MiB"):
+        load(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

@@ -138,6 +138,12 @@ def test_unwritable_path(tmp_path):
         JsonlWriter(tmp_path / "nowhere" / "m.jsonl")
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "m.jsonl")
+    with pytest.raises(InputError, match=r"cannot write metrics to .*: it is not a regular file"):
+        JsonlWriter(tmp_path / "m.jsonl", resume_step=1)
+
+
 # --- TensorBoard ----------------------------------------------------------------------------
 
 

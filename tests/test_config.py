@@ -1,0 +1,100 @@
+"""Which programs are configs, and what a flag may set."""
+
+import pytest
+
+from jaxdistill import config as configs
+from jaxdistill.errors import InputError
+
+PROGRAMS = {
+    "is not a Python program": "def get_config(:",
+    "is not a Python program: ": "x = '\0'",
+    "defines no get_config": "x = 1",
+    "returns dict, not a ConfigDict": "def get_config(argument):\n    return {}",
+}
+
+
+@pytest.mark.parametrize("message", PROGRAMS)
+def test_programs_that_are_no_configs(tmp_path, message):
+    path = tmp_path / "mine.py"
+    path.write_text(PROGRAMS[message])
+    with pytest.raises(InputError, match=message) as error:
+        configs.load(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["README.md", "a" * 300, "a\0b", "", ".", "/dev/null", "x\ny"])
+def test_what_is_no_program_is_not_run(name):
+    with pytest.raises(InputError, match=r"no config '.*': give a path to a \.py file") as error:
+        configs.load(name)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_a_config_of_ones_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import ml_collections\n"
+        "def get_config(argument):\n"
+        "    return ml_collections.ConfigDict({'argument': argument})\n"
+    )
+    assert configs.resolve(f"{path}:a:b=c") == f"{path}:a:b=c"
+    assert configs.load(f"{path}:a:b=c").argument == "a:b=c"
+    assert configs.load(str(path)).argument is None
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("seed", "None"),
+        ("seed", "true"),
+        ("seed", "1.0"),
+        ("seed", "9" * 30),
+        ("method.rate", "None"),
+        ("method.rate", "True"),
+        ("method.rate", "{[]: 1}"),
+        ("method.rate", "-" * 5000 + "1"),
+        ("method.rate", "__import__('os').getpid()"),
+        ("eval.soft_labels", "1"),
+        ("eval.baselines", "random"),
+        ("eval.baselines", "None"),
+        ("eval.baselines", "(('random',),)"),
+        ("eval.baselines", "('random', None)"),
+        ("eval.baselines", "{'random': 1}"),
+    ],
+)
+def test_values_of_another_type_change_nothing(path, text):
+    config = configs.load("ncfm")
+    with pytest.raises(InputError, match=rf"config\.{path}=.* must be of type") as error:
+        configs.override(config, path, text)
+    assert len(str(error.value)) < 250
+    assert config == configs.load("ncfm")
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("seed", "7", 7),
+        ("method.rate", "1", 1.0),
+        ("method.rate", "3e-4", 3e-4),
+        ("eval.soft_labels", "true", True),
+        ("eval.baselines", "['random']", ("random",)),
+        ("eval.baselines", "()", ()),
+        ("data.image_size", "64", 64),
+        ("data.image_size", "None", None),
+        ("data.name", "None", "None"),
+        ("pool.dir", "/somewhere", "/somewhere"),
+    ],
+)
+def test_values_that_fit(path, text, value):
+    config = configs.load("ncfm:dataset=tiny_imagenet")
+    configs.override(config, path, text)
+    group, _, name = path.rpartition(".")
+    found = config[group][name] if group else config[name]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("argument", ["ipc=" + "9" * 30, "ipc=" + "9" * 5000, "seed=1e3"])
+def test_arguments_that_are_no_numbers_here(argument):
+    with pytest.raises(InputError, match=r"config argument .* must be of type int") as error:
+        configs.load(f"ncfm:{argument}")
+    assert len(str(error.value)) < 250
