@@ -13,7 +13,7 @@ from jaxdistill.data.device import resident
 from jaxdistill.data.sources import Split
 from jaxdistill.errors import InputError
 from jaxdistill.method import CLASS_AXIS, BatchSpec, Method
-from jaxdistill.parallel.mesh import make_mesh
+from jaxdistill.parallel.mesh import fully_sharded, make_mesh
 
 CLASSES, SIDE, FEATURES, FREQS = 8, 8, 12, 32
 
@@ -207,6 +207,44 @@ def test_the_batch_of_a_program_on_whole_arrays_is_split():
     probe = Method(lambda *_: jnp.float32(0), step, lambda s: s, BatchSpec("uniform", 16))
     run_on(8, "jit", probe, toy_data()[0], (), 1)
     assert layouts[-1].shard_shape((16, SIDE, SIDE, 1)) == (2, SIDE, SIDE, 1)
+
+
+def test_a_network_split_over_the_devices_learns_the_same():
+    tx = optax.adam(1e-2)
+
+    def init(key, frozen, batch):
+        k_in, k_out = jax.random.split(key)
+        params = {
+            "in": jax.random.normal(k_in, (SIDE * SIDE, 128)) / SIDE,
+            "out": jax.random.normal(k_out, (128, CLASSES)) / 12,
+            "bias": jnp.zeros(CLASSES),
+        }
+        return {"params": params, "opt": tx.init(params)}
+
+    def step(state, frozen, batch, key):
+        x = batch["images"].reshape(-1, SIDE * SIDE).astype(jnp.float32) / 255
+
+        def loss(params):
+            out = jnp.tanh(x @ params["in"]) @ params["out"] + params["bias"]
+            return optax.softmax_cross_entropy_with_integer_labels(out, batch["labels"]).mean()
+
+        value, grads = jax.value_and_grad(loss)(state["params"])
+        updates, opt = tx.update(grads, state["opt"])
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "opt": opt}, {"loss": value}
+
+    def method(specs):
+        return Method(init, step, lambda s: s, BatchSpec("uniform", 16), specs)
+
+    data = toy_data()[0]
+    split = method(lambda state, mesh: fully_sharded(state, mesh, smallest=1000))
+    records, one = run_on(1, "jit", method(replicated), data, (), 4)
+    others, eight = run_on(8, "jit", split, data, (), 4, by_class=2)
+    assert not differences([v for _, v in others], [v for _, v in records], 1e-4)
+    assert not differences(eight, one, 1e-4)
+    for leaf in (eight["params"]["in"], eight["opt"][0].nu["in"]):
+        assert leaf.addressable_shards[0].data.shape == (SIDE * SIDE, 16)
+    assert eight["params"]["bias"].is_fully_replicated
 
 
 def test_classes_are_split_with_all_that_belongs_to_them():

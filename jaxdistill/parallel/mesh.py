@@ -1,5 +1,6 @@
 """The device mesh, and how trees of arrays are laid out on it."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -36,6 +37,31 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, class_devices: int = 
     # a product of two are errors until each is given its sharding.
     shape = (class_devices, len(devices) // class_devices)
     return jax.make_mesh(shape, (CLASS_AXIS, DATA_AXIS), (AxisType.Auto,) * 2, devices=devices)
+
+
+def fully_sharded(tree: PyTree, mesh: Mesh, smallest: int = 2**16) -> PyTree:
+    """Specs that split every large array over all devices, as large networks need (FSDP, ZeRO-3).
+
+    For `Method.specs` of methods on `uniform` batches: the compiler gathers a layer's parameters
+    where it uses them and scatters their gradients.
+
+    Args:
+        tree: Arrays or their shapes: parameters, and what the optimiser keeps of them.
+        mesh: The devices.
+        smallest: Arrays with fewer elements are replicated.
+
+    Returns:
+        `PartitionSpec`s: of each large array the longest axis that the devices divide is split.
+    """
+
+    def spec(leaf):
+        axes = [i for i, n in enumerate(leaf.shape) if n % mesh.size == 0]
+        if math.prod(leaf.shape) < smallest or not axes:
+            return _WHOLE
+        longest = max(axes, key=lambda i: leaf.shape[i])
+        return PartitionSpec(*[None] * longest, (CLASS_AXIS, DATA_AXIS))
+
+    return jax.tree.map(spec, tree)
 
 
 def shardings(specs: PyTree, mesh: Mesh) -> PyTree:
