@@ -12,7 +12,7 @@ from jaxdistill.condense.charfn import ECF, discrepancy_at, ecf
 from jaxdistill.data.device import resident
 from jaxdistill.data.sources import Split
 from jaxdistill.errors import InputError
-from jaxdistill.method import CLASS_AXIS, BatchSpec, Method
+from jaxdistill.method import CLASS_AXIS, BatchSpec, Method, replicated
 from jaxdistill.parallel.mesh import fully_sharded, make_mesh
 
 CLASSES, SIDE, FEATURES, FREQS = 8, 8, 12, 32
