@@ -71,13 +71,18 @@ def chunk(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
             "most; lower method.batch_real or method.ipc"
         )
     mesh = train.build_mesh(config, data, devices)
-    resident = jax.eval_shape(functools.partial(_blank, data._replace(largest_class=per_class)))
+    pixels = (data.num_classes, per_class, math.prod(data.image_shape))
+    resident = device.Resident(
+        jax.ShapeDtypeStruct(pixels, jnp.uint8),
+        jax.ShapeDtypeStruct((data.num_classes,), jnp.int32),
+        data.image_shape,
+    )
     frozen = _pool(config, data) if name == "ncfm" else ()
     program = runner.programs(
         method,
         data=resident,
         frozen=frozen,
-        key=jax.eval_shape(jax.random.key, 0),
+        key=jax.random.key(0),  # it is the same for all runs in shape
         chunk=config.run.chunk,
         mesh=mesh,
         backend=config.parallel.backend,
@@ -91,12 +96,6 @@ def chunk(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
         _place(resident, mesh, backends.data_spec(method.batches)),
     )
     return Chunk(program.chunk, arguments, mesh)
-
-
-def _blank(data: sources.Facts) -> device.Resident:
-    shape = (data.num_classes, data.largest_class, math.prod(data.image_shape))
-    counts = jnp.zeros(data.num_classes, jnp.int32)
-    return device.Resident(jnp.zeros(shape, jnp.uint8), counts, data.image_shape)
 
 
 def _pool(config, data: sources.Facts) -> PyTree:

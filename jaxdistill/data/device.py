@@ -32,10 +32,12 @@ class Resident:
             Shorter classes start over up to the length of the longest.
         counts: Images of each class.
         image_shape: (H, W, C).
+
+    Programs are compiled from shapes alone, so the arrays may be those.
     """
 
-    pixels: UInt8[Array | np.ndarray, "c m hwc"]
-    counts: Int32[Array | np.ndarray, " c"]
+    pixels: UInt8[Array | np.ndarray, "c m hwc"] | jax.ShapeDtypeStruct
+    counts: Int32[Array | np.ndarray, " c"] | jax.ShapeDtypeStruct
     image_shape: tuple[int, int, int]
 
 

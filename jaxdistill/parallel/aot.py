@@ -18,9 +18,10 @@ from jax.experimental import topologies
 
 from jaxdistill.errors import InputError
 
-# Without these the compiler looks for a TPU on the network and complains that there is none.
+# Without these the compiler looks for a TPU on the network, complains that there is none, and
+# locks out other processes as if there were one.
 _QUIET = {
-    "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
@@ -29,29 +30,36 @@ _QUIET = {
 }
 
 
-class Chip(NamedTuple):
-    """What is known of a kind of device.
-
-    Attributes:
-        hbm: Bytes of memory that a program can have, as the compiler's refusals say.
-        clock: Hz; the published peak over the multiplications of a cycle.
-    """
+class _Chip(NamedTuple):
+    """A kind of device: bytes that a program can have, and Hz, None where not published."""
 
     hbm: int
-    clock: float
+    clock: float | None
 
 
 _GIB = 2**30
+# The bytes are those that the compiler names when it refuses a program, of a core where JAX's
+# device is a core (v2, v3). Clocks of v2 to v4: Jouppi et al., ISCA 2021 and 2023; of the others
+# the published peak over the additions and multiplications of a cycle.
 _CHIPS = {
-    "TPU v5 lite": Chip(int(15.75 * _GIB), 1.5e9),
+    "TPU v2": _Chip(int(7.48 * _GIB), 0.7e9),
+    "TPU v3": _Chip(int(15.48 * _GIB), 0.94e9),
+    "TPU v4": _Chip(int(15.25 * _GIB), 1.05e9),
+    "TPU v5 lite": _Chip(int(15.75 * _GIB), 1.5e9),
+    "TPU v5": _Chip(int(95.74 * _GIB), 1.75e9),
+    "TPU v6 lite": _Chip(int(31.25 * _GIB), 1.75e9),
+    "TPU7x": _Chip(int(94.75 * _GIB), None),
 }
 
 
 def quiet() -> None:
-    """Prepares the environment for `topology_devices`; what the user has set stays.
+    """Prepares this process for `topology_devices`; what the user has set stays.
 
-    To be called before JAX starts its backend.
+    To be called before JAX starts its backend: with the TPU compiler there, JAX would look for
+    a TPU of its own.
     """
+    if jax.config.jax_platforms is None:
+        jax.config.update("jax_platforms", "cpu")
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
 
@@ -127,7 +135,8 @@ class Report(NamedTuple):
         refusal: What it said if not.
         cost: Of one run of the program, in which loops of unknown length count once.
         seconds: The compiler's estimate of the time of its kernels, None where it makes none. It
-            is no measurement.
+            is no measurement. The `optimal_seconds` of JAX's `cost_analysis` are not used: of a
+            program with loops they may even be negative.
     """
 
     devices: int
@@ -165,14 +174,14 @@ def report(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> Report
         "code": memory.generated_code_size_in_bytes,
     }
     peak = sum(sizes.values()) - 2 * sizes["aliased"]
-    seconds = cost.cycles / chip.clock if chip and cost.cycles else None
+    seconds = cost.cycles / chip.clock if chip and chip.clock and cost.cycles else None
     return known._replace(**sizes, peak=peak, cost=cost, seconds=seconds)
 
 
 def _refusal(message: str) -> str:
-    """The sentence that has the numbers."""
-    found = re.search(r"Used [^\n]*? of [^\n]*? hbm\.(?: Exceeded[^\n]*?\.)?(?=\s|$)", message)
-    return found.group() if found else message.partition("\n")[0]
+    """The line that has the numbers."""
+    first = message.partition("\n")[0]
+    return first.rpartition("RESOURCE_EXHAUSTED: ")[2]
 
 
 # ---------------------------------------------------------------------------- the program's text
