@@ -1,11 +1,14 @@
 """The command line: flags to config to run. The only module with flags.
 
-    jaxdistill --config=NAME[:ARGUMENT] --workdir=FOLDER [--mode=train|eval] [--config.KEY=VALUE …]
+    jaxdistill --config=NAME[:ARGUMENT] --workdir=FOLDER [--mode=MODE] [--config.KEY=VALUE …]
 
 --config    a shipped config or the path of one, with its argument string; any setting in it can
             be overridden by --config.a.b=value
 --workdir   where everything goes; the same command goes on with an interrupted run
---mode      train distils and evaluates, eval evaluates the artefact in the workdir again
+--mode      train distils and evaluates, eval evaluates the artefact in the workdir again;
+            compile says what the run costs on a TPU slice, with neither the slice nor the data,
+            and export writes its program as StableHLO
+--topology  the slice to compile for, such as v5e:16x16; the workdir is then optional
 """
 
 import ast
@@ -15,6 +18,8 @@ from absl import flags
 
 from jaxdistill import config as configs
 from jaxdistill.errors import InputError
+
+MODES = ("train", "eval", "compile", "export")
 
 
 def _split(argv: list[str]) -> tuple[str | None, dict[str, str], list[str]]:
@@ -51,19 +56,31 @@ def run(argv: list[str]) -> None:
         configs.override(config, path, text)
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-    flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.", flag_values=values)
+    flags.DEFINE_enum("mode", "train", MODES, "What to do.", flag_values=values)
+    flags.DEFINE_string("topology", None, "A TPU slice.", flag_values=values)
     try:
         rest = values(["jaxdistill", *argv])
     except flags.Error as error:
         raise InputError(" ".join(str(error).split())) from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}; every setting is a --flag=value")
-    if not values.workdir:
+    compiling = values.mode == "compile"
+    if compiling != bool(values.topology):
+        raise InputError("--mode=compile and --topology=NAME, such as v5e:2x4, go together")
+    if not values.workdir and not compiling:
         raise InputError("give --workdir=FOLDER; the run and its results go there")
-    from jaxdistill import train  # imports JAX: only once the flags are known to be good
+    # Both import JAX: only once the flags are known to be good.
+    if values.mode in ("train", "eval"):
+        from jaxdistill import train
 
-    action = {"train": train.train, "eval": train.evaluate}[values.mode]
-    action(config, values.workdir)
+        {"train": train.train, "eval": train.evaluate}[values.mode](config, values.workdir)
+        return
+    from jaxdistill import plan
+
+    if compiling:
+        plan.plan(config, values.topology, values.workdir)
+    else:
+        plan.export(config, values.workdir)
 
 
 def cli() -> None:

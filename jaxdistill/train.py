@@ -10,9 +10,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,9 @@ from jaxdistill.parallel.mesh import make_mesh
 
 METHODS = ("ncfm", "dm", *coreset.CORESETS, "start")
 ARCHITECTURES = ("convnet", "resnet18", "vgg11")
+
+#: Where only shapes are needed, the facts about a data set do as well as the data.
+Data = sources.Dataset | sources.Facts
 
 
 class Setup(NamedTuple):
@@ -124,24 +127,33 @@ def _hash(tree: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _identity(plain: dict) -> dict:
+def _identity(settings: dict) -> dict:
     """The settings that decide what is distilled, of which a workdir holds one set.
 
     The evaluation may be repeated with others, and how a run is carried out (`parallel`, and
     `run` but for its length) and where data and extractors lie change nothing but the last bits.
     """
-    kept = {k: v for k, v in plain.items() if k not in ("eval", "parallel")}
-    pool = {k: v for k, v in plain["pool"].items() if k != "dir"}
-    data = {k: v for k, v in plain["data"].items() if k != "placement"}
-    return kept | {"data": data, "pool": pool, "run": {"steps": plain["run"]["steps"]}}
+    kept = {k: v for k, v in settings.items() if k not in ("eval", "parallel")}
+    pool = {k: v for k, v in settings["pool"].items() if k != "dir"}
+    data = {k: v for k, v in settings["data"].items() if k != "placement"}
+    return kept | {"data": data, "pool": pool, "run": {"steps": settings["run"]["steps"]}}
+
+
+def plain(config: ml_collections.ConfigDict) -> dict:
+    """The settings as JSON has them."""
+    return json.loads(json.dumps(config.to_dict(), default=list))
+
+
+def config_hash(config: ml_collections.ConfigDict) -> str:
+    """Identifies what is distilled."""
+    return _hash(_identity(plain(config)))
 
 
 def _set_up(config, workdir) -> Setup:
-    _check(config)
+    check(config)
     workdir = Path(workdir)
-    plain = json.loads(json.dumps(config.to_dict(), default=list))
-    identity = _identity(plain)
-    config_hash = _hash(identity)
+    settings = plain(config)
+    identity = _identity(settings)
     stored = workdir / "config.json"
     if stored.is_file():
         try:
@@ -171,14 +183,19 @@ def _set_up(config, workdir) -> Setup:
         raise InputError(f"cannot make the workdir {workdir}: {error.strerror}") from error
     write_files(
         {
-            stored: functools.partial(_dump, plain),
-            workdir / "versions.json": functools.partial(_dump, _versions()),
+            stored: functools.partial(dump, settings),
+            workdir / "versions.json": functools.partial(dump, _versions()),
         }
     )
-    return Setup(config, config_hash, workdir, dataset, normalizer(dataset.mean, dataset.std))
+    return Setup(config, _hash(identity), workdir, dataset, normalizer(dataset.mean, dataset.std))
 
 
-def _check(config) -> None:
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses what is wrong whatever the data.
+
+    Raises:
+        InputError: in these cases.
+    """
     for name in _rows(config):
         if name not in METHODS:
             raise InputError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
@@ -236,7 +253,8 @@ def _difference(before: Mapping, now: Mapping, prefix: str = "") -> str:
     return "; ".join(filter(None, found))
 
 
-def _dump(tree: Any, file) -> None:
+def dump(tree: Any, file: IO[bytes]) -> None:
+    """Writes JSON."""
     file.write(json.dumps(tree, indent=2).encode() + b"\n")
 
 
@@ -265,14 +283,15 @@ def _net(module: Any, image_shape: tuple[int, int, int]) -> Net:
     )
 
 
-def _convnet(setup: Setup, width: int) -> Net:
-    model, data = setup.config.model, setup.dataset
-    return _net(ConvNet(data.num_classes, model.depth, width, model.norm), data.image_shape)
+def convnet(config: ml_collections.ConfigDict, data: Data, width: int) -> Net:
+    """The config's ConvNet for the images and classes of some data."""
+    module = ConvNet(data.num_classes, config.model.depth, width, config.model.norm)
+    return _net(module, data.image_shape)
 
 
 def _architecture(setup: Setup, name: str) -> Net:
     if name == "convnet":
-        return _convnet(setup, setup.config.model.width)
+        return convnet(setup.config, setup.dataset, setup.config.model.width)
     module = {"resnet18": ResNet18, "vgg11": VGG11}[name]
     return _net(module(setup.dataset.num_classes), setup.dataset.image_shape)
 
@@ -283,7 +302,7 @@ def _pool(setup: Setup) -> dict:
     return pool.load_or_train(
         Path(config.dir) if config.dir else setup.workdir / "pool",
         config.size,
-        _judge(_convnet(setup, config.width)),
+        _judge(convnet(setup.config, setup.dataset, config.width)),
         setup.dataset,
         prepare=setup.prepare,
         protocol=train_on.Protocol(
@@ -305,19 +324,18 @@ def _judge(net: Net) -> train_on.Network:
 # ---------------------------------------------------------------------------- distillation
 
 
-class _Job(NamedTuple):
-    method: Method
-    frozen: Any
-    steps: int
+def build_mesh(
+    config: ml_collections.ConfigDict, data: Data, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh of a run on some devices, all by default.
 
-
-def _mesh(setup: Setup) -> Mesh:
-    """All devices. As many as divide the classes evenly form the class axis, if not told."""
-    parallel, classes = setup.config.parallel, setup.dataset.num_classes
+    As many as divide the classes evenly form the class axis, if the config says nothing else.
+    """
+    parallel, devices = config.parallel, jax.devices() if devices is None else devices
     by_class = parallel.class_devices
     if by_class is None:
-        by_class = math.gcd(classes, jax.device_count()) if parallel.backend == "jit" else 1
-    return make_mesh(class_devices=by_class)
+        by_class = math.gcd(data.num_classes, len(devices)) if parallel.backend == "jit" else 1
+    return make_mesh(devices, class_devices=by_class)
 
 
 def _sampler(config) -> tuple[charfn.FrequencySampler, optax.GradientTransformation | None]:
@@ -341,78 +359,97 @@ def _sampler(config) -> tuple[charfn.FrequencySampler, optax.GradientTransformat
     return charfn.scale_mixture(*functions, scale=config.freq_scale, spread=config.freq_spread), tx
 
 
-def _start_pixels(config, dataset: sources.Dataset) -> jax.Array | None:
+def _start_pixels(config, data: Data) -> jax.Array | None:
     """The stored images of another artefact, if `method.start` is the path of one."""
     if not config.start.endswith(".npz"):
         return None
     distilled = artifact.load(config.start)
     per_class = config.ipc * config.factor**2
     order = np.argsort(distilled.labels, kind="stable")
-    counts = np.bincount(distilled.labels, minlength=dataset.num_classes)
+    counts = np.bincount(distilled.labels, minlength=data.num_classes)
     shape = distilled.images.shape[1:]
-    if (
-        shape != dataset.image_shape
-        or len(counts) != dataset.num_classes
-        or any(counts != per_class)
-    ):
+    if shape != data.image_shape or len(counts) != data.num_classes or any(counts != per_class):
         raise InputError(
             f"{config.start} has {counts.min()} to {counts.max()} images of shape {shape} a class;"
             f" ipc={config.ipc} with factor={config.factor} starts from {per_class} of shape"
-            f" {dataset.image_shape}"
+            f" {data.image_shape}"
         )
     images = distilled.images[order].reshape(-1, per_class, *shape)
     return jax.vmap(lambda x: encode(x, config.factor))(jnp.asarray(images))
 
 
-def _job(setup: Setup, name: str) -> _Job:
-    config, data = setup.config.method, setup.dataset
-    pass_size, steps = setup.config.run.pass_size, setup.config.run.steps
-    net = _convnet(setup, setup.config.pool.width)
+def build_method(
+    config: ml_collections.ConfigDict, name: str, data: Data, prepare: Callable
+) -> Method:
+    """The method that the config's settings describe.
+
+    Args:
+        config: See `configs/`.
+        name: One of `METHODS`; `start` is NCFM, of which only the initial state is wanted.
+        data: What it is for.
+        prepare: Images to normalised images.
+    """
+    settings, run = config.method, config.run
+    if name in coreset.CORESETS:
+        return coreset.CORESETS[name](settings.ipc)
+    net = convnet(config, data, config.pool.width)
+    images_tx = optax.adam(
+        optax.cosine_decay_schedule(settings.rate, run.steps, settings.rate_decay)
+    )
     common = {
-        "prepare": setup.prepare,
-        "ipc": config.ipc,
-        "factor": config.factor,
-        "start": config.start,
-        "pixels": _start_pixels(config, data),
-        "batch_real": config.batch_real,
-        "strategy": config.strategy,
-        "chunk": pass_size,
+        "prepare": prepare,
+        "ipc": settings.ipc,
+        "factor": settings.factor,
+        "start": settings.start,
+        "pixels": _start_pixels(settings, data),
+        "batch_real": settings.batch_real,
+        "strategy": settings.strategy,
+        "chunk": run.pass_size,
     }
-    images_tx = optax.adam(optax.cosine_decay_schedule(config.rate, steps, config.rate_decay))
     if name == "dm":
-        return _Job(dm(net.features, net.init, images_tx, **common), (), steps)
+        return dm(net.features, net.init, images_tx, **common)
+    sampler, sampler_tx = _sampler(settings)
+    return ncfm(
+        net.features,
+        net.logits,
+        images_tx,
+        sampler,
+        sampler_tx,
+        feature_dim=net.feature_dim,
+        num_freqs=settings.num_freqs,
+        alpha=settings.alpha,
+        beta=settings.beta,
+        calibration=settings.calibration,
+        finetune_rate=settings.finetune_rate,
+        objective=settings.objective,
+        ascent_steps=settings.ascent_steps,
+        warmup=settings.warmup,
+        **common,
+    )
+
+
+def _frozen(setup: Setup, name: str) -> Any:
+    """What the method's steps are given besides the batch; trained first where it must be."""
     if name in ("ncfm", "start"):
-        sampler, sampler_tx = _sampler(config)
-        method = ncfm(
-            net.features,
-            net.logits,
-            images_tx,
-            sampler,
-            sampler_tx,
-            feature_dim=net.feature_dim,
-            num_freqs=config.num_freqs,
-            alpha=config.alpha,
-            beta=config.beta,
-            calibration=config.calibration,
-            finetune_rate=config.finetune_rate,
-            objective=config.objective,
-            ascent_steps=config.ascent_steps,
-            warmup=config.warmup,
-            **common,
-        )
-        return _Job(method, _pool(setup), steps)
+        return _pool(setup)
+    if name == "dm":
+        return ()
+    config, data = setup.config, setup.dataset
     images = jnp.asarray(data.train.images)
     features = jnp.zeros((images.shape[0], 0))
     if name != "random":
+        net = convnet(config, data, config.pool.width)
         teacher = jax.tree.map(lambda x: x[0], _pool(setup)["trained"])
         features = jax.jit(
             functools.partial(
-                coreset.feature_table, net.features, prepare=setup.prepare, chunk=pass_size
+                coreset.feature_table,
+                net.features,
+                prepare=setup.prepare,
+                chunk=config.run.pass_size,
             )
         )(teacher, images)
     index, counts = sources.per_class_table(data.train.labels, data.num_classes)
-    table = coreset.Table(images, jnp.asarray(index), jnp.asarray(counts), features)
-    return _Job(coreset.CORESETS[name](config.ipc), table, config.ipc)
+    return coreset.Table(images, jnp.asarray(index), jnp.asarray(counts), features)
 
 
 def _folder(setup: Setup, name: str) -> Path:
@@ -428,21 +465,24 @@ def _distil(setup: Setup, name: str) -> None:
     config, data = setup.config, setup.dataset
     place = {"resident": device.resident, "streamed": stream.stream}[config.data.placement]
     placed = place(data.train, data.num_classes)
-    job = _job(setup, name)
+    method = build_method(config, name, data, setup.prepare)
+    frozen = _frozen(setup, name)
+    # A coreset takes one image of each class a step.
+    steps = config.method.ipc if name in coreset.CORESETS else config.run.steps
     key = jax.random.key(config.seed)
     began = time.perf_counter(), time.process_time()
     if name == "start":
         # The undistilled start of the same seed: what a run of NCFM has before its first step.
-        state = runner.initial_state(job.method, data=placed, frozen=job.frozen, key=key)
+        state = runner.initial_state(method, data=placed, frozen=frozen, key=key)
     else:
         state = runner.run(
-            job.method,
+            method,
             data=placed,
-            frozen=job.frozen,
+            frozen=frozen,
             key=key,
-            steps=job.steps,
+            steps=steps,
             chunk=config.run.chunk,
-            mesh=_mesh(setup),
+            mesh=build_mesh(config, data),
             backend=config.parallel.backend,
             workdir=folder,
             checkpoint_every=config.run.checkpoint_every,
@@ -450,9 +490,9 @@ def _distil(setup: Setup, name: str) -> None:
             tensorboard=config.run.tensorboard,
             progress=name,
         )
-    images = np.asarray(job.method.output(state)["images"], np.float32)
+    images = np.asarray(method.output(state)["images"], np.float32)
     cost = {
-        "steps": 0 if name == "start" else job.steps,
+        "steps": 0 if name == "start" else steps,
         # Of this process: a run that went on after an interruption shows its last part.
         "wall_seconds": round(time.perf_counter() - began[0], 2),
         "cpu_seconds": round(time.process_time() - began[1], 2),
@@ -481,7 +521,7 @@ def _distil(setup: Setup, name: str) -> None:
 
 
 def _soft_labels(setup: Setup, images: np.ndarray) -> np.ndarray:
-    net = _convnet(setup, setup.config.pool.width)
+    net = convnet(setup.config, setup.dataset, setup.config.pool.width)
     label = jax.jit(
         functools.partial(
             soft_labels,

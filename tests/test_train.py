@@ -119,19 +119,20 @@ def test_ncfm_resumes_bitwise(finished, tmp_path):
         configs.override(config, path, value)
     setup = train._set_up(config, tmp_path / "setup")
     resident = train.device.resident(setup.dataset.train, 10)
-    job = train._job(setup, "ncfm", resident)
-    options = {"data": resident, "frozen": job.frozen, "key": jax.random.key(0), "steps": 5}
+    method = train.build_method(config, "ncfm", setup.dataset, setup.prepare)
+    frozen = train._frozen(setup, "ncfm")
+    options = {"data": resident, "frozen": frozen, "key": jax.random.key(0), "steps": 5}
     options["mesh"] = train.runner.make_mesh(jax.devices()[:1])
 
     def stop(step, state):
         if step >= 4:
             raise KeyboardInterrupt
 
-    whole = runner.run(job.method, chunk=5, workdir=tmp_path / "whole", **options)
+    whole = runner.run(method, chunk=5, workdir=tmp_path / "whole", **options)
     parts = {"chunk": 1, "workdir": tmp_path / "parts", "checkpoint_every": 2}
     with pytest.raises(KeyboardInterrupt):
-        runner.run(job.method, on_chunk=stop, **parts, **options)
-    resumed = runner.run(job.method, **parts, **options)
+        runner.run(method, on_chunk=stop, **parts, **options)
+    resumed = runner.run(method, **parts, **options)
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
     assert float(np.abs(jax.tree.leaves(whole.sampler)[0]).max()) > 0
 

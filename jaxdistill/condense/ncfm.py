@@ -21,9 +21,11 @@ from jaxdistill.condense.synthetic import (
     Pixels,
     Rows,
     by_class,
+    classes_a_pass,
     decoded,
     in_chunks,
     initial_pixels,
+    over_classes,
     real_needed,
     real_statistic,
     synthetic_rows,
@@ -188,9 +190,15 @@ def ncfm(
 
     augmentation = {"prepare": prepare, "strategy": strategy}
 
-    def classification_losses(params, rows):
+    def classification_losses(params, pixels, keys):
         """The mean cross-entropy of each class."""
-        out = in_chunks(lambda part: logits(params, part), rows.images, chunk)
+        group = classes_a_pass(pixels, factor, chunk)
+        rows = synthetic_rows(pixels, keys, factor=factor, kept=not group, **augmentation)
+        predict = lambda part: logits(params, part)  # noqa: E731
+        if group:
+            out = over_classes(predict, pixels, keys, group, factor=factor, **augmentation)
+        else:
+            out = in_chunks(predict, rows.images, chunk)
         losses = optax.softmax_cross_entropy_with_integer_labels(out, rows.labels)
         return rows.class_means(losses[:, None])[:, 0]
 
@@ -235,18 +243,27 @@ def ncfm(
         )
         real_ecf = collective.mean(real_ecf)
 
+        def whole_classes(batch):
+            syn = charfn.normalize_rows(features(blend, batch))
+            by_class = syn.reshape(-1, ipc * factor**2, feature_dim)
+            return charfn.ecf(by_class, freqs), syn if learned else ()
+
         def loss(pixels):
-            images = decoded(pixels, factor)
-            rows = synthetic_rows(images, match_keys, **augmentation)
-            syn = in_chunks(lambda part: features(blend, part), rows.images, chunk)
-            syn = charfn.normalize_rows(syn)
-            syn_ecf = _synthetic_ecf(syn, freqs, rows)
+            group = classes_a_pass(pixels, factor, chunk)
+            rows = synthetic_rows(pixels, match_keys, factor=factor, kept=not group, **augmentation)
+            if group:
+                syn_ecf, syn = over_classes(
+                    whole_classes, pixels, match_keys, group, factor=factor, **augmentation
+                )
+            else:
+                syn = in_chunks(lambda part: features(blend, part), rows.images, chunk)
+                syn = charfn.normalize_rows(syn)
+                syn_ecf = _synthetic_ecf(syn, freqs, rows)
             gap = charfn.discrepancy_at(real_ecf, syn_ecf, alpha=alpha, beta=beta)
             total = match = LOSS_SCALE * gap.mean(-1).sum()
             metrics = {"match": match / classes}
             if calibration:
-                rows_calib = synthetic_rows(images, calib_keys, **augmentation)
-                losses = classification_losses(trained, rows_calib)
+                losses = classification_losses(trained, pixels, calib_keys)
                 metrics["calibration"] = losses.mean()
                 total += calibration * losses.sum()
             return total, (metrics, syn, rows)
@@ -272,8 +289,7 @@ def ncfm(
         tuned = state.tuned
         if finetune_rate:
             keys = collective.class_keys(k_tune, classes)
-            rows = synthetic_rows(decoded(new_pixels, factor), keys, **augmentation)
-            grads = jax.grad(lambda params: classification_losses(params, rows).mean())(trained)
+            grads = jax.grad(lambda p: classification_losses(p, new_pixels, keys).mean())(trained)
             grads = collective.mean(collective.class_mean(grads))
             tuned = jax.tree.map(lambda t, g: t.at[index].add(-finetune_rate * g), tuned, grads)
         state = NCFMState(state.step + 1, new_pixels, pixels_opt, params, opt, tuned)

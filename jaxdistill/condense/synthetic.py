@@ -3,6 +3,7 @@
 These functions run in the program of one device; see `jaxdistill.collective`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -140,13 +141,14 @@ class Rows(NamedTuple):
     """This device's share of the synthetic images of its classes.
 
     Attributes:
-        images: Augmented images, those of a class together.
+        images: Augmented images, those of a class together; `()` where they are made anew for
+            each pass, see `over_classes`.
         labels: The id of each image's class.
         weights: Of each row in the mean over its class; the means of the shares add up to the
             mean of the class.
     """
 
-    images: Float[Array, "r h w c"]
+    images: Float[Array, "r h w c"] | tuple[()]
     labels: Array
     weights: Float[Array, "classes r"]
 
@@ -156,41 +158,113 @@ class Rows(NamedTuple):
 
 
 def synthetic_rows(
-    images: Float[Array, "classes m h w c"],
+    pixels: Pixels,
     keys: Key[Array, " classes"],
     *,
     prepare: Callable[[Array], Array],
     strategy: str,
+    factor: int = 1,
+    kept: bool = True,
 ) -> Rows:
-    """Augments synthetic images and takes this device's share of them.
+    """Decodes and augments synthetic images and takes this device's share of them.
 
     The images of all its classes are divided evenly among the devices that hold these classes,
     wherever a class ends: few images a class are enough for many devices.
 
     Args:
-        images: Decoded images of this device's classes.
+        pixels: Those of this device's classes.
         keys: One key per class, those of the real images.
         prepare: uint8 or [0, 1] images to normalised images.
         strategy: Augmentation that the class shares.
+        factor: Tiles per side stored in each image.
+        kept: Whether the images are wanted.
     """
-    classes, m, *shape = images.shape
-    # Not vmap, under which some generators (rbg) draw other numbers than for the real images.
-    batch = lax.map(
-        lambda pair: augment(pair[0], prepare(pair[1]), strategy, compose=True, siamese=True),
-        (keys, images),
-    )
-    batch = batch.reshape(classes * m, *shape)
+    classes, m = pixels.shape[0], pixels.shape[1] * factor**2
     index, number = collective.share()
     rows = -(-classes * m // number)
     wanted = index * rows + jnp.arange(rows)
     # The last share is filled up with images that weigh nothing.
     position = jnp.minimum(wanted, classes * m - 1)
     owner = jnp.where(wanted < classes * m, position // m, classes)
+    images = ()
+    if kept:
+        # Only the classes that the share has a part of: on many devices they are few.
+        touched = min(classes, (rows + m - 2) // m + 1)
+        first = jnp.minimum(index * rows // m, classes - touched)
+        if touched < classes:
+            pixels, keys = (lax.dynamic_slice_in_dim(x, first, touched) for x in (pixels, keys))
+        images = _augmented(pixels, keys, factor, prepare, strategy)
+        images = images if number == 1 else images[position - first * m]
     return Rows(
-        batch if number == 1 else batch[position],
+        images,
         collective.class_ids(classes)[position // m],
         jax.nn.one_hot(owner, classes, axis=0) / m,
     )
+
+
+def _augmented(pixels, keys, factor, prepare, strategy) -> Float[Array, "rows h w c"]:
+    # Not vmap, under which some generators (rbg) draw other numbers than for the real images.
+    batch = lax.map(
+        lambda pair: augment(pair[0], prepare(pair[1]), strategy, compose=True, siamese=True),
+        (keys, decoded(pixels, factor)),
+    )
+    return batch.reshape(-1, *pixels.shape[2:])
+
+
+# Images of more bytes than this are not kept from one pass of the network to the next.
+_KEPT_BYTES = 2**26
+
+
+def classes_a_pass(pixels: Pixels, factor: int, chunk: int) -> int:
+    """How many classes at a time `over_classes` should take; 0 where their images can be kept.
+
+    The images of 100 classes of 200 are a quarter of a gigabyte, and augmentation and its
+    gradient need them ten times over: more than all the rest. Making them anew for every pass
+    costs a hundredth of the pass. A device that shares its classes with others has few.
+    """
+    classes, ipc, *shape = pixels.shape
+    m = ipc * factor**2
+    few = 4 * classes * m * math.prod(shape) <= _KEPT_BYTES
+    if few or m > chunk or collective.share()[1] > 1:
+        return 0
+    return next(g for g in range(min(classes, chunk // m), 0, -1) if classes % g == 0)
+
+
+def over_classes(
+    function: Callable[[Float[Array, "r h w c"]], PyTree],
+    pixels: Pixels,
+    keys: Key[Array, " classes"],
+    group: int,
+    *,
+    prepare: Callable[[Array], Array],
+    strategy: str,
+    factor: int = 1,
+) -> PyTree:
+    """Applies a function to the augmented images of some whole classes after the other.
+
+    Nothing but the results is kept: images, features and all are made again for the gradient.
+
+    Args:
+        function: `images of the classes, one after the other -> tree` of arrays with a leading
+            axis of classes or of images.
+        pixels: Those of this device's classes.
+        keys: One key per class, as for `synthetic_rows`, like the rest.
+        group: Classes at a time, a divisor of their number.
+        prepare: uint8 or [0, 1] images to normalised images.
+        strategy: Augmentation that the class shares.
+        factor: Tiles per side stored in each image.
+
+    Returns:
+        The results for all classes.
+    """
+
+    @jax.checkpoint
+    def one_group(args):
+        return function(_augmented(*args, factor, prepare, strategy))
+
+    groups = (pixels.reshape(-1, group, *pixels.shape[1:]), keys.reshape(-1, group))
+    out = lax.map(one_group, groups)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
 
 def by_class(tree: PyTree, shape: tuple[int, ...]) -> PyTree:

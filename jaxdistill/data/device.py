@@ -33,6 +33,8 @@ class Resident:
             one or three channels to 128. Shorter classes start over up to the longest's length.
         counts: int32 (classes,). Images of each class.
         image_shape: (H, W, C).
+
+    Programs are compiled from shapes alone, so the arrays may be those.
     """
 
     pixels: Any

@@ -50,6 +50,32 @@ _OTHER_WAYS = "or give the path of an image folder, an IDX folder or an .npz fil
 StrPath = str | os.PathLike[str]
 
 
+class Facts(NamedTuple):
+    """What the programs of a run depend on of a data set.
+
+    Attributes:
+        num_classes: Number of classes.
+        image_shape: Height, width and channels.
+        largest_class: Training images of the largest class.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    largest_class: int
+
+
+# As published. The images of Imagenette differ in size.
+_FACTS = {
+    "digits": Facts(10, (8, 8, 1), 146),
+    "mnist": Facts(10, (28, 28, 1), 6742),
+    "fashion_mnist": Facts(10, (28, 28, 1), 6000),
+    "cifar10": Facts(10, (32, 32, 3), 5000),
+    "cifar100": Facts(100, (32, 32, 3), 500),
+    "tiny_imagenet": Facts(200, (64, 64, 3), 500),
+    "imagenette/160px-v2": Facts(10, (0, 0, 3), 993),
+}
+
+
 class Split(NamedTuple):
     """Images and their labels.
 
@@ -145,6 +171,34 @@ def load(
     # Folders that may not be listed, names no file system takes, more than fits.
     except (OSError, MemoryError) as error:
         raise InputError(f"cannot read data set {_shown(name)}: {_one_line(error)}") from error
+
+
+def facts(
+    name: StrPath,
+    *,
+    data_dir: StrPath | None = None,
+    image_size: int | None = None,
+    pad_to: int | None = None,
+) -> Facts:
+    """What is known of a data set without having it; others than the usual ones are loaded.
+
+    Args:
+        name: As for `load`, like the rest.
+        data_dir: Where it lies, if it must be loaded.
+        image_size: The size that images are brought to.
+        pad_to: The size that they are padded to.
+
+    Raises:
+        InputError: If the data set must be loaded and cannot be.
+    """
+    known = _FACTS.get(str(name))
+    if known is None or (image_size is None and 0 in known.image_shape):
+        dataset = load(name, data_dir=data_dir, image_size=image_size, pad_to=pad_to)
+        largest = int(np.bincount(dataset.train.labels).max())
+        return Facts(dataset.num_classes, dataset.image_shape, largest)
+    height, width, channels = known.image_shape
+    size = pad_to or image_size
+    return known._replace(image_shape=(size or height, size or width, channels))
 
 
 def from_arrays(

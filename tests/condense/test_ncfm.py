@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
-from jaxdistill.condense import charfn
+from jaxdistill.condense import charfn, synthetic
 from jaxdistill.condense.ncfm import (
     LOSS_SCALE,
     OBJECTIVES,
@@ -17,6 +18,7 @@ from jaxdistill.condense.ncfm import (
 from jaxdistill.condense.synthetic import Rows, real_statistic, synthetic_rows
 from jaxdistill.errors import InputError
 from jaxdistill.nn.frequency_net import ReleasedSampleNet, ScaleNet
+from jaxdistill.parallel.mesh import make_mesh
 
 CLASSES, SIDE, DIM, REAL, FREQS, NETWORKS = 3, 8, 6, 16, 16, 3
 
@@ -250,6 +252,43 @@ def test_real_and_synthetic_images_are_augmented_alike(impl, batch):
         np.testing.assert_allclose(real.reshape(syn.shape), syn, atol=1e-5)
     np.testing.assert_array_equal(labels, np.repeat(np.arange(CLASSES), REAL))
     np.testing.assert_allclose(weights, np.kron(np.eye(CLASSES), np.full((1, REAL), 1 / REAL)))
+
+
+@pytest.mark.parametrize(("classes", "ipc", "factor"), [(6, 5, 1), (3, 1, 2), (2, 9, 1)])
+def test_shares_of_the_synthetic_images_make_up_the_whole(classes, ipc, factor):
+    """Each device makes the images of the classes that its share touches, and no others."""
+    numbers = np.random.default_rng(0)
+    pixels = jnp.asarray(numbers.uniform(size=(classes, ipc, SIDE, SIDE, 1)), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), classes)
+    options = {"prepare": prepare, "strategy": "color_crop_cutout", "factor": factor}
+    rows = lambda pixels, keys: synthetic_rows(pixels, keys, **options)  # noqa: E731
+    mesh = make_mesh()
+    out_specs = Rows(PartitionSpec("data"), PartitionSpec("data"), PartitionSpec(None, "data"))
+    shared = jax.shard_map(
+        rows, mesh=mesh, in_specs=PartitionSpec(), out_specs=out_specs, check_vma=False
+    )
+    found, whole = fast_jit(shared)(pixels, keys), fast_jit(rows)(pixels, keys)
+    n = classes * ipc * factor**2
+    np.testing.assert_allclose(found.images[:n], whole.images, atol=1e-6)
+    np.testing.assert_array_equal(found.labels[:n], whole.labels)
+    np.testing.assert_array_equal(found.weights[:, :n], whole.weights)
+    assert not found.weights[:, n:].any()
+
+
+@pytest.mark.parametrize(("chunk", "group"), [(8, 1), (24, 3)])
+def test_images_made_anew_for_each_pass_give_the_same_step(monkeypatch, pool, batch, chunk, group):
+    """As with many images: everything that is fed by them, in groups of one class and of all."""
+    sampler = module_sampler(charfn.scale_mixture, ScaleNet(8))
+    options = {"ipc": 2, "factor": 2, "calibration": 1.0, "finetune_rate": 0.1, "chunk": chunk}
+    method = make(sampler, None, optax.sgd(0.1), strategy="color_crop_cutout", **options)
+    kept = run(method, pool, batch, 2)
+    monkeypatch.setattr(synthetic, "_KEPT_BYTES", 0)
+    assert synthetic.classes_a_pass(kept[0].pixels, 2, chunk) == group
+    assert synthetic.classes_a_pass(kept[0].pixels, 2, 7) == 0
+    anew = run(method, pool, batch, 2)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, anew, kept)
+    assert jnp.abs(kept[1].pixels - kept[0].pixels).max() > 1e-3
 
 
 @pytest.mark.parametrize("rows", [5, 1500, 2048])

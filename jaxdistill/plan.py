@@ -1,0 +1,273 @@
+"""What a run would cost on other devices, and its program as a file. Needs no data.
+
+`plan` and `export` are what the command line calls with `--mode=compile` and `--mode=export`.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from jaxdistill import runner, train
+from jaxdistill.data import device, sources
+from jaxdistill.data.augment import normalizer
+from jaxdistill.errors import InputError
+from jaxdistill.io.files import write_files
+from jaxdistill.parallel import aot, backends
+
+METHODS = ("ncfm", "dm")
+PLATFORMS = ("tpu", "cuda")
+
+
+class Chunk(NamedTuple):
+    """The compiled part of a run.
+
+    Attributes:
+        function: What `runner.run` launches: `(state, count, frozen, data) -> (state, log)`.
+        arguments: Their shapes, types and places, as a tree of `jax.ShapeDtypeStruct`.
+        mesh: The devices.
+    """
+
+    function: Callable
+    arguments: tuple[PyTree, ...]
+    mesh: Mesh
+
+
+def chunk(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Chunk:
+    """The chunk of the config's method on some devices, those of this machine by default.
+
+    Raises:
+        InputError: If the config is wrong, its method has no chunk worth looking at, or it does
+            not fit the devices.
+    """
+    name = config.method.name
+    if name not in METHODS:
+        raise InputError(
+            f"only {' and '.join(METHODS)} can be compiled or exported, not method {name!r}"
+        )
+    train.check(config)
+    data = sources.facts(
+        config.data.name,
+        data_dir=config.data.data_dir,
+        image_size=config.data.image_size,
+        pad_to=config.data.pad_to,
+    )
+    per_class = data.largest_class - config.data.holdout_per_class
+    channels = data.image_shape[-1]
+    # The statistics are numbers in the program; which ones changes nothing.
+    prepare = normalizer((0.0,) * channels, (1.0,) * channels)
+    method = train.build_method(config, name, data, prepare)
+    if method.batches.size > per_class:
+        raise InputError(
+            f"a step takes {method.batches.size} real images of each class, of {per_class} at "
+            "most; lower method.batch_real or method.ipc"
+        )
+    mesh = train.build_mesh(config, data, devices)
+    pixels = (data.num_classes, per_class, math.prod(data.image_shape))
+    resident = device.Resident(
+        jax.ShapeDtypeStruct(pixels, jnp.uint8),
+        jax.ShapeDtypeStruct((data.num_classes,), jnp.int32),
+        data.image_shape,
+    )
+    frozen = _pool(config, data) if name == "ncfm" else ()
+    program = runner.programs(
+        method,
+        data=resident,
+        frozen=frozen,
+        key=jax.random.key(0),  # it is the same for all runs in shape
+        chunk=config.run.chunk,
+        mesh=mesh,
+        backend=config.parallel.backend,
+    )
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    whole = PartitionSpec()
+    arguments = (
+        program.state,
+        _place(count, mesh, whole),
+        _place(frozen, mesh, whole),
+        _place(resident, mesh, backends.data_spec(method.batches)),
+    )
+    return Chunk(program.chunk, arguments, mesh)
+
+
+def _pool(config, data: sources.Facts) -> PyTree:
+    net = train.convnet(config, data, config.pool.width)
+    one = jax.eval_shape(net.init, jax.random.key(0))
+    many = jax.tree.map(lambda x: jax.ShapeDtypeStruct((config.pool.size, *x.shape), x.dtype), one)
+    return {"initial": many, "trained": many}
+
+
+def _place(tree: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+# ---------------------------------------------------------------------------- mode=compile
+
+
+def plan(
+    config: ml_collections.ConfigDict,
+    topology: str,
+    workdir: str | os.PathLike[str] | None = None,
+) -> dict:
+    """Compiles the chunk for a TPU slice, prints what it costs and says whether it fits.
+
+    Args:
+        config: See `configs/`.
+        topology: The slice; see `aot.topology_devices`.
+        workdir: Gets `compile.json`, if given.
+
+    Returns:
+        What `compile.json` holds.
+
+    Raises:
+        InputError: If the config is wrong, or does not go with the slice.
+    """
+    aot.quiet()
+    made = chunk(config, aot.topology_devices(topology))
+    report = aot.report(made.function.lower(*made.arguments), list(made.mesh.devices.flat))
+    record = {
+        "topology": topology,
+        "mesh": dict(made.mesh.shape),
+        **report._asdict(),
+        "cost": {
+            **report.cost._asdict(),
+            "collectives": {k: v._asdict() for k, v in report.cost.collectives.items()},
+        },
+        "config": train.plain(config),
+        "jax": jax.__version__,
+    }
+    print(table(record))
+    if workdir is not None:
+        write_files({Path(workdir) / "compile.json": functools.partial(train.dump, record)})
+    return record
+
+
+def table(record: dict) -> str:
+    """What `--mode=compile` prints of a record."""
+    mesh = " x ".join(f"{size} {axis}" for axis, size in record["mesh"].items())
+    cost = record["cost"]
+    rows = [("devices", f"{record['devices']} {record['kind']}, {mesh}")]
+    if record["fits"]:
+        rows += [
+            (name, _gigabytes(record[name]))
+            for name in ("arguments", "temporaries", "output", "aliased", "code", "peak")
+        ]
+        rows += [
+            ("FLOPs a step", f"{cost['flops'] / 1e12:.4g} T in products and convolutions"),
+            ("bytes a step", f"{_gigabytes(cost['bytes'])} through main memory, tiles not padded"),
+        ]
+        rows += [
+            (kind, f"{found['count']} a step, {found['bytes'] / 1e6:.4g} MB from each device")
+            for kind, found in cost["collectives"].items()
+        ]
+        if record["seconds"] is not None:
+            rows.append(("seconds a step", f"{record['seconds']:.3g} (compiler's estimate)"))
+    limit = f" in {record['hbm'] / 2**30:.2f} GiB" if record["hbm"] else ""
+    rows.append((f"fits{limit}", "yes" if record["fits"] else f"no: {record['refusal']}"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(
+        [f"{record['topology']}, one device:", *(f"  {n:<{width}}  {text}" for n, text in rows)]
+    )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3f} GB"
+
+
+# ---------------------------------------------------------------------------- mode=export
+
+
+def export(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    platforms: Sequence[str] = PLATFORMS,
+) -> None:
+    """Writes the chunk as StableHLO, `artifacts/chunk_<platform>.stablehlo`, and a card.
+
+    The files are what `jax.export.deserialize` reads. The program takes and returns the leaves
+    of the trees as a flat list, which the card names, so that no class of this library is needed;
+    random keys are their raw uint32 data.
+
+    Args:
+        config: See `configs/`.
+        workdir: Where they go.
+        platforms: What to lower for.
+
+    Raises:
+        InputError: If the config is wrong or does not fit the devices of this machine.
+    """
+    made = chunk(config)
+    flat, leaves, names = _flat(made)
+    results = jax.eval_shape(made.function, *made.arguments)
+    card = {
+        "config_hash": train.config_hash(config),
+        "jax": jax.__version__,
+        "devices": made.mesh.size,
+        "mesh": dict(made.mesh.shape),
+        "arguments": [_entry(n, x) for n, x in zip(names, leaves, strict=True)],
+        "results": [_entry(n, x) for n, x in zip(*_named(results, ("state", "log")), strict=True)],
+    }
+    folder = Path(workdir) / "artifacts"
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[Path, Callable] = {}
+    for platform in platforms:
+        exported = jax.export.export(flat, platforms=[platform])(*leaves)
+        data = exported.serialize()
+        files[folder / f"chunk_{platform}.stablehlo"] = functools.partial(_write, bytes(data))
+    write_files({**files, folder / "chunk.json": functools.partial(train.dump, card)})
+    for path in files:
+        print(path)
+
+
+def _flat(made: Chunk) -> tuple[Callable, list[jax.ShapeDtypeStruct], list[str]]:
+    """The chunk as a function of leaves, and the leaves and their names."""
+    structure = jax.tree.structure(made.arguments)
+    keys = [_is_key(x) for x in jax.tree.leaves(made.arguments)]
+    names, leaves = _named(made.arguments, ("state", "count", "frozen", "data"))
+
+    def flat(*leaves):
+        leaves = [
+            jax.random.wrap_key_data(x) if key else x for x, key in zip(leaves, keys, strict=True)
+        ]
+        results = made.function(*jax.tree.unflatten(structure, leaves))
+        return [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(results)]
+
+    return jax.jit(flat, in_shardings=[x.sharding for x in leaves]), leaves, names
+
+
+def _named(trees: tuple[PyTree, ...], first: tuple[str, ...]) -> tuple[list[str], list[Any]]:
+    """The names and the leaves of trees that are called so, keys as the data they consist of."""
+    found = jax.tree_util.tree_leaves_with_path(dict(zip(first, trees, strict=True)))
+    order = {name: i for i, name in enumerate(first)}
+    found.sort(key=lambda item: order[item[0][0].key])  # dicts are flattened by their keys
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+    return names, [_raw(x) for _, x in found]
+
+
+def _raw(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    if not _is_key(x):
+        return x
+    data = jax.eval_shape(jax.random.key_data, x)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _entry(name: str, x: jax.ShapeDtypeStruct) -> dict:
+    spec = [] if x.sharding is None else list(x.sharding.spec)
+    return {"name": name, "shape": list(x.shape), "dtype": x.dtype.name, "split": spec}
+
+
+def _write(data: bytes, file) -> None:
+    file.write(data)
