@@ -1,4 +1,4 @@
-"""The one exception type that users are meant to see."""
+"""The two exception types that users are meant to see."""
 
 
 class InputError(ValueError):
@@ -7,4 +7,11 @@ class InputError(ValueError):
     The message is one line that says what is wrong and what to do about it. The command line
     prints it without a traceback and exits with a non-zero code; library callers can catch it
     as a `ValueError`.
+    """
+
+
+class Interrupted(Exception):
+    """A stop was asked for, and carried out; the message says what is kept.
+
+    Called again with the same arguments, the work goes on from there.
     """

@@ -9,12 +9,20 @@
 """
 
 import ast
+import os
+import signal
 import sys
+import threading
+from collections.abc import Callable
 
 from absl import flags
 
 from jaxdistill import config as configs
-from jaxdistill.errors import InputError
+from jaxdistill.errors import InputError, Interrupted
+
+EXIT_INTERRUPTED = 75
+"""Exit code after SIGTERM: what was done is kept, and the same command goes on. It is EX_TEMPFAIL
+of sysexits.h; docs/running.md lists the other codes."""
 
 
 def _split(argv: list[str]) -> tuple[str | None, dict[str, str], list[str]]:
@@ -36,11 +44,12 @@ def _split(argv: list[str]) -> tuple[str | None, dict[str, str], list[str]]:
     return spec, overrides, rest
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> None:
     """Parses the arguments (without the program's name) and does what they say.
 
     Raises:
         InputError: for anything wrong in the flags, the config, the data or the workdir.
+        Interrupted: if `should_stop` said yes.
     """
     spec, overrides, argv = _split(argv)
     if not spec:
@@ -63,7 +72,19 @@ def run(argv: list[str]) -> None:
     from jaxdistill import train  # imports JAX: only once the flags are known to be good
 
     action = {"train": train.train, "eval": train.evaluate}[values.mode]
-    action(config, values.workdir)
+    action(config, values.workdir, should_stop)
+
+
+def _on_sigterm() -> Callable[[], bool]:
+    """From now on SIGTERM ends nothing; whether it came is told by the function returned."""
+    came = threading.Event()
+
+    def handle(*_):
+        came.set()
+        os.write(sys.stderr.fileno(), b"jaxdistill: SIGTERM, stopping\n")
+
+    signal.signal(signal.SIGTERM, handle)
+    return came.is_set
 
 
 def cli() -> None:
@@ -74,9 +95,16 @@ def cli() -> None:
             print(f"--config={name}: {ast.get_docstring(ast.parse(path.read_text()))}")
         return
     try:
-        run(sys.argv[1:])
+        run(sys.argv[1:], _on_sigterm())
     except InputError as error:
         sys.exit(f"jaxdistill: {error}")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"jaxdistill: {where}{error.strerror or error}")
+    except Interrupted as stop:
+        print(f"jaxdistill: {stop}; the same command goes on", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(EXIT_INTERRUPTED)  # the interpreter would wait for what is being computed
     except KeyboardInterrupt:
         sys.exit("jaxdistill: interrupted; the same command goes on from the last checkpoint")
 

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from jaxdistill.data.sources import Dataset
 from jaxdistill.errors import InputError
 from jaxdistill.eval import train_on
+from jaxdistill.interrupt import ShouldStop, never, wait
 from jaxdistill.io.files import write_files
 from jaxdistill.io.writers import Progress
 
@@ -26,6 +27,7 @@ def load_or_train(
     protocol: train_on.Protocol,
     chunk: int,
     identity: str,
+    should_stop: ShouldStop = never,
 ) -> PyTree:
     """Reads the networks that the folder holds and trains those that are missing.
 
@@ -38,12 +40,14 @@ def load_or_train(
         protocol: How to train.
         chunk: Images in one pass.
         identity: Names this kind of network, data and protocol in the file names.
+        should_stop: Whether to give up the network being trained.
 
     Returns:
         `{"initial": params, "trained": params}`, each leaf stacked over the networks.
 
     Raises:
         InputError: if a file is damaged or holds another network.
+        Interrupted: if `should_stop` said yes; networks already trained stay.
     """
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     paths = [folder / f"{identity}-{i}.npz" for i in range(size)]
@@ -65,6 +69,11 @@ def load_or_train(
                 protocol=protocol,
                 chunk=chunk,
                 params=initial,
+            )
+            wait(
+                trained,
+                should_stop,
+                f"stopped while training extractor {number} of {size}; those before it are kept",
             )
             _write(paths[i], {"initial": initial, "trained": trained})
             bar.update(number, {})

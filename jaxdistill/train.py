@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,8 +33,9 @@ from jaxdistill.data import device, sources
 from jaxdistill.data.augment import normalizer, parse
 from jaxdistill.errors import InputError
 from jaxdistill.eval import results, train_on
-from jaxdistill.io import artifact
-from jaxdistill.io.files import write_files
+from jaxdistill.interrupt import ShouldStop, never, wait
+from jaxdistill.io import artifact, checkpoint
+from jaxdistill.io.files import remove_leftovers, write_files
 from jaxdistill.io.writers import Progress
 from jaxdistill.method import Method
 from jaxdistill.nn.convnet import ConvNet
@@ -56,6 +58,7 @@ class Setup(NamedTuple):
         workdir: Where everything goes.
         dataset: The data; `test` is a part of the training set if the config holds some out.
         prepare: Images to normalised images.
+        should_stop: Asked by everything that takes long.
     """
 
     config: ml_collections.ConfigDict
@@ -63,6 +66,7 @@ class Setup(NamedTuple):
     workdir: Path
     dataset: sources.Dataset
     prepare: Callable
+    should_stop: ShouldStop = never
 
 
 class Net(NamedTuple):
@@ -74,38 +78,51 @@ class Net(NamedTuple):
     feature_dim: int
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> list[dict]:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    should_stop: ShouldStop = never,
+) -> list[dict]:
     """Distils, then evaluates. An interrupted call with the same arguments goes on.
 
     Args:
         config: See `configs/`.
         workdir: Gets `config.json`, `versions.json`, `metrics.jsonl`, `checkpoints/`, `pool/`,
             `artifacts/`, `baselines/` and `results.json`.
+        should_stop: Asked many times; when it says yes, what was done is kept.
 
     Returns:
         The records of `results.json`.
 
     Raises:
         InputError: if the config, the data or the workdir do not fit.
+        Interrupted: if `should_stop` said yes.
+        OSError: if a file cannot be written.
     """
-    setup = _set_up(config, workdir)
+    setup = _set_up(config, workdir)._replace(should_stop=should_stop)
     for name in _rows(config):
         _distil(setup, name)
     return _evaluate(setup)
 
 
-def evaluate(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> list[dict]:
+def evaluate(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    should_stop: ShouldStop = never,
+) -> list[dict]:
     """Evaluates what `train` left in the workdir; only what is not measured yet is run.
 
     The settings under `config.eval` may differ from those of the training run.
 
     Raises:
         InputError: if the workdir holds no artefact, or other settings than `eval` differ.
+        Interrupted: if `should_stop` said yes; what is measured by then is kept.
+        OSError: if a file cannot be written.
     """
     folder = Path(workdir) / "artifacts"
     if not (folder / "distilled.npz").is_file():
         raise InputError(f"{folder} holds no distilled.npz; run --mode=train in this workdir first")
-    setup = _set_up(config, workdir)
+    setup = _set_up(config, workdir)._replace(should_stop=should_stop)
     for name in _rows(config):
         _distil(setup, name)
     return _evaluate(setup)
@@ -168,6 +185,8 @@ def _set_up(config, workdir) -> Setup:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the workdir {workdir}: {error.strerror}") from error
+    for folder in (workdir, *workdir.glob("**/artifacts")):
+        remove_leftovers(folder)
     write_files(
         {
             stored: functools.partial(_dump, plain),
@@ -195,6 +214,12 @@ def _check(config) -> None:
     _sampler(config.method)
     if config.eval.seeds < 1:
         raise InputError(f"eval.seeds is {config.eval.seeds}; it must be at least 1")
+    if config.run.restarts < 0 or not 0 < config.run.restart_factor < 1:
+        raise InputError(
+            f"run.restarts is {config.run.restarts} and run.restart_factor "
+            f"{config.run.restart_factor}; the first must not be negative, the second between "
+            "0 and 1"
+        )
 
 
 def _check_budget(config, dataset: sources.Dataset) -> None:
@@ -290,6 +315,7 @@ def _pool(setup: Setup) -> dict:
         ),
         chunk=setup.config.run.pass_size,
         identity=_hash([spec, model.depth, model.norm, setup.dataset.fingerprint()]),
+        should_stop=setup.should_stop,
     )
 
 
@@ -422,28 +448,45 @@ def _distil(setup: Setup, name: str) -> None:
         return
     config, data = setup.config, setup.dataset
     resident = device.resident(data.train, data.num_classes)
-    job = _job(setup, name)
+    saved = checkpoint.newest_metadata(folder / "checkpoints")
+    restarts, rate_factor = saved.get("restarts", 0), saved.get("rate_factor", 1.0)
+    job = _job(_slowed(setup, rate_factor), name)
     key = jax.random.key(config.seed)
     began = time.perf_counter(), time.process_time()
+    state = None
     if name == "start":
         # The undistilled start of the same seed: what a run of NCFM has before its first step.
         state = runner.initial_state(job.method, data=resident, frozen=job.frozen, key=key)
-    else:
-        state = runner.run(
-            job.method,
-            data=resident,
-            frozen=job.frozen,
-            key=key,
-            steps=job.steps,
-            chunk=config.run.chunk,
-            mesh=_mesh(setup),
-            backend=config.parallel.backend,
-            workdir=folder,
-            checkpoint_every=config.run.checkpoint_every,
-            metadata={"config_hash": setup.hash, "method": name},
-            tensorboard=config.run.tensorboard,
-            progress=name,
-        )
+    while state is None:
+        try:
+            state = runner.run(
+                job.method,
+                data=resident,
+                frozen=job.frozen,
+                key=key,
+                steps=job.steps,
+                chunk=config.run.chunk,
+                mesh=_mesh(setup),
+                backend=config.parallel.backend,
+                workdir=folder,
+                checkpoint_every=config.run.checkpoint_every,
+                metadata={
+                    "config_hash": setup.hash,
+                    "method": name,
+                    "restarts": restarts,
+                    "rate_factor": rate_factor,
+                },
+                tensorboard=config.run.tensorboard,
+                progress=name,
+                should_stop=setup.should_stop,
+            )
+        except runner.Diverged as error:
+            if restarts >= config.run.restarts:
+                raise
+            restarts, rate_factor = restarts + 1, rate_factor * config.run.restart_factor
+            told = f"restart {restarts} of {config.run.restarts} with the rates x {rate_factor:.3g}"
+            print(f"{name}: {error}; {told}", file=sys.stderr)
+            job = _job(_slowed(setup, rate_factor), name)
     images = np.asarray(job.method.output(state)["images"], np.float32)
     cost = {
         "steps": 0 if name == "start" else job.steps,
@@ -466,12 +509,21 @@ def _distil(setup: Setup, name: str) -> None:
         "factor": config.method.factor if name in ("ncfm", "dm", "start") else 1,
         "config_hash": setup.hash,
         "seeds": {"condense": config.seed},
+        "rate_factor": rate_factor,
         "accuracies": [],
         "cost": cost,
         "provenance": {"source_sha256": data.fingerprint(), "versions": _versions()},
     }
     labels = np.repeat(np.arange(data.num_classes, dtype=np.int32), per_class)
     artifact.save(folder / "artifacts", artifact.Distilled(images, labels, soft, card))
+
+
+def _slowed(setup: Setup, rate_factor: float) -> Setup:
+    """The set-up with the rates of the pixels and of the sampler multiplied."""
+    config = setup.config.copy_and_resolve_references()
+    config.method.rate *= rate_factor
+    config.method.sampler_rate *= rate_factor
+    return setup._replace(config=config)
 
 
 def _soft_labels(setup: Setup, images: np.ndarray) -> np.ndarray:
@@ -527,6 +579,8 @@ def _evaluate(setup: Setup) -> list[dict]:
             protocol=protocol,
             **passes,
         )
+        told = f"stopped while evaluating; {number - 1} of {len(wanted)} networks are measured"
+        wait(params, setup.should_stop, told)
         accuracy = train_on.accuracy(network, params, test_images, test_labels, **passes)
         measured[cell] = {
             "accuracy": accuracy,

@@ -4,6 +4,7 @@
 is all the composition there is.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -42,7 +43,7 @@ class JsonlWriter:
         Raises:
             InputError: when the file cannot be written.
         """
-        path = Path(path)
+        self._path = path = Path(path)
         try:
             if path.exists():
                 write_files({path: lambda file: file.writelines(_kept(path, resume_step))})
@@ -54,7 +55,8 @@ class JsonlWriter:
         """Appends one record.
 
         Raises:
-            InputError: when a value is not a number, or is named `step` or `time`.
+            InputError: when a value is not a number, or is named `step` or `time`, or the file
+                cannot be written.
         """
         if taken := {"step", "time"} & set(values):
             raise InputError(f"metrics may not be named {', '.join(sorted(taken))}: choose others")
@@ -62,12 +64,17 @@ class JsonlWriter:
         for name, value in values.items():
             number = _number(name, value)
             record[name] = number if np.isfinite(number) else str(number)
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(f"cannot write metrics to {self._path}: {error.strerror}") from error
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        # What a full disk refused is still buffered, and is refused once more.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 class TensorBoardWriter:
