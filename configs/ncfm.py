@@ -114,7 +114,7 @@ def get_config(argument=None):
     config.run.checkpoint_every = 1000 if large else 100
     config.run.tensorboard = False
     # A run that diverges goes back to its last checkpoint, this many times, and each time the
-    # rates of the images and of the sampler are multiplied by the factor.
+    # rates under `method` are multiplied by the factor.
     config.run.restarts = 0
     config.run.restart_factor = 0.3
     # Images in one pass of a network, on each device. Small passes stay in a CPU's cache;

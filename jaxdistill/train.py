@@ -519,10 +519,10 @@ def _distil(setup: Setup, name: str) -> None:
 
 
 def _slowed(setup: Setup, rate_factor: float) -> Setup:
-    """The set-up with the rates of the pixels and of the sampler multiplied."""
+    """The set-up with all rates of the method multiplied."""
     config = setup.config.copy_and_resolve_references()
-    config.method.rate *= rate_factor
-    config.method.sampler_rate *= rate_factor
+    for name in ("rate", "sampler_rate", "finetune_rate"):
+        config.method[name] *= rate_factor
     return setup._replace(config=config)
 
 

@@ -13,6 +13,7 @@ counted is the phase that was hit, as the files show it at the kill.
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -20,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,13 @@ import numpy as np
 from jaxdistill.io import artifact
 from jaxdistill.io.files import write_files
 
+EXTRACTORS = 2
 FLAGS = (
     "--config=ncfm:dataset=digits,ipc=1,smoke",
     "--config.run.steps=800",
     "--config.run.chunk=5",
     "--config.run.checkpoint_every=20",
-    "--config.pool.size=2",
+    f"--config.pool.size={EXTRACTORS}",
     "--config.method.sampler=learned",
     "--config.method.warmup=1",
     "--config.eval.epochs=300",
@@ -42,39 +43,46 @@ FLAGS = (
 )
 # What a round of kills is aimed at, in the order in which a run comes by. Restoring and compiling
 # take longest, so `anything` mostly hits those.
-ROUND = ("pool", *("training", "save") * 6, "anything", "artefact", *("evaluation",) * 4)
+ROUND = ("extractors", *("training", "save") * 6, "anything", "artefact", *("evaluation",) * 4)
 PATIENCE = 300.0  # seconds for one start
 
 
 class Folder:
-    """What the files of a workdir tell about the process at work in it."""
+    """What the files of a workdir tell about the process at work in it since this was made."""
 
     def __init__(self, workdir: Path):
         self.workdir = workdir
-        self.at_start = self._times()
+        self.left = self._files()
+        self.fewest_metrics: int | None = None
 
-    def _times(self) -> dict[str, int]:
-        times = {}
-        for name in ("metrics.jsonl", "results.json"):
-            path = self.workdir / name
-            times[name] = path.stat().st_mtime_ns if path.exists() else 0
-        return times
-
-    def has(self, pattern: str) -> bool:
-        return next(self.workdir.glob(pattern), None) is not None
+    def _files(self) -> dict[Path, tuple[int, int]]:
+        """Every file and folder, by a number that is new when it was replaced, and its size."""
+        found = {}
+        for folder, folders, files in os.walk(self.workdir):  # passes over what vanishes
+            for path in (Path(folder, name) for name in (*folders, *files)):
+                with contextlib.suppress(OSError):
+                    status = path.stat()
+                    found[path.relative_to(self.workdir)] = status.st_ino, status.st_size
+        return found
 
     def phase(self) -> str:
         """Which part of the run is under way."""
-        changed = {name: mark != self.at_start[name] for name, mark in self._times().items()}
-        if self.has("checkpoints/*tmp*"):
+        files = self._files()
+        new = {str(path): mark[1] for path, mark in files.items() if self.left.get(path) != mark}
+        if any(name.startswith("checkpoints/") and "tmp" in name for name in new):
             return "save"
-        if (self.workdir / "artifacts" / "distilled.npz").exists():
-            return "evaluation" if changed["results.json"] else "start of an evaluation"
-        if self.has("artifacts"):
+        if Path("artifacts/distilled.npz") in files:
+            return "evaluation" if "results.json" in new else "start of an evaluation"
+        if any(name.startswith("artifacts/") for name in new):
             return "artefact"
-        if changed["metrics.jsonl"]:
-            return "training"
-        return "start of a training" if self.has("pool/*.npz") else "start or pool"
+        if "metrics.jsonl" in new:
+            # It is opened, and freed of records after the checkpoint, before anything is run.
+            size = new["metrics.jsonl"]
+            least = size if self.fewest_metrics is None else self.fewest_metrics
+            self.fewest_metrics = min(size, least)
+            return "training" if size > self.fewest_metrics else "start of a training"
+        trained = sum(path.parts[0] == "pool" and path.suffix == ".npz" for path in files)
+        return "start of a training" if trained == EXTRACTORS else "start or extractors"
 
 
 def environment(scratch: Path) -> dict[str, str]:
@@ -94,36 +102,36 @@ def start(workdir: Path, scratch: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=output, stderr=output, env=environment(scratch))
 
 
-def trigger(target: str, folder: Folder, numbers: random.Random) -> tuple[Callable, float]:
-    """When a start aimed at a phase is killed: a sign to wait for, and seconds after it."""
+def aim(target: str, numbers: random.Random) -> tuple[tuple[str, ...], float]:
+    """The phases that a start aimed at one must reach, and seconds from there to the kill."""
     return {
-        "pool": (lambda: True, numbers.uniform(0, 15)),
-        "training": (lambda: folder.phase() in ("training", "save"), numbers.uniform(0, 1.5)),
-        "save": (lambda: folder.phase() == "save", numbers.uniform(0, 0.1)),
-        "anything": (lambda: True, numbers.uniform(0, 10)),
-        "artefact": (lambda: folder.has("artifacts"), numbers.uniform(0, 0.05)),
-        "evaluation": (lambda: folder.phase() == "evaluation", numbers.uniform(0, 1.5)),
+        "extractors": ((), numbers.uniform(0, 15)),
+        "training": (("training", "save"), numbers.uniform(0, 1.5)),
+        "save": (("save",), numbers.uniform(0, 0.1)),
+        "anything": ((), numbers.uniform(0, 10)),
+        "artefact": (("artefact",), numbers.uniform(0, 0.05)),
+        "evaluation": (("evaluation",), numbers.uniform(0, 1)),
     }[target]
 
 
 def kill_once(target: str, workdir: Path, scratch: Path, numbers: random.Random) -> str | None:
     """One start that is killed; the phase that was hit, or None if the run ended before."""
     folder = Folder(workdir)
-    sign, delay = trigger(target, folder, numbers)
+    phases, delay = aim(target, numbers)
     process, began = start(workdir, scratch), time.monotonic()
     moment = None
     while process.poll() is None:
-        now = time.monotonic()
+        now, phase = time.monotonic(), folder.phase()
         if now - began > PATIENCE:
             process.kill()
             raise RuntimeError(f"no end of a start aimed at {target} after {PATIENCE:.0f} s")
-        if moment is None and sign():
+        if moment is None and (not phases or phase in phases):
             moment = now + delay
         if moment is not None and now >= moment:
             process.kill()
             process.wait()
             return folder.phase()
-        time.sleep(0.001)
+        time.sleep(0.002)
     if process.returncode:
         raise RuntimeError(f"a start failed, see {scratch / 'output.txt'}")
     return None
