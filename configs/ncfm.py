@@ -116,6 +116,10 @@ def get_config(argument=None):
     config.run.chunk = 100 if large else 10
     config.run.checkpoint_every = 1000 if large else 100
     config.run.tensorboard = False
+    # A run that diverges goes back to its last checkpoint, this many times, and each time the
+    # rates under `method` are multiplied by the factor.
+    config.run.restarts = 0
+    config.run.restart_factor = 0.3
     # Images in one pass of a network, on each device. Small passes stay in a CPU's cache;
     # accelerators want large ones, as far as memory goes: the same number of pixels a pass.
     config.run.pass_size = 256 * 32**2 // data.get("image_size", 32) ** 2 if large else 16

@@ -1,4 +1,4 @@
-"""The one exception type that users are meant to see."""
+"""The two exception types that users are meant to see."""
 
 
 class InputError(ValueError):
@@ -6,5 +6,18 @@ class InputError(ValueError):
 
     The message is one line that says what is wrong and what to do about it. The command line
     prints it without a traceback and exits with a non-zero code; library callers can catch it
-    as a `ValueError`.
+    as a `ValueError`. Names of files and settings get into messages: whatever is in them, the
+    message is one line of printable letters.
+    """
+
+    def __init__(self, message: object = ""):
+        """Makes one line of the message."""
+        printable = "".join(c if c.isprintable() else " " for c in str(message))
+        super().__init__(" ".join(printable.split()))
+
+
+class Interrupted(Exception):
+    """A stop was asked for, and carried out; the message says what is kept.
+
+    Called again with the same arguments, the work goes on from there.
     """

@@ -9,15 +9,25 @@
             compile says what the run costs on a TPU slice, with neither the slice nor the data,
             and export writes its program as StableHLO
 --topology  the slice to compile for, such as v5e:16x16; the workdir is then optional
+--distributed  for several processes: auto on SLURM and TPU pods, else HOST:PORT,PROCESSES,INDEX;
+            the workdir must be one that all of them reach
 """
 
 import ast
+import os
+import signal
 import sys
+import threading
+from collections.abc import Callable
 
 from absl import flags
 
 from jaxdistill import config as configs
-from jaxdistill.errors import InputError
+from jaxdistill.errors import InputError, Interrupted
+
+EXIT_INTERRUPTED = 75
+"""Exit code after SIGTERM: what was done is kept, and the same command goes on. It is EX_TEMPFAIL
+of sysexits.h; docs/running.md lists the other codes."""
 
 MODES = ("train", "eval", "compile", "export")
 
@@ -41,11 +51,12 @@ def _split(argv: list[str]) -> tuple[str | None, dict[str, str], list[str]]:
     return spec, overrides, rest
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> None:
     """Parses the arguments (without the program's name) and does what they say.
 
     Raises:
         InputError: for anything wrong in the flags, the config, the data or the workdir.
+        Interrupted: if `should_stop` said yes.
     """
     spec, overrides, argv = _split(argv)
     if not spec:
@@ -58,6 +69,7 @@ def run(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     flags.DEFINE_enum("mode", "train", MODES, "What to do.", flag_values=values)
     flags.DEFINE_string("topology", None, "A TPU slice.", flag_values=values)
+    flags.DEFINE_string("distributed", None, "The processes of the run.", flag_values=values)
     try:
         rest = values(["jaxdistill", *argv])
     except flags.Error as error:
@@ -72,8 +84,12 @@ def run(argv: list[str]) -> None:
     # Both import JAX: only once the flags are known to be good.
     if values.mode in ("train", "eval"):
         from jaxdistill import train
+        from jaxdistill.parallel import processes
 
-        {"train": train.train, "eval": train.evaluate}[values.mode](config, values.workdir)
+        if values.distributed:
+            processes.join(values.distributed)
+        action = {"train": train.train, "eval": train.evaluate}[values.mode]
+        action(config, values.workdir, should_stop)
         return
     from jaxdistill import plan
 
@@ -81,6 +97,18 @@ def run(argv: list[str]) -> None:
         plan.plan(config, values.topology, values.workdir)
     else:
         plan.export(config, values.workdir)
+
+
+def _on_sigterm() -> Callable[[], bool]:
+    """From now on SIGTERM ends nothing; whether it came is told by the function returned."""
+    came = threading.Event()
+
+    def handle(*_):
+        came.set()
+        os.write(sys.stderr.fileno(), b"jaxdistill: SIGTERM, stopping\n")
+
+    signal.signal(signal.SIGTERM, handle)
+    return came.is_set
 
 
 def cli() -> None:
@@ -91,9 +119,16 @@ def cli() -> None:
             print(f"--config={name}: {ast.get_docstring(ast.parse(path.read_text()))}")
         return
     try:
-        run(sys.argv[1:])
+        run(sys.argv[1:], _on_sigterm())
     except InputError as error:
         sys.exit(f"jaxdistill: {error}")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"jaxdistill: {where}{error.strerror or error}")
+    except Interrupted as stop:
+        print(f"jaxdistill: {stop}; the same command goes on", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(EXIT_INTERRUPTED)  # the interpreter would wait for what is being computed
     except KeyboardInterrupt:
         sys.exit("jaxdistill: interrupted; the same command goes on from the last checkpoint")
 

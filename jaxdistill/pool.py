@@ -12,9 +12,11 @@ from jaxtyping import PyTree
 from jaxdistill.data.sources import Dataset
 from jaxdistill.errors import InputError
 from jaxdistill.eval import train_on
+from jaxdistill.interrupt import ShouldStop, never
 from jaxdistill.io import npz
 from jaxdistill.io.files import write_files
 from jaxdistill.io.writers import Progress
+from jaxdistill.parallel import processes
 
 
 def load_or_train(
@@ -27,8 +29,11 @@ def load_or_train(
     protocol: train_on.Protocol,
     chunk: int,
     identity: str,
+    should_stop: ShouldStop = never,
 ) -> PyTree:
     """Reads the networks that the folder holds and trains those that are missing.
+
+    Several processes each train a part of them.
 
     Args:
         folder: Where they are kept, one `.npz` a network; made when missing.
@@ -39,26 +44,35 @@ def load_or_train(
         protocol: How to train.
         chunk: Images in one pass.
         identity: Names this kind of network, data and protocol in the file names.
+        should_stop: Whether to give up the networks being trained.
 
     Returns:
         `{"initial": params, "trained": params}`, each leaf stacked over the networks.
 
     Raises:
         InputError: if a file is damaged or holds another network.
+        Interrupted: if `should_stop` said yes; networks already trained stay.
     """
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     paths = [folder / f"{identity}-{i}.npz" for i in range(size)]
+    processes.wait("before the extractors are counted")
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        bar = Progress(size, size - len(missing), "pretraining extractors")
+    processes.wait("before extractors are trained")
+    if own := processes.mine(missing):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot keep extractors in {folder}: {error.strerror}") from error
+        bar = Progress(len(own), 0, "pretraining extractors")
         images = jnp.asarray(data.train.images)
         targets = train_on.one_hot(data.train.labels, data.num_classes)
-        for number, i in enumerate(missing, size - len(missing) + 1):
-            key = jax.random.key(1000 + i)
-            initial = jax.jit(network.init)(key)
-            trained = train_on.train(
-                key,
+        size = train_on.together()
+        for first in range(0, len(own), size):
+            group = own[first : first + size]
+            keys = [jax.random.key(1000 + i) for i in group]
+            initial = jax.tree.map(lambda *x: jnp.stack(x), *map(jax.jit(network.init), keys))
+            trained = train_on.train_many(
+                jnp.stack(keys),
                 network,
                 images,
                 targets,
@@ -66,10 +80,16 @@ def load_or_train(
                 protocol=protocol,
                 chunk=chunk,
                 params=initial,
+                on_block=lambda part, first=first, group=group: bar.update(
+                    first + part * len(group), {}
+                ),
+                should_stop=should_stop,
             )
-            _write(paths[i], {"initial": initial, "trained": trained})
-            bar.update(number, {})
+            for row, i in enumerate(group):
+                member = {"initial": initial, "trained": trained}
+                _write(paths[i], jax.tree.map(lambda x, row=row: x[row], member))
         bar.close()
+    processes.wait("the extractors are trained")
     members = [_read(path, {"initial": shapes, "trained": shapes}) for path in paths]
     return jax.tree.map(lambda *x: jnp.stack(x), *members)
 

@@ -14,11 +14,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int32, Key, PRNGKeyArray, PyTree
 
 from jaxdistill.data import device, stream
-from jaxdistill.errors import InputError
+from jaxdistill.errors import InputError, Interrupted
+from jaxdistill.interrupt import ShouldStop, never
 from jaxdistill.io import checkpoint
 from jaxdistill.io.writers import JsonlWriter, Progress, TensorBoardWriter
 from jaxdistill.method import BatchSpec, Frozen, Method, State
-from jaxdistill.parallel import backends
+from jaxdistill.parallel import backends, processes
 from jaxdistill.parallel.mesh import make_mesh, put, shardings
 
 
@@ -66,6 +67,7 @@ def run(
     writers: Sequence[Any] = (),
     progress: str | None = None,
     on_chunk: Callable[[int, State], None] | None = None,
+    should_stop: ShouldStop = never,
 ) -> State:
     """Runs a method, or goes on with the run that the workdir holds.
 
@@ -93,6 +95,8 @@ def run(
         progress: What to call the run in a progress display; None for no display.
         on_chunk: Called with the steps done and the method's state after every launch, before
             the chunk's metrics are checked. The arrays are valid until it returns.
+        should_stop: Called once after every launch but the last. When it says yes, that launch
+            is waited for, its state saved and the run ended.
 
     Returns:
         The method's state after the last step; see `Method.output`.
@@ -102,6 +106,7 @@ def run(
             another run.
         Diverged: At the first step with a metric that is not finite. No checkpoint holds the
             state of that step or a later one.
+        Interrupted: If `should_stop` said yes. The same call goes on, to the same bits.
     """
     if steps < 1 or chunk < 1 or checkpoint_every < 0:
         raise InputError(
@@ -129,7 +134,7 @@ def run(
         done, state = restored
         if done > steps:
             raise InputError(f"{workdir} holds a run of {done} steps, more than the {steps} asked")
-        first = jax.process_index() == 0  # of several processes, the one that reports
+        first = processes.is_first()
         if first and workdir is not None:
             writers = [*writers, JsonlWriter(workdir / "metrics.jsonl", resume_step=done)]
             stack.callback(writers[-1].close)
@@ -153,7 +158,8 @@ def run(
             if late is not None:
                 _report(late, writers, display, saved)
             late = launched
-            if done == steps or done % every == 0:
+            stop = done < steps and processes.any_says(should_stop())
+            if stop or done == steps or done % every == 0:
                 # The next launch would destroy the state, so it is known to be good first.
                 _report(late, writers, display, saved)
                 late = None
@@ -164,6 +170,9 @@ def run(
                     saved = done
             if on_chunk is not None:
                 on_chunk(done, state.method)
+            if stop:
+                kept = "which is saved" if manager is not None else "and nothing is kept"
+                raise Interrupted(f"stopped after step {done} of {steps}, {kept}")
     return state.method
 
 

@@ -6,9 +6,11 @@ config. Every stage finds what an earlier start left in the workdir and goes on 
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,17 +34,42 @@ from jaxdistill.data import device, sources, stream
 from jaxdistill.data.augment import normalizer, parse
 from jaxdistill.errors import InputError
 from jaxdistill.eval import results, train_on
-from jaxdistill.io import artifact
-from jaxdistill.io.files import write_files
+from jaxdistill.interrupt import ShouldStop, never
+from jaxdistill.io import artifact, checkpoint
+from jaxdistill.io.files import remove_leftovers, write_files
 from jaxdistill.io.writers import Progress
 from jaxdistill.method import Method
 from jaxdistill.nn.convnet import ConvNet
 from jaxdistill.nn.frequency_net import ReleasedSampleNet, ScaleNet
 from jaxdistill.nn.resnet import ResNet18
 from jaxdistill.nn.vgg import VGG11
+from jaxdistill.parallel import processes
 from jaxdistill.parallel.backends import BACKENDS
 from jaxdistill.parallel.mesh import make_mesh
 
+# What settings may be. The upper ends only keep a slip of the keyboard from filling the memory.
+_RANGES = {
+    "method.ipc": (1, 10_000),
+    "method.factor": (1, 64),
+    "method.batch_real": (1, 10**6),
+    "method.num_freqs": (1, 10**6),
+    "method.ascent_steps": (1, 1000),
+    "method.warmup": (0, 10**9),
+    "model.depth": (1, 16),
+    "model.width": (1, 2**14),
+    "pool.size": (1, 1000),
+    "pool.width": (1, 2**14),
+    "pool.epochs": (1, 10**6),
+    "pool.batch": (1, 10**6),
+    "run.steps": (1, 10**9),
+    "run.chunk": (1, 10**6),
+    "run.checkpoint_every": (0, 10**9),
+    "run.pass_size": (1, 10**6),
+    "parallel.class_devices": (1, 10**6),
+    "eval.seeds": (1, 1000),
+    "eval.epochs": (1, 10**6),
+    "eval.batch": (1, 10**6),
+}
 METHODS = ("ncfm", "dm", *coreset.CORESETS, "start")
 ARCHITECTURES = ("convnet", "resnet18", "vgg11")
 
@@ -59,6 +86,7 @@ class Setup(NamedTuple):
         workdir: Where everything goes.
         dataset: The data; `test` is a part of the training set if the config holds some out.
         prepare: Images to normalised images.
+        should_stop: Asked by everything that takes long.
     """
 
     config: ml_collections.ConfigDict
@@ -66,6 +94,7 @@ class Setup(NamedTuple):
     workdir: Path
     dataset: sources.Dataset
     prepare: Callable
+    should_stop: ShouldStop = never
 
 
 class Net(NamedTuple):
@@ -77,38 +106,51 @@ class Net(NamedTuple):
     feature_dim: int
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> list[dict]:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    should_stop: ShouldStop = never,
+) -> list[dict]:
     """Distils, then evaluates. An interrupted call with the same arguments goes on.
 
     Args:
         config: See `configs/`.
         workdir: Gets `config.json`, `versions.json`, `metrics.jsonl`, `checkpoints/`, `pool/`,
             `artifacts/`, `baselines/` and `results.json`.
+        should_stop: Asked many times; when it says yes, what was done is kept.
 
     Returns:
         The records of `results.json`.
 
     Raises:
         InputError: if the config, the data or the workdir do not fit.
+        Interrupted: if `should_stop` said yes.
+        OSError: if a file cannot be written.
     """
-    setup = _set_up(config, workdir)
+    setup = _set_up(config, workdir)._replace(should_stop=should_stop)
     for name in _rows(config):
         _distil(setup, name)
     return _evaluate(setup)
 
 
-def evaluate(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> list[dict]:
+def evaluate(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    should_stop: ShouldStop = never,
+) -> list[dict]:
     """Evaluates what `train` left in the workdir; only what is not measured yet is run.
 
     The settings under `config.eval` may differ from those of the training run.
 
     Raises:
         InputError: if the workdir holds no artefact, or other settings than `eval` differ.
+        Interrupted: if `should_stop` said yes; what is measured by then is kept.
+        OSError: if a file cannot be written.
     """
     folder = Path(workdir) / "artifacts"
     if not (folder / "distilled.npz").is_file():
         raise InputError(f"{folder} holds no distilled.npz; run --mode=train in this workdir first")
-    setup = _set_up(config, workdir)
+    setup = _set_up(config, workdir)._replace(should_stop=should_stop)
     for name in _rows(config):
         _distil(setup, name)
     return _evaluate(setup)
@@ -158,7 +200,7 @@ def _set_up(config, workdir) -> Setup:
     if stored.is_file():
         try:
             before = _identity(json.loads(stored.read_text()))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{stored} is not a run's config ({error}); use another workdir"
             ) from error
@@ -177,16 +219,20 @@ def _set_up(config, workdir) -> Setup:
     if config.data.holdout_per_class:
         dataset = sources.holdout(dataset, config.data.holdout_per_class, seed=0)
     _check_budget(config, dataset)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the workdir {workdir}: {error.strerror}") from error
-    write_files(
-        {
-            stored: functools.partial(dump, settings),
-            workdir / "versions.json": functools.partial(dump, _versions()),
-        }
-    )
+    if processes.is_first():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the workdir {workdir}: {error.strerror}") from error
+        for folder in (workdir, *workdir.glob("**/artifacts")):
+            remove_leftovers(folder)
+        write_files(
+            {
+                stored: functools.partial(dump, settings),
+                workdir / "versions.json": functools.partial(dump, _versions()),
+            }
+        )
+    processes.wait("set up")
     return Setup(config, _hash(identity), workdir, dataset, normalizer(dataset.mean, dataset.std))
 
 
@@ -202,9 +248,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     for name in config.eval.architectures:
         if name not in ARCHITECTURES:
             raise InputError(f"unknown network {name!r}; choose from {', '.join(ARCHITECTURES)}")
-    for key in ("ipc", "factor"):
-        if config.method[key] < 1:
-            raise InputError(f"method.{key} is {config.method[key]}; it must be at least 1")
+    for path, (least, most) in _RANGES.items():
+        group, name = path.split(".")
+        value = config[group][name]
+        if value is not None and not least <= value <= most:
+            raise InputError(f"{path} is {value}; it must be between {least} and {most}")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"seed is {config.seed}; it must be between 0 and {2**32 - 1}")
+    if not config.eval.architectures:
+        raise InputError("eval.architectures is empty; give at least one network")
     check_objective(config.method.objective, config.method.alpha, config.method.beta)
     if config.parallel.backend not in BACKENDS:
         raise InputError(
@@ -215,8 +267,12 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"data.placement is {config.data.placement!r}; choose resident or streamed"
         )
     _sampler(config.method)
-    if config.eval.seeds < 1:
-        raise InputError(f"eval.seeds is {config.eval.seeds}; it must be at least 1")
+    if config.run.restarts < 0 or not 0 < config.run.restart_factor < 1:
+        raise InputError(
+            f"run.restarts is {config.run.restarts} and run.restart_factor "
+            f"{config.run.restart_factor}; the first must not be negative, the second between "
+            "0 and 1"
+        )
 
 
 def _check_budget(config, dataset: sources.Dataset) -> None:
@@ -314,6 +370,7 @@ def _pool(setup: Setup) -> dict:
         ),
         chunk=setup.config.run.pass_size,
         identity=_hash([spec, model.depth, model.norm, setup.dataset.fingerprint()]),
+        should_stop=setup.should_stop,
     )
 
 
@@ -366,7 +423,9 @@ def _start_pixels(config, data: Data) -> jax.Array | None:
     distilled = artifact.load(config.start)
     per_class = config.ipc * config.factor**2
     order = np.argsort(distilled.labels, kind="stable")
-    counts = np.bincount(distilled.labels, minlength=data.num_classes)
+    # Clipped, for a foreign label may be enormous; it then makes the counts wrong.
+    labels = np.minimum(distilled.labels, data.num_classes)
+    counts = np.bincount(labels, minlength=data.num_classes)
     shape = distilled.images.shape[1:]
     if shape != data.image_shape or len(counts) != data.num_classes or any(counts != per_class):
         raise InputError(
@@ -460,37 +519,57 @@ def _folder(setup: Setup, name: str) -> Path:
 def _distil(setup: Setup, name: str) -> None:
     """Runs one method to its artefact; nothing is done when the artefact is there."""
     folder = _folder(setup, name)
-    if (folder / "artifacts" / "distilled.npz").is_file():
+    done = (folder / "artifacts" / "distilled.npz").is_file()
+    processes.wait(f"{name} is looked for")  # before the first process writes it
+    if done:
         return
     config, data = setup.config, setup.dataset
     place = {"resident": device.resident, "streamed": stream.stream}[config.data.placement]
     placed = place(data.train, data.num_classes)
-    method = build_method(config, name, data, setup.prepare)
-    frozen = _frozen(setup, name)
     # A coreset takes one image of each class a step.
     steps = config.method.ipc if name in coreset.CORESETS else config.run.steps
+    saved = checkpoint.newest_metadata(folder / "checkpoints")
+    restarts, rate_factor = saved.get("restarts", 0), saved.get("rate_factor", 1.0)
+    method = build_method(_slowed(config, rate_factor), name, data, setup.prepare)
+    frozen = _frozen(setup, name)
     key = jax.random.key(config.seed)
     began = time.perf_counter(), time.process_time()
+    state = None
     if name == "start":
         # The undistilled start of the same seed: what a run of NCFM has before its first step.
         state = runner.initial_state(method, data=placed, frozen=frozen, key=key)
-    else:
-        state = runner.run(
-            method,
-            data=placed,
-            frozen=frozen,
-            key=key,
-            steps=steps,
-            chunk=config.run.chunk,
-            mesh=build_mesh(config, data),
-            backend=config.parallel.backend,
-            workdir=folder,
-            checkpoint_every=config.run.checkpoint_every,
-            metadata={"config_hash": setup.hash, "method": name},
-            tensorboard=config.run.tensorboard,
-            progress=name,
-        )
-    images = np.asarray(method.output(state)["images"], np.float32)
+    while state is None:
+        try:
+            state = runner.run(
+                method,
+                data=placed,
+                frozen=frozen,
+                key=key,
+                steps=steps,
+                chunk=config.run.chunk,
+                mesh=build_mesh(config, data),
+                backend=config.parallel.backend,
+                workdir=folder,
+                checkpoint_every=config.run.checkpoint_every,
+                metadata={
+                    "config_hash": setup.hash,
+                    "method": name,
+                    "restarts": restarts,
+                    "rate_factor": rate_factor,
+                },
+                tensorboard=config.run.tensorboard,
+                progress=name,
+                should_stop=setup.should_stop,
+            )
+        except runner.Diverged as error:
+            if restarts >= config.run.restarts:
+                raise
+            restarts, rate_factor = restarts + 1, rate_factor * config.run.restart_factor
+            told = f"restart {restarts} of {config.run.restarts} with the rates x {rate_factor:.3g}"
+            print(f"{name}: {error}; {told}", file=sys.stderr)
+            slower = _slowed(config, rate_factor)
+            method = build_method(slower, name, data, setup.prepare)
+    images = processes.whole(method.output(state)["images"])
     cost = {
         "steps": 0 if name == "start" else steps,
         # Of this process: a run that went on after an interruption shows its last part.
@@ -512,12 +591,23 @@ def _distil(setup: Setup, name: str) -> None:
         "factor": config.method.factor if name in ("ncfm", "dm", "start") else 1,
         "config_hash": setup.hash,
         "seeds": {"condense": config.seed},
+        "rate_factor": rate_factor,
         "accuracies": [],
         "cost": cost,
         "provenance": {"source_sha256": data.fingerprint(), "versions": _versions()},
     }
     labels = np.repeat(np.arange(data.num_classes, dtype=np.int32), per_class)
-    artifact.save(folder / "artifacts", artifact.Distilled(images, labels, soft, card))
+    if processes.is_first():
+        artifact.save(folder / "artifacts", artifact.Distilled(images, labels, soft, card))
+    processes.wait(f"{name} is distilled")
+
+
+def _slowed(config: ml_collections.ConfigDict, factor: float) -> ml_collections.ConfigDict:
+    """The config with all rates of the method multiplied."""
+    config = config.copy_and_resolve_references()
+    for name in ("rate", "sampler_rate", "finetune_rate"):
+        config.method[name] *= factor
+    return config
 
 
 def _soft_labels(setup: Setup, images: np.ndarray) -> np.ndarray:
@@ -550,48 +640,93 @@ def _evaluate(setup: Setup) -> list[dict]:
         for labels in (("hard", "soft") if config.soft_labels else ("hard",))
         for seed in range(config.seeds)
     ]
-    path = setup.workdir / "results.json"
-    measured = results.read(path)
+    measured = _gather(setup)
     missing = [cell for cell in wanted if cell not in measured]
-    networks = {name: _judge(_architecture(setup, name)) for name in config.architectures}
-    test_images, test_labels = (jnp.asarray(x) for x in data.test)
-    bar = Progress(len(wanted), len(wanted) - len(missing), "evaluating") if missing else None
-    for number, cell in enumerate(missing, len(wanted) - len(missing) + 1):
-        distilled = artifact.load(_folder(setup, cell.method) / "artifacts")
-        targets = train_on.one_hot(distilled.labels, data.num_classes)
-        if cell.labels == "soft":
-            soft = distilled.soft_labels
-            targets = jnp.asarray(_soft_labels(setup, distilled.images) if soft is None else soft)
-        passes = {"prepare": setup.prepare, "chunk": setup.config.run.pass_size}
-        network = networks[cell.network]
-        start = time.perf_counter(), time.process_time()
-        params = train_on.train(
-            jax.random.key(cell.seed),
-            network,
-            jnp.asarray(distilled.images),
-            targets,
-            protocol=protocol,
-            **passes,
-        )
-        accuracy = train_on.accuracy(network, params, test_images, test_labels, **passes)
-        measured[cell] = {
-            "accuracy": accuracy,
-            "images": len(distilled.labels),
-            "epochs": config.epochs,
-            "wall_seconds": round(time.perf_counter() - start[0], 2),
-            "cpu_seconds": round(time.process_time() - start[1], 2),
-        }
-        results.write(path, measured)
-        bar.update(number, {"accuracy": accuracy})
+    # Networks that differ in their seed alone train together, and each process takes a part.
+    same = [list(g) for _, g in itertools.groupby(missing, lambda c: c._replace(seed=0))]
+    size = train_on.together()
+    groups = processes.mine([g[i : i + size] for g in same for i in range(0, len(g), size)])
+    bar = Progress(sum(map(len, groups)), 0, "evaluating") if groups else None
+    for group in groups:
+        _measure(setup, protocol, group, measured, bar)
     if bar is not None:
         bar.close()
+    measured = _gather(setup)
     records = [cell._asdict() | measured[cell] for cell in wanted]
+    if not processes.is_first():
+        return records
     for method in methods:
         _record_in_card(setup, method, [r for r in records if r["method"] == method])
     where = f"{data.name}, {config.epochs} epochs, {len(data.test.labels)} test images"
     print(f"{where}: accuracy in %, mean ± std over {config.seeds} seeds, last epoch")
     print(results.table(records))
     return records
+
+
+def _results(setup: Setup) -> Path:
+    """Where this process writes what it measures."""
+    part = "" if processes.is_first() else f"-{jax.process_index()}"
+    return setup.workdir / f"results{part}.json"
+
+
+def _gather(setup: Setup) -> dict[results.Cell, dict]:
+    """All that is measured, by every process of this start and of earlier ones."""
+    processes.wait("results are written")
+    parts = sorted(setup.workdir.glob("results-*.json"))
+    measured = results.read(setup.workdir / "results.json")
+    for part in parts:
+        measured |= results.read(part)
+    processes.wait("results are read")
+    if parts and processes.is_first():
+        results.write(setup.workdir / "results.json", measured)
+        for part in parts:
+            part.unlink()
+    processes.wait("results are gathered")
+    return measured
+
+
+def _measure(
+    setup: Setup,
+    protocol: train_on.Protocol,
+    group: Sequence[results.Cell],
+    measured: dict[results.Cell, dict],
+    bar: Progress,
+) -> None:
+    """Trains the networks of some cells, which differ in the seed alone, and measures them."""
+    data, (cell, *_) = setup.dataset, group
+    distilled = artifact.load(_folder(setup, cell.method) / "artifacts")
+    targets = train_on.one_hot(distilled.labels, data.num_classes)
+    if cell.labels == "soft":
+        soft = distilled.soft_labels
+        targets = jnp.asarray(_soft_labels(setup, distilled.images) if soft is None else soft)
+    passes = {"prepare": setup.prepare, "chunk": setup.config.run.pass_size}
+    network = _judge(_architecture(setup, cell.network))
+    before = bar.done
+    start = time.perf_counter(), time.process_time()
+    params = train_on.train_many(
+        jnp.stack([jax.random.key(cell.seed) for cell in group]),
+        network,
+        jnp.asarray(distilled.images),
+        targets,
+        protocol=protocol,
+        on_block=lambda part: bar.update(before + part * len(group), {}),
+        should_stop=setup.should_stop,
+        **passes,
+    )
+    test_images, test_labels = (jnp.asarray(x) for x in data.test)
+    for row, cell in enumerate(group):
+        one = jax.tree.map(lambda x, row=row: x[row], params)
+        accuracy = train_on.accuracy(network, one, test_images, test_labels, **passes)
+        measured[cell] = {
+            "accuracy": accuracy,
+            "images": len(distilled.labels),
+            "epochs": protocol.epochs,
+            # Of the networks trained together.
+            "wall_seconds": round(time.perf_counter() - start[0], 2),
+            "cpu_seconds": round(time.process_time() - start[1], 2),
+        }
+        bar.update(bar.done, {"accuracy": accuracy})
+    results.write(_results(setup), measured)
 
 
 def _record_in_card(setup: Setup, method: str, records: list[dict]) -> None:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
 
 from jaxdistill.data.augment import augment
+from jaxdistill.interrupt import ShouldStop, never, wait
 
 # Launches of a training, between which its progress is seen and it can be stopped.
 _BLOCKS = 20
@@ -185,7 +186,8 @@ def train_many(
     protocol: Protocol,
     chunk: int = 256,
     params: Any = None,
-    on_block: Callable[[float], None] | None = None,
+    on_block: Callable[[float], None] = lambda fraction: None,
+    should_stop: ShouldStop = never,
 ) -> Any:
     """Trains fresh networks (or `params`) and returns their parameters after the last epoch.
 
@@ -200,10 +202,14 @@ def train_many(
         protocol: How.
         chunk: Images in one pass; gradients of a batch are accumulated over passes.
         params: Initial parameters with a leading axis of networks, instead of `network.init`.
-        on_block: Called now and then with the fraction done; it may raise to stop.
+        on_block: Called now and then with the fraction done.
+        should_stop: Whether to give up.
 
     Returns:
-        Parameters on the host's default device, with a leading axis of networks.
+        Parameters on one device, with a leading axis of networks.
+
+    Raises:
+        Interrupted: If `should_stop` said yes.
     """
     count = keys.shape[0]
     devices = jax.local_devices()[:count]
@@ -242,9 +248,8 @@ def train_many(
                 mesh=mesh,
                 **options,
             )
-            if on_block is not None:
-                jax.block_until_ready(carry)
-                on_block(min(begin + first + block, end) / total)
+            wait(carry, should_stop, "stopped while training networks; those before are kept")
+            on_block(min(begin + first + block, end) / total)
         params = carry.params
     return jax.tree.map(lambda x: x[:count], jax.device_put(params, devices[0]))
 

@@ -2,38 +2,58 @@
 
 Each checkpoint holds the state, typed random keys included, and the run's metadata. A state is
 always read into a given tree of shapes and shardings, so it may come from another mesh.
+
+The storage layers notice files that are missing or cut short, but not bits that flipped in the
+values of an array. So every leaf of the state has a checksum, which is kept with the metadata and
+computed again from what was read. It is computed on the devices, by sums of integers, in which
+order does not matter: the same number whatever the mesh and however many processes share it.
 """
 
+import contextlib
+import gc
+import hashlib
+import json
 import logging
+import math
 import os
+import re
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree, UInt32
 
 from jaxdistill.errors import InputError
 
 Manager = ocp.CheckpointManager
 
-# In programs run by absl, which show such records, each save would print some forty lines.
+# Orbax tells by INFO records, some forty lines a save in programs that show them, and by ERROR
+# records with tracebacks what it raises as well.
 logging.getLogger("absl").addFilter(
-    lambda record: record.levelno > logging.INFO or "orbax" not in record.pathname
+    lambda record: record.levelno == logging.WARNING or "orbax" not in record.pathname
 )
 
 
-def manager(directory: str | os.PathLike[str], keep: int = 2) -> Manager:
+def manager(
+    directory: str | os.PathLike[str], keep: int = 2
+) -> contextlib.AbstractContextManager[Manager]:
     """Opens a directory of checkpoints, making it when missing.
 
-    Use it as a context manager: leaving waits for the saves under way.
+    Leaving the context waits for the saves under way. What a killed process left of a save is
+    removed.
 
     Args:
         directory: Where they lie, one sub-directory a step.
         keep: How many of the newest are kept.
 
     Raises:
-        InputError: If the directory cannot be made or `keep` is not positive.
+        InputError: If the directory cannot be made or `keep` is not positive; when leaving, if
+            a save failed.
     """
     if keep < 1:
         raise InputError(f"{keep} checkpoints cannot be kept; keep at least 1")
@@ -42,7 +62,18 @@ def manager(directory: str | os.PathLike[str], keep: int = 2) -> Manager:
         os.makedirs(directory, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot keep checkpoints in {directory}: {error.strerror}") from error
-    return Manager(directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+    return _opened(directory, keep)
+
+
+@contextlib.contextmanager
+def _opened(directory: str, keep: int) -> Iterator[Manager]:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    opened = Manager(directory, options=options)
+    try:
+        yield opened
+    finally:
+        with _told_in_one_line(directory):
+            opened.close()
 
 
 def save(
@@ -55,12 +86,21 @@ def save(
         step: The steps done.
         state: Tree of jax arrays.
         metadata: What JSON can hold; its `config_hash` is what `restore` compares.
+
+    Raises:
+        InputError: If this save or the one before failed. Earlier checkpoints stay.
     """
+    record = {
+        "run": json.loads(json.dumps(dict(metadata or {}))),
+        "checksums": _named_checksums(state),
+    }
+    record["sha256"] = _seal(record)
     # Forced, so that saving a step twice is an error instead of nothing.
     args = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(dict(metadata or {}))
+        state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(record)
     )
-    manager.save(step, args=args, force=True)
+    with _told_in_one_line(manager.directory):
+        manager.save(step, args=args, force=True)
 
 
 def restore(
@@ -84,13 +124,16 @@ def restore(
     """
     damaged: dict[int, str] = {}
     for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            state = _read(manager, step, target, dict(metadata or {}))
-        except InputError:
-            raise
-        except Exception as error:  # Orbax and its storage layers raise many kinds
-            damaged[step] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            continue
+        with _without_last_words():
+            try:
+                state = _read(manager, step, target, dict(metadata or {}))
+            except InputError:
+                raise
+            except Exception as error:  # Orbax and its storage layers raise many kinds
+                damaged[step] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if step in damaged:
+                gc.collect()
+                continue
         for bad, reason in damaged.items():
             warnings.warn(
                 f"the checkpoint of step {bad} in {manager.directory} is damaged and was removed "
@@ -107,13 +150,116 @@ def restore(
     return None
 
 
+def newest_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """What was saved as metadata with the newest checkpoint whose metadata are whole.
+
+    Empty if there is none.
+    """
+    if not os.path.isdir(directory):
+        return {}
+    with manager(directory) as opened:
+        for step in sorted(opened.all_steps(), reverse=True):
+            with contextlib.suppress(Exception):  # `restore` will tell
+                return _record(opened, step)["run"]
+    return {}
+
+
 def _read(manager: Manager, step: int, target: PyTree, metadata: dict[str, Any]) -> PyTree:
-    args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-    saved = manager.restore(step, args=args).metadata
-    if saved.get("config_hash") != metadata.get("config_hash"):
+    record = _record(manager, step)
+    if record["run"].get("config_hash") != metadata.get("config_hash"):
         raise InputError(
             f"workdir {manager.directory.parent} holds a run with another config; "
             "use another workdir, or the config it was started with"
         )
     args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-    return manager.restore(step, args=args).state
+    state = manager.restore(step, args=args).state
+    # Where a file of types is missing, typed keys come back as plain numbers.
+    if [x.dtype for x in jax.tree.leaves(state)] != [x.dtype for x in jax.tree.leaves(target)]:
+        raise ValueError("the types of its arrays are lost")
+    for name, checksum in _named_checksums(state).items():
+        if record["checksums"].get(name) != checksum:
+            raise ValueError(f"the values of {name} are not those that were saved")
+    return state
+
+
+def _record(manager: Manager, step: int) -> dict[str, Any]:
+    args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+    record = manager.restore(step, args=args).metadata
+    if record.pop("sha256", None) != _seal(record):
+        raise ValueError("its metadata are not those that were saved")
+    return record
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _told_in_one_line(directory: object) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax and its storage layers raise many kinds
+        text = " ".join(str(error).split())
+        system = re.search(r"([^:]+) \[os_error_code=", text)
+        reason = system[1].strip() if system else getattr(error, "strerror", None) or text[:200]
+        raise InputError(
+            f"cannot save a checkpoint in {directory}: {reason}; earlier ones are kept"
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_last_words() -> Iterator[None]:
+    """Where one read fails, Orbax leaves others half done: each prints a page when collected."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+# --- checksums ------------------------------------------------------------------------------
+
+
+def _named_checksums(state: PyTree) -> dict[str, int]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    sums = np.asarray(_checksums([leaf for _, leaf in leaves]))
+    return {
+        jax.tree_util.keystr(path): int(value)
+        for (path, _), value in zip(leaves, sums, strict=True)
+    }
+
+
+@jax.jit
+def _checksums(leaves: list[Array]) -> UInt32[Array, " leaves"]:
+    return jnp.array([_checksum(leaf) for leaf in leaves], jnp.uint32)
+
+
+def _checksum(leaf: Array) -> UInt32[Array, ""]:
+    """The sum of an array's words, each times an odd number that depends on its place.
+
+    Modulo 2**32 an odd factor loses nothing, so whatever befalls a single word is noticed, and
+    of other damage all but one in 2**32.
+    """
+    words = _words(leaf)
+    strides = [math.prod(words.shape[axis + 1 :]) for axis in range(words.ndim)]
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis, stride in enumerate(strides):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        place += iota * jnp.uint32(stride % 2**32)
+    mixed = (place + jnp.uint32(1)) * jnp.uint32(0x9E3779B9)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA6B)
+    return jnp.sum(words * (mixed ^ (mixed >> 13) | 1), dtype=jnp.uint32)
+
+
+def _words(leaf: Array) -> UInt32[Array, "..."]:
+    """The bits of an array as numbers of 32 bits, in the layout of the array."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        leaf = jnp.stack([leaf.real, leaf.imag], -1)
+    bits = leaf.dtype.itemsize * 8
+    if bits == 64:
+        return jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        leaf = jax.lax.bitcast_convert_type(leaf, f"uint{bits}")
+    return leaf.astype(jnp.uint32)

@@ -20,7 +20,7 @@ def write_files(files: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
             directories must exist.
 
     Raises:
-        OSError: when a file cannot be written.
+        OSError: when a file cannot be written; its `filename` is the destination.
     """
     pending: dict[Path, Path] = {}
     try:
@@ -35,9 +35,21 @@ def write_files(files: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
         for path, temporary in pending.items():
             os.replace(temporary, path)
             _sync_directory(path.parent)
+    except OSError as error:
+        # A full disk is noticed by a write, which knows no name.
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
     finally:
         for temporary in pending.values():
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes what killed processes left of `write_files` in a directory, if there is one.
+
+    Only for directories that no other process writes to.
+    """
+    for temporary in directory.glob(f".*.{'[0-9a-f]' * 8}.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 def _sync_directory(directory: Path) -> None:

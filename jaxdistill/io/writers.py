@@ -4,6 +4,7 @@
 is all the composition there is.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -42,7 +43,7 @@ class JsonlWriter:
         Raises:
             InputError: when the file cannot be written.
         """
-        path = Path(path)
+        self._path = path = Path(path)
         try:
             if path.exists():
                 if not path.is_file():  # a pipe would be waited for, for ever
@@ -56,7 +57,8 @@ class JsonlWriter:
         """Appends one record.
 
         Raises:
-            InputError: when a value is not a number, or is named `step` or `time`.
+            InputError: when a value is not a number, or is named `step` or `time`, or the file
+                cannot be written.
         """
         if taken := {"step", "time"} & set(values):
             raise InputError(f"metrics may not be named {', '.join(sorted(taken))}: choose others")
@@ -64,12 +66,17 @@ class JsonlWriter:
         for name, value in values.items():
             number = _number(name, value)
             record[name] = number if np.isfinite(number) else str(number)
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(f"cannot write metrics to {self._path}: {error.strerror}") from error
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        # What a full disk refused is still buffered, and is refused once more.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 class TensorBoardWriter:
@@ -112,6 +119,9 @@ class Progress:
     """Shows on standard error how far a run is: steps/s, time left and a few values.
 
     On a terminal that is a bar. Elsewhere (logs, notebooks) it is a plain line now and then.
+
+    Attributes:
+        done: The steps reported last.
     """
 
     def __init__(
@@ -133,6 +143,7 @@ class Progress:
             keys: names of the values to show, in order; by default the first four given.
             every: seconds between plain lines.
         """
+        self.done: float = initial
         self._keys = keys
         self._bar = None
         if sys.stderr.isatty():
@@ -147,10 +158,11 @@ class Progress:
             return
         self._total, self._desc, self._every = total, desc, every
         self._shown_step, self._shown_time = initial, time.monotonic()
-        self._unshown: tuple[int, str] | None = None
+        self._unshown: tuple[float, str] | None = None
 
-    def update(self, step: int, values: Values) -> None:
+    def update(self, step: float, values: Values) -> None:
         """Reports that `step` steps of the total are done, with the values measured there."""
+        self.done = step
         keys = self._keys if self._keys is not None else list(values)[:4]
         text = " ".join(f"{k} {_number(k, values[k]):.4g}" for k in keys if k in values)
         if self._bar is not None:
@@ -172,7 +184,13 @@ class Progress:
         (step, text), now = self._unshown, time.monotonic()
         speed = (step - self._shown_step) / max(now - self._shown_time, 1e-9)
         left = tqdm.format_interval((self._total - step) / speed) if speed > 0 else "?"
-        parts = [self._desc, f"{step}/{self._total}", f"{speed:.3g} steps/s", f"{left} left", text]
+        parts = [
+            self._desc,
+            f"{step:.6g}/{self._total}",
+            f"{speed:.3g} steps/s",
+            f"{left} left",
+            text,
+        ]
         print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
         self._unshown, self._shown_step, self._shown_time = None, step, now
 

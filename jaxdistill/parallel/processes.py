@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxdistill.errors import InputError
@@ -46,6 +47,20 @@ def is_first() -> bool:
 def mine(tasks: Sequence) -> Sequence:
     """This process's share of tasks that need no other device; all of them if it is alone."""
     return tasks[jax.process_index() :: jax.process_count()]
+
+
+def any_says(yes: bool) -> bool:
+    """Whether any process says yes; all must ask."""
+    if jax.process_count() == 1:
+        return yes
+    return bool(multihost_utils.process_allgather(np.array(yes)).any())
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """An array of the host, wherever its shards lie; all processes must ask for it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def wait(name: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from jaxdistill.data.augment import normalizer
 from jaxdistill.data.sources import load
-from jaxdistill.errors import InputError
+from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import results
 from jaxdistill.eval.results import Cell
 from jaxdistill.eval.train_on import Network, Protocol, accuracy, one_hot, train, train_many
@@ -146,12 +146,10 @@ def test_the_fraction_done_is_told_and_training_can_be_stopped():
     fit(images, targets, PLAIN._replace(epochs=50, batch=4), on_block=told.append)
     assert told == sorted(told) and told[-1] == 1 and 15 <= len(told) <= 30
 
-    def stop(fraction):
-        if fraction > 0.3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(images, targets, PLAIN, on_block=stop)
+    told.clear()
+    with pytest.raises(Interrupted, match="stopped while training networks"):
+        fit(images, targets, PLAIN, on_block=told.append, should_stop=lambda: len(told) == 3)
+    assert len(told) == 3
 
 
 def test_soft_targets_are_learned_as_they_are():

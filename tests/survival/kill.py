@@ -1,0 +1,234 @@
+"""Kills a run again and again, at random moments, and compares what comes out bit by bit.
+
+    python tests/survival/kill.py --kills=50 --record=benchmarks/records/kills.json
+
+A small NCFM run on the digits, started by the command line, is killed with SIGKILL and started
+again by the same command, until it ends. An undisturbed run of the same settings tells what must
+come out: every array of every artefact, every line of the metrics but for the time, and every
+accuracy. When a run ends before there were enough kills, another begins in a new workdir.
+
+Each start is aimed at a phase, so that the short ones (a save, an artefact) are hit too. What is
+counted is the phase that was hit, as the files show it at the kill.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from jaxdistill.io import artifact
+from jaxdistill.io.files import write_files
+
+EXTRACTORS = 2
+FLAGS = (
+    "--config=ncfm:dataset=digits,ipc=1,smoke",
+    "--config.run.steps=800",
+    "--config.run.chunk=5",
+    "--config.run.checkpoint_every=20",
+    f"--config.pool.size={EXTRACTORS}",
+    "--config.method.sampler=learned",
+    "--config.method.warmup=1",
+    "--config.eval.epochs=300",
+    "--config.eval.seeds=8",
+    '--config.eval.baselines=("random",)',
+)
+# What a round of kills is aimed at, in the order in which a run comes by. Restoring and compiling
+# take longest, so `anything` mostly hits those.
+ROUND = ("extractors", *("training", "save") * 6, "anything", "artefact", *("evaluation",) * 4)
+PATIENCE = 300.0  # seconds for one start
+
+
+class Folder:
+    """What the files of a workdir tell about the process at work in it since this was made."""
+
+    def __init__(self, workdir: Path):
+        self.workdir = workdir
+        self.left = self._files()
+        self.fewest_metrics: int | None = None
+
+    def _files(self) -> dict[Path, tuple[int, int]]:
+        """Every file and folder, by a number that is new when it was replaced, and its size."""
+        found = {}
+        for folder, folders, files in os.walk(self.workdir):  # passes over what vanishes
+            for path in (Path(folder, name) for name in (*folders, *files)):
+                with contextlib.suppress(OSError):
+                    status = path.stat()
+                    found[path.relative_to(self.workdir)] = status.st_ino, status.st_size
+        return found
+
+    def phase(self) -> str:
+        """Which part of the run is under way."""
+        files = self._files()
+        new = {str(path): mark[1] for path, mark in files.items() if self.left.get(path) != mark}
+        if any(name.startswith("checkpoints/") and "tmp" in name for name in new):
+            return "save"
+        if Path("artifacts/distilled.npz") in files:
+            return "evaluation" if "results.json" in new else "start of an evaluation"
+        if any(name.startswith("artifacts/") for name in new):
+            return "artefact"
+        if "metrics.jsonl" in new:
+            # It is opened, and freed of records after the checkpoint, before anything is run.
+            size = new["metrics.jsonl"]
+            least = size if self.fewest_metrics is None else self.fewest_metrics
+            self.fewest_metrics = min(size, least)
+            return "training" if size > self.fewest_metrics else "start of a training"
+        trained = sum(path.parts[0] == "pool" and path.suffix == ".npz" for path in files)
+        return "start of a training" if trained == EXTRACTORS else "start or extractors"
+
+
+def environment(scratch: Path) -> dict[str, str]:
+    """Programs are compiled once and for all, or most of the time would go there."""
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(scratch / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def start(workdir: Path, scratch: Path) -> subprocess.Popen:
+    """Starts the run in a workdir, or goes on with it."""
+    command = [sys.executable, "-m", "jaxdistill.main", *FLAGS, f"--workdir={workdir}"]
+    with open(scratch / "output.txt", "ab") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, env=environment(scratch))
+
+
+def aim(target: str, numbers: random.Random) -> tuple[tuple[str, ...], float]:
+    """The phases that a start aimed at one must reach, and seconds from there to the kill."""
+    return {
+        "extractors": ((), numbers.uniform(0, 15)),
+        "training": (("training", "save"), numbers.uniform(0, 1.5)),
+        "save": (("save",), numbers.uniform(0, 0.1)),
+        "anything": ((), numbers.uniform(0, 10)),
+        "artefact": (("artefact",), numbers.uniform(0, 0.05)),
+        "evaluation": (("evaluation",), numbers.uniform(0, 1)),
+    }[target]
+
+
+def kill_once(target: str, workdir: Path, scratch: Path, numbers: random.Random) -> str | None:
+    """One start that is killed; the phase that was hit, or None if the run ended before."""
+    folder = Folder(workdir)
+    phases, delay = aim(target, numbers)
+    process, began = start(workdir, scratch), time.monotonic()
+    moment = None
+    while process.poll() is None:
+        now, phase = time.monotonic(), folder.phase()
+        if now - began > PATIENCE:
+            process.kill()
+            raise RuntimeError(f"no end of a start aimed at {target} after {PATIENCE:.0f} s")
+        if moment is None and (not phases or phase in phases):
+            moment = now + delay
+        if moment is not None and now >= moment:
+            process.kill()
+            process.wait()
+            return folder.phase()
+        time.sleep(0.002)
+    if process.returncode:
+        raise RuntimeError(f"a start failed, see {scratch / 'output.txt'}")
+    return None
+
+
+def finish(workdir: Path, scratch: Path) -> None:
+    """Runs to the end."""
+    if start(workdir, scratch).wait(PATIENCE):
+        raise RuntimeError(f"a start failed, see {scratch / 'output.txt'}")
+
+
+def outcome(workdir: Path) -> dict:
+    """All that must not depend on kills, with arrays as bytes."""
+    found = {}
+    for path in sorted(workdir.glob("**/distilled.npz")):
+        distilled = artifact.load(path)  # checks the card against the arrays
+        with np.load(path) as arrays:
+            for name in arrays.files:
+                found[f"{path.relative_to(workdir)}:{name}"] = arrays[name].tobytes()
+        found[f"{path.relative_to(workdir)}:card"] = [
+            record["accuracy"] for record in distilled.card["accuracies"]
+        ]
+    for path in sorted(workdir.glob("**/metrics.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        found[str(path.relative_to(workdir))] = [
+            {name: value for name, value in line.items() if name != "time"} for line in lines
+        ]
+    records = json.loads((workdir / "results.json").read_text())
+    found["results.json"] = [
+        [record[key] for key in ("network", "method", "labels", "seed", "accuracy")]
+        for record in records
+    ]
+    return found
+
+
+def litter(workdir: Path) -> list[str]:
+    """Unfinished files and checkpoints."""
+    return [str(path.relative_to(workdir)) for path in workdir.glob("**/*tmp*")]
+
+
+def campaign(kills: int, seed: int, scratch: Path, targets: tuple[str, ...] = ROUND) -> dict:
+    """Rounds of kills until there were enough; raises on the first bit that differs."""
+    numbers = random.Random(seed)
+    began = time.monotonic()
+    finish(scratch / "undisturbed", scratch)
+    wanted = outcome(scratch / "undisturbed")
+    hit, rounds = collections.Counter(), 0
+    while hit.total() < kills:
+        workdir = scratch / f"killed-{rounds}"
+        before = hit.total()
+        for target in targets[: kills - before]:
+            phase = kill_once(target, workdir, scratch, numbers)
+            if phase is None:
+                break
+            hit[phase] += 1
+            print(f"kill {hit.total()}: aimed at {target}, hit {phase}", flush=True)
+        finish(workdir, scratch)
+        found = outcome(workdir)
+        differ = [key for key in {*wanted, *found} if wanted.get(key) != found.get(key)]
+        if differ:
+            raise RuntimeError(f"{workdir} differs from the undisturbed run: {sorted(differ)}")
+        if left := litter(workdir):
+            raise RuntimeError(f"{workdir} has leftovers: {left}")
+        if hit.total() == before:
+            raise RuntimeError("a whole round without a kill")
+        rounds += 1
+        print(f"round {rounds}: every bit is that of the undisturbed run", flush=True)
+    return {
+        "command": "jaxdistill " + " ".join(FLAGS),
+        "seed": seed,
+        "kills": hit.total(),
+        "kills_by_phase": dict(sorted(hit.items())),
+        "runs_ended": rounds,
+        "bitwise_equal": rounds,
+        "compared": sorted(wanted),
+        "wall_seconds": round(time.monotonic() - began, 1),
+        "versions": artifact.versions(),
+    }
+
+
+def main() -> None:
+    """Parses the arguments, runs, and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--record", type=Path, help="file for the counts")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = options.scratch or Path(temporary)
+        scratch.mkdir(parents=True, exist_ok=True)
+        record = campaign(options.kills, options.seed, scratch.resolve())
+    text = json.dumps(record, indent=1) + "\n"
+    print(text, end="")
+    if options.record:
+        write_files({options.record: lambda file: file.write(text.encode())})
+
+
+if __name__ == "__main__":
+    main()
