@@ -147,7 +147,7 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Distilled
         )
         _check_arrays(arrays)
         card = _read_card(path.with_suffix(".json"), arrays)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, MemoryError) as error:
         raise InputError(
             f"not a jaxdistill artefact: {path}: {_one_line(error)}; expected distilled.npz "
             "with images and labels, as written by jaxdistill"
