@@ -92,6 +92,7 @@ def save(
     """
     record = {
         "run": json.loads(json.dumps(dict(metadata or {}))),
+        "step": int(step),
         "checksums": _named_checksums(state),
     }
     record["sha256"] = _seal(record)
@@ -187,6 +188,8 @@ def _record(manager: Manager, step: int) -> dict[str, Any]:
     record = manager.restore(step, args=args).metadata
     if record.pop("sha256", None) != _seal(record):
         raise ValueError("its metadata are not those that were saved")
+    if record["step"] != step:
+        raise ValueError(f"it is that of step {record['step']} under another name")
     return record
 
 

@@ -160,7 +160,7 @@ class Progress:
         self._shown_step, self._shown_time = initial, time.monotonic()
         self._unshown: tuple[float, str] | None = None
 
-    def update(self, step: float, values: Values) -> None:
+    def update(self, step: float | int, values: Values) -> None:
         """Reports that `step` steps of the total are done, with the values measured there."""
         self.done = step
         keys = self._keys if self._keys is not None else list(values)[:4]

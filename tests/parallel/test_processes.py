@@ -1,5 +1,7 @@
 """Several processes with collectives between them, on one machine."""
 
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -9,7 +11,9 @@ import jax
 import pytest
 
 from jaxdistill import runner
+from jaxdistill.errors import InputError
 from jaxdistill.parallel.mesh import make_mesh
+from jaxdistill.parallel.processes import join
 from tests.test_backends import differences, min_max, toy_data
 
 _SCRIPT = Path(__file__).parent / "process.py"
@@ -64,3 +68,39 @@ def test_two_processes_train_save_and_one_goes_on(tmp_path):
         for name in ("together", "alone")
     )
     assert len(ours) == len(theirs) == 3  # one process wrote
+
+
+@pytest.mark.slow
+def test_the_command_line_runs_in_two_processes(tmp_path):
+    address = free_address()
+    command = [sys.executable, "-m", "jaxdistill.main", "--config=ncfm:smoke"]
+    command += ["--config.eval.baselines=('random',)", f"--workdir={tmp_path / 'run'}"]
+    command += ["--config.pool.size=2", "--config.pool.epochs=1"]
+    one_device = os.environ | {"XLA_FLAGS": ""}
+    started = [
+        subprocess.Popen(
+            [*command, f"--distributed={address},2,{i}"],
+            env=one_device,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=400) for process in started]
+    for process, (_, error) in zip(started, outputs, strict=True):
+        assert process.returncode == 0, error
+    tables = [out.count("convnet, hard labels") for out, _ in outputs]
+    assert tables == [1, 0]  # the first process prints
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not {name for name in names if name.startswith("results-")}
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())) == 4
+    alone = subprocess.run(command, env=one_device, capture_output=True, text=True, timeout=300)
+    assert alone.returncode == 0, alone.stderr
+    assert alone.stdout == outputs[0][0]  # one process finds everything done
+
+
+@pytest.mark.parametrize("spec", ["10.0.0.1", "a:1,2", "a:1,2,2", "a:1,two,0", "a,2,0"])
+def test_other_descriptions_of_the_processes_are_refused(spec):
+    with pytest.raises(InputError, match=r"HOST:PORT,PROCESSES,INDEX|counted from 0"):
+        join(spec)
