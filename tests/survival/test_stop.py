@@ -110,7 +110,8 @@ def terminate(workdir, scratch, phase):
     """Starts the run, sends SIGTERM in a phase; the exit code, the seconds, and the last line."""
     folder = kill.Folder(workdir)
     process = kill.start(workdir, scratch)
-    while folder.phase() != phase:
+    # The first extractor is begun once there is a folder for it.
+    while not (workdir / "pool").is_dir() or folder.phase() != phase:
         assert process.poll() is None, "it ended before"
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
