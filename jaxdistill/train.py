@@ -224,8 +224,9 @@ def _set_up(config, workdir) -> Setup:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot make the workdir {workdir}: {error.strerror}") from error
-        for folder in (workdir, *workdir.glob("**/artifacts")):
+        for folder in (workdir, *workdir.glob("baselines/*")):
             remove_leftovers(folder)
+            remove_leftovers(folder / "artifacts")
         write_files(
             {
                 stored: functools.partial(dump, settings),

@@ -200,7 +200,8 @@ def campaign(kills: int, seed: int, scratch: Path, targets: tuple[str, ...] = RO
         rounds += 1
         print(f"round {rounds}: every bit is that of the undisturbed run", flush=True)
     return {
-        "command": "jaxdistill " + " ".join(FLAGS),
+        "command": f"python tests/survival/kill.py --kills={kills} --seed={seed}",
+        "run": "jaxdistill " + " ".join(FLAGS),
         "seed": seed,
         "kills": hit.total(),
         "kills_by_phase": dict(sorted(hit.items())),

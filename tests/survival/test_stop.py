@@ -110,13 +110,14 @@ def terminate(workdir, scratch, phase):
     """Starts the run, sends SIGTERM in a phase; the exit code, the seconds, and the last line."""
     folder = kill.Folder(workdir)
     process = kill.start(workdir, scratch)
-    while folder.phase() != phase:
+    # The first extractor is begun once there is a folder for it.
+    while not (workdir / "pool").is_dir() or folder.phase() != phase:
         assert process.poll() is None, "it ended before"
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)  # as `timeout` does; the second changes nothing
-    code = process.wait(60)
+    code = process.wait(120)
     return code, time.monotonic() - began, (scratch / "output.txt").read_text().splitlines()[-1]
 
 
@@ -132,7 +133,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
         code, seconds, line = terminate(workdir, tmp_path, phase)
         assert code == main.EXIT_INTERRUPTED == 75
         assert told in line
-        assert seconds < 30  # of which compilation takes most
+        assert seconds < 90  # a few when nothing else runs; tracing a program cannot be cut
     kill.finish(workdir, tmp_path)
     assert kill.outcome(workdir) == kill.outcome(tmp_path / "undisturbed")
 
