@@ -17,6 +17,8 @@ from jaxdistill.data.sources import Split, per_class_table
 from jaxdistill.errors import InputError
 from jaxdistill.method import Batch, BatchSpec
 
+_Shape = jax.ShapeDtypeStruct | jax.stages.ArgInfo
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -33,11 +35,11 @@ class Resident:
         counts: Images of each class.
         image_shape: (H, W, C).
 
-    Programs are compiled from shapes alone, so the arrays may be those.
+    Programs are compiled from shapes alone, so the arrays may be those, and JAX's notes on them.
     """
 
-    pixels: UInt8[Array | np.ndarray, "c m hwc"] | jax.ShapeDtypeStruct
-    counts: Int32[Array | np.ndarray, " c"] | jax.ShapeDtypeStruct
+    pixels: UInt8[Array | np.ndarray, "c m hwc"] | _Shape
+    counts: Int32[Array | np.ndarray, " c"] | _Shape
     image_shape: tuple[int, int, int]
 
 
