@@ -172,6 +172,7 @@ def test_flags_that_do_not_go_together(flags, message):
         ({"method.name": "herding"}, "only ncfm and dm can be compiled"),
         ({"method.batch_real": "147"}, "of 146 at most"),
         ({"method.batch_real": "127", "data.holdout_per_class": "20"}, "of 126 at most"),
+        ({"parallel.backend": "pmap"}, "use parallel.backend=jit"),
         ({"parallel.class_devices": "4"}, "split evenly over 4 devices"),
     ],
 )
@@ -263,7 +264,7 @@ def tpu():
 
 @pytest.mark.tpu_compiler
 def test_slices_have_their_devices(tpu):
-    for name, count in (("v5e:1x1", 1), ("v5e:2x4", 8), ("v5e:16x16", 256), ("v5p:2x2x2", 8)):
+    for name, count in (("v5e:1x1", 1), ("v5e:2x4", 8), ("v5e:16x16", 256), ("v4:2x2x2", 8)):
         assert len(aot.topology_devices(name)) == count
     assert len(aot.topology_devices("v5e:2x4", num_slices=2)) == 16
 
