@@ -207,6 +207,7 @@ def test_the_flag_writes_what_the_function_does(tmp_path, capsys):
     assert "chunk_tpu.stablehlo" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_exported_program_is_the_chunk_of_the_run(exported):
     """Read back and run on arguments that the card alone describes."""
     workdir, config = exported
