@@ -41,7 +41,7 @@ def initial_pixels(
     ipc: int,
     factor: int,
     start: str = "tiled",
-    pixels: Pixels | None = None,
+    pixels: Float[Array, "all_classes ipc h w c"] | None = None,
 ) -> Pixels:
     """The synthetic images before the first step.
 

@@ -15,7 +15,12 @@ from jaxdistill.condense.ncfm import (
     ncfm,
     pick_extractor,
 )
-from jaxdistill.condense.synthetic import Rows, real_statistic, synthetic_rows
+from jaxdistill.condense.synthetic import (
+    Rows,
+    initial_pixels,
+    real_statistic,
+    synthetic_rows,
+)
 from jaxdistill.errors import InputError
 from jaxdistill.nn.frequency_net import ReleasedSampleNet, ScaleNet
 from jaxdistill.parallel.mesh import make_mesh
@@ -273,6 +278,26 @@ def test_shares_of_the_synthetic_images_make_up_the_whole(classes, ipc, factor):
     np.testing.assert_array_equal(found.labels[:n], whole.labels)
     np.testing.assert_array_equal(found.weights[:, :n], whole.weights)
     assert not found.weights[:, n:].any()
+
+
+def test_given_images_go_to_the_devices_of_their_classes():
+    pixels = jnp.arange(8.0)[:, None, None, None, None] / 8 * jnp.ones((8, 2, 4, 4, 1))
+    split = PartitionSpec("class")
+
+    def start(pixels, real):
+        return initial_pixels(jax.random.key(0), real, ipc=2, factor=1, pixels=pixels)
+
+    shared = jax.shard_map(
+        start,
+        mesh=make_mesh(class_devices=4),
+        in_specs=(PartitionSpec(), split),
+        out_specs=split,
+        check_vma=False,
+    )
+    real = jnp.zeros((8, 1, 4, 4, 1), jnp.uint8)
+    np.testing.assert_array_equal(jax.jit(shared)(pixels, real), pixels)
+    with pytest.raises(InputError, match="do not fit"):
+        shared(pixels[:6], real)
 
 
 def test_images_made_anew_for_each_pass_give_the_same_step(monkeypatch, pool, batch):
