@@ -53,6 +53,11 @@ def share() -> tuple[Array | int, int]:
     return _place(DATA_AXIS)
 
 
+def all_classes(classes: int) -> int:
+    """How many classes there are on all devices, each of which holds equally many."""
+    return _place(CLASS_AXIS)[1] * classes
+
+
 def class_ids(classes: int) -> Int32[Array, " classes"]:
     """The ids of this device's classes.
 

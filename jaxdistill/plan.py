@@ -54,6 +54,11 @@ def chunk(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
             f"only {' and '.join(METHODS)} can be compiled or exported, not method {name!r}"
         )
     train.check(config)
+    if config.parallel.backend != "jit":
+        raise InputError(
+            f"the {config.parallel.backend} backend compiles for devices that are there; "
+            "use parallel.backend=jit"
+        )
     data = sources.facts(
         config.data.name,
         data_dir=config.data.data_dir,

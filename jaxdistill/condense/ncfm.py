@@ -309,9 +309,11 @@ def _synthetic_ecf(features: Array, freqs: Array, rows: Rows) -> charfn.ECF:
     parts = -(-n // _ECF_ROWS)
     if parts == 1:
         return collective.sum(charfn.ecf(features, freqs, rows.weights))
-    pad = parts * _ECF_ROWS - n
-    blocks = jnp.pad(features, ((0, pad), (0, 0))).reshape(parts, _ECF_ROWS, -1)
-    weights = jnp.pad(rows.weights, ((0, 0), (0, pad))).reshape(-1, parts, _ECF_ROWS)
+    # Equal blocks: to fill up the last of two might cost as much again.
+    size = -(-n // parts)
+    pad = parts * size - n
+    blocks = jnp.pad(features, ((0, pad), (0, 0))).reshape(parts, size, -1)
+    weights = jnp.pad(rows.weights, ((0, 0), (0, pad))).reshape(-1, parts, size)
 
     @jax.checkpoint
     def add(total, block):

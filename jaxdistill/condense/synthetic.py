@@ -52,7 +52,7 @@ def initial_pixels(
         factor: Tiles per side that a synthetic image stores.
         start: `tiled` pastes factor**2 shrunken real images into each synthetic one, `random`
             takes real images as they are, `noise` draws grey noise around 0.5.
-        pixels: The images of all classes outright; `start` is then not looked at.
+        pixels: The images outright, of all devices' classes; `start` is then not looked at.
 
     Returns:
         float32 pixels in [0, 1].
@@ -63,12 +63,11 @@ def initial_pixels(
     classes, available, *shape = real.shape
     check_factor(tuple(shape), factor)
     if pixels is not None:
-        if pixels.shape[1:] != (ipc, *shape) or pixels.shape[0] % classes:
-            raise InputError(
-                f"initial pixels of shape {pixels.shape} do not fit {(classes, ipc, *shape)}"
-            )
-        own = jnp.asarray(pixels, jnp.float32)[collective.class_ids(classes)]
-        return jnp.clip(own, 0.0, 1.0)
+        wanted = (collective.all_classes(classes), ipc, *shape)
+        if pixels.shape != wanted:
+            raise InputError(f"initial pixels of shape {pixels.shape} do not fit {wanted}")
+        mine = jnp.asarray(pixels, jnp.float32)[collective.class_ids(classes)]
+        return jnp.clip(mine, 0.0, 1.0)
     needed = real_needed(start, ipc, factor)
     if available < needed:
         raise InputError(f"start={start!r} needs {needed} images per class, got {available}")

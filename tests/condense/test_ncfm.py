@@ -15,7 +15,12 @@ from jaxdistill.condense.ncfm import (
     ncfm,
     pick_extractor,
 )
-from jaxdistill.condense.synthetic import Rows, real_statistic, synthetic_rows
+from jaxdistill.condense.synthetic import (
+    Rows,
+    initial_pixels,
+    real_statistic,
+    synthetic_rows,
+)
 from jaxdistill.errors import InputError
 from jaxdistill.nn.frequency_net import ReleasedSampleNet, ScaleNet
 from jaxdistill.parallel.mesh import make_mesh
@@ -275,16 +280,37 @@ def test_shares_of_the_synthetic_images_make_up_the_whole(classes, ipc, factor):
     assert not found.weights[:, n:].any()
 
 
-@pytest.mark.parametrize(("chunk", "group"), [(8, 1), (24, 3)])
-def test_images_made_anew_for_each_pass_give_the_same_step(monkeypatch, pool, batch, chunk, group):
-    """As with many images: everything that is fed by them, in groups of one class and of all."""
+def test_given_images_go_to_the_devices_of_their_classes():
+    pixels = jnp.arange(8.0)[:, None, None, None, None] / 8 * jnp.ones((8, 2, 4, 4, 1))
+    split = PartitionSpec("class")
+
+    def start(pixels, real):
+        return initial_pixels(jax.random.key(0), real, ipc=2, factor=1, pixels=pixels)
+
+    shared = jax.shard_map(
+        start,
+        mesh=make_mesh(class_devices=4),
+        in_specs=(PartitionSpec(), split),
+        out_specs=split,
+        check_vma=False,
+    )
+    real = jnp.zeros((8, 1, 4, 4, 1), jnp.uint8)
+    np.testing.assert_array_equal(jax.jit(shared)(pixels, real), pixels)
+    with pytest.raises(InputError, match="do not fit"):
+        shared(pixels[:6], real)
+
+
+def test_images_made_anew_for_each_pass_give_the_same_step(monkeypatch, pool, batch):
+    """As with many images: everything that is fed by them."""
+    chunk = 24
     sampler = module_sampler(charfn.scale_mixture, ScaleNet(8))
-    options = {"ipc": 2, "factor": 2, "calibration": 1.0, "finetune_rate": 0.1, "chunk": chunk}
+    options = {"ipc": 2, "factor": 2, "calibration": 1.0, "chunk": chunk}
     method = make(sampler, None, optax.sgd(0.1), strategy="color_crop_cutout", **options)
     kept = run(method, pool, batch, 2)
+    assert synthetic.classes_a_pass(kept[0].pixels, 2, chunk) == 0
     monkeypatch.setattr(synthetic, "_KEPT_BYTES", 0)
-    assert synthetic.classes_a_pass(kept[0].pixels, 2, chunk) == group
-    assert synthetic.classes_a_pass(kept[0].pixels, 2, 7) == 0
+    groups = {size: synthetic.classes_a_pass(kept[0].pixels, 2, size) for size in (7, 8, 16, chunk)}
+    assert groups == {7: 0, 8: 1, 16: 1, chunk: 3}
     anew = run(method, pool, batch, 2)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
     jax.tree.map(close, anew, kept)

@@ -172,6 +172,7 @@ def test_flags_that_do_not_go_together(flags, message):
         ({"method.name": "herding"}, "only ncfm and dm can be compiled"),
         ({"method.batch_real": "147"}, "of 146 at most"),
         ({"method.batch_real": "127", "data.holdout_per_class": "20"}, "of 126 at most"),
+        ({"parallel.backend": "pmap"}, "use parallel.backend=jit"),
         ({"parallel.class_devices": "4"}, "split evenly over 4 devices"),
     ],
 )
@@ -206,6 +207,7 @@ def test_the_flag_writes_what_the_function_does(tmp_path, capsys):
     assert "chunk_tpu.stablehlo" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_exported_program_is_the_chunk_of_the_run(exported):
     """Read back and run on arguments that the card alone describes."""
     workdir, config = exported
@@ -269,7 +271,7 @@ def test_slices_have_their_devices(tpu):
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.parametrize("name", ["v5e:3x3", "v9:2x2", "pod", ""])
+@pytest.mark.parametrize("name", ["v5e:3x3", "v9:2x2", "pod"])
 def test_a_wrong_slice_is_one_clear_line(tpu, name):
     with pytest.raises(InputError, match="no TPU topology") as error:
         aot.topology_devices(name)
