@@ -15,10 +15,12 @@
 
 import ast
 import os
+import platform
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import flags
 
@@ -86,6 +88,7 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         from jaxdistill import train
         from jaxdistill.parallel import processes
 
+        _keep_compiled()
         if values.distributed:
             processes.join(values.distributed)
         action = {"train": train.train, "eval": train.evaluate}[values.mode]
@@ -97,6 +100,16 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         plan.plan(config, values.topology, values.workdir)
     else:
         plan.export(config, values.workdir)
+
+
+def _keep_compiled() -> None:
+    """Keeps compiled programs from one start to the next, unless JAX is told where already."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        # By host, for a home may be shared by machines that cannot run each other's programs.
+        folder = Path.home() / ".cache" / "jaxdistill" / platform.node()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _on_sigterm() -> Callable[[], bool]:

@@ -1,0 +1,60 @@
+"""Makes the digits tables: the README's first command, then other networks on what it made.
+
+    python benchmarks/digits.py --workdir=runs/digits
+
+Interrupted, the same command goes on. Writes `benchmarks/records/digits.json`; `--table` prints it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from jaxdistill import config as configs
+from jaxdistill import train
+from jaxdistill.eval import results
+from jaxdistill.io.files import write_files
+
+_RECORD = Path(__file__).parent / "records" / "digits.json"
+_CONFIG = "ncfm:dataset=digits,ipc=1"
+_OTHERS = {"eval.architectures": "('convnet', 'resnet18', 'vgg11')"}
+
+
+def _run(workdir: Path, overrides: dict[str, str]) -> dict:
+    config = configs.load(_CONFIG)
+    for path, text in overrides.items():
+        configs.override(config, path, text)
+    found = train.train(config, workdir)
+    card = json.loads((workdir / "artifacts" / "distilled.json").read_text())
+    return {
+        "command": " ".join(
+            [
+                f"jaxdistill --config={_CONFIG} --workdir=runs/digits",
+                *(f'--config.{path}="{text}"' for path, text in overrides.items()),
+            ]
+        ),
+        "cost": card["cost"],
+        "results": found,
+        "versions": json.loads((workdir / "versions.json").read_text()),
+    }
+
+
+def main() -> None:
+    """Runs what is missing and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, default=Path("runs/digits"))
+    parser.add_argument("--epochs", type=int, default=300, help="of the other networks")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if not args.table:
+        record = {
+            "first command": _run(args.workdir, {}),
+            "networks": _run(args.workdir, _OTHERS | {"eval.epochs": str(args.epochs)}),
+        }
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        write_files({_RECORD: lambda file: file.write(text.encode())})
+    for name, run in json.loads(_RECORD.read_text()).items():
+        print(f"\n{name}: {run['command']}\n{results.table(run['results'])}")
+
+
+if __name__ == "__main__":
+    main()
