@@ -130,7 +130,7 @@ def run(
             manager = stack.enter_context(checkpoint.manager(workdir / "checkpoints", keep))
             restored = checkpoint.restore(manager, program.state, metadata)
         if restored is None:
-            restored = 0, program.init(key, frozen, feed.first(_split(key)[1]))
+            restored = 0, program.init(key, frozen, feed.first(key))
         done, state = restored
         if done > steps:
             raise InputError(f"{workdir} holds a run of {done} steps, more than the {steps} asked")
@@ -186,9 +186,10 @@ class _Feed:
             self.data = put(data, mesh, backends.data_spec(spec))
 
     def first(self, key: PRNGKeyArray) -> PyTree:
+        """What the initial state is made from, given the key of the run's start."""
         if not self.streamed:
             return self.data
-        return stream.first_window(self.spec, self.data, key, self.mesh)
+        return stream.first_window(self.spec, self.data, _split(key)[1], self.mesh)
 
     def chunks(self, key: PRNGKeyArray, first: int, steps: int, size: int) -> Callable:
         """A function from the number of the next steps to the data of their chunk."""
@@ -255,7 +256,7 @@ def initial_state(
     """The method's state before the first step of `run` with the same arguments."""
     feed = _Feed(method.batches, data, make_mesh(jax.local_devices()[:1]))
     initial = partial(_initial, method, partial(device.draw, method.batches))
-    return jax.jit(initial)(key, frozen, feed.first(_split(key)[1])).method
+    return jax.jit(initial)(key, frozen, feed.first(key)).method
 
 
 def _initial(method: Method, draw: Callable, key, frozen, data) -> TrainState:
@@ -291,10 +292,10 @@ def _steps(method: Method, size: int, sample: Callable, state, count, frozen, da
         return TrainState(state.step + 1, state.key, inner), metrics
 
     def body(row, carry):
-        state, metrics = one(carry[0], frozen, data, row)
+        state, metrics = one(carry[0], frozen, data, _strong(row))
         return state, jax.tree.map(lambda log, x: log.at[row].set(x), carry[1], metrics)
 
-    _, shapes = jax.eval_shape(one, state, frozen, data, count)
+    _, shapes = jax.eval_shape(one, state, frozen, data, jnp.int32(0))
     log = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
     return jax.lax.fori_loop(0, count, body, (state, log))
 

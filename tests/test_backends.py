@@ -271,6 +271,12 @@ def test_what_cannot_run_is_refused(backend, by_class, tested, message):
         run_on(8, backend, tested, *toy_data(), 1, by_class)
 
 
+def test_a_method_that_splits_nothing_by_class_is_refused_there():
+    whole = min_max()._replace(specs=replicated)
+    with pytest.raises(InputError, match=r"split nothing by class.*class_devices=1"):
+        run_on(8, "jit", whole, *toy_data(), 1, by_class=2)
+
+
 def test_classes_that_do_not_divide_are_refused():
     images = np.zeros((48, SIDE, SIDE, 1), np.uint8)
     six = resident(Split(images, np.arange(48, dtype=np.int32) % 6), 6)

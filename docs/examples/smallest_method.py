@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxdistill import collective, runner
+from jaxdistill.condense.synthetic import by_class
 from jaxdistill.data import device, sources
 from jaxdistill.method import BatchSpec, Method
 
@@ -14,7 +15,8 @@ def mean_matching(tx: optax.GradientTransformation, *, ipc: int, batch_real: int
 
     def init(key, frozen, batch):
         classes, _, *image_shape = batch.shape
-        pixels = jax.random.uniform(key, (classes, ipc, *image_shape))
+        keys = collective.class_keys(key, classes)  # a class's own, whichever device has it
+        pixels = jax.vmap(lambda k: jax.random.uniform(k, (ipc, *image_shape)))(keys)
         return {"pixels": pixels, "opt": tx.init(pixels)}
 
     def step(state, frozen, batch, key):
@@ -31,7 +33,10 @@ def mean_matching(tx: optax.GradientTransformation, *, ipc: int, batch_real: int
     def output(state):
         return {"images": state["pixels"]}
 
-    return Method(init, step, output, BatchSpec("per_class", batch_real))
+    def specs(state, mesh):
+        return by_class(state, state["pixels"].shape)
+
+    return Method(init, step, output, BatchSpec("per_class", batch_real), specs)
 
 
 if __name__ == "__main__":

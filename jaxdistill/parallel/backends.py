@@ -64,6 +64,12 @@ def check(spec: BatchSpec, classes: int, specs: PyTree, mesh: Mesh, backend: str
             f"{classes} classes cannot be split evenly over {by_class} devices; "
             "choose parallel.class_devices among the divisors of both"
         )
+    named = [s for s in jax.tree.leaves(specs, is_leaf=_is_spec) if CLASS_AXIS in s]
+    if spec.kind == "per_class" and by_class > 1 and not named:
+        raise InputError(
+            "the specs of this method split nothing by class, so its classes cannot be divided "
+            "over devices; use parallel.class_devices=1"
+        )
     if spec.kind != "none" and spec.size % by_example:
         per = " of each class" if spec.kind == "per_class" else ""
         raise InputError(
@@ -79,6 +85,10 @@ def check(spec: BatchSpec, classes: int, specs: PyTree, mesh: Mesh, backend: str
         )
     if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
         raise InputError("the pmap backend runs in one process; use the jit backend")
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
 
 
 def compile_init(

@@ -5,7 +5,6 @@ python process.py ADDRESS PROCESSES INDEX WORKDIR STEPS
 
 import os
 import sys
-from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["NPROC"] = "64"
@@ -14,8 +13,6 @@ import jax
 
 from jaxdistill import runner
 from jaxdistill.parallel.mesh import make_mesh
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.test_backends import min_max, toy_data
 
 
