@@ -55,7 +55,7 @@ def test_streamed_and_resident_batches_are_the_same(kind, devices):
     method = fingerprints(BatchSpec(kind, 16))
     logs = {}
     for place in (resident, stream):
-        logs[place], mesh = Log(), make_mesh(jax.devices()[:devices], 2 if devices == 8 else 1)
+        logs[place], mesh = Log(), make_mesh(jax.devices()[:devices])
         state = runner.run(
             method,
             data=place(split, CLASSES),
