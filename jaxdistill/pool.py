@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxdistill.data.sources import Dataset
-from jaxdistill.errors import InputError
+from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import train_on
 from jaxdistill.interrupt import ShouldStop, never
 from jaxdistill.io import npz
@@ -71,20 +71,26 @@ def load_or_train(
             group = own[first : first + size]
             keys = [jax.random.key(1000 + i) for i in group]
             initial = jax.tree.map(lambda *x: jnp.stack(x), *map(jax.jit(network.init), keys))
-            trained = train_on.train_many(
-                jnp.stack(keys),
-                network,
-                images,
-                targets,
-                prepare=prepare,
-                protocol=protocol,
-                chunk=chunk,
-                params=initial,
-                on_block=lambda part, first=first, group=group: bar.update(
-                    first + part * len(group), {}
-                ),
-                should_stop=should_stop,
-            )
+            try:
+                trained = train_on.train_many(
+                    jnp.stack(keys),
+                    network,
+                    images,
+                    targets,
+                    prepare=prepare,
+                    protocol=protocol,
+                    chunk=chunk,
+                    params=initial,
+                    on_block=lambda part, first=first, group=group: bar.update(
+                        first + part * len(group), {}
+                    ),
+                    should_stop=should_stop,
+                )
+            except Interrupted as stop:
+                kept = sum(path.is_file() for path in paths)
+                raise Interrupted(
+                    f"stopped while training extractors; {kept} of {len(paths)} are kept"
+                ) from stop
             for row, i in enumerate(group):
                 member = {"initial": initial, "trained": trained}
                 _write(paths[i], jax.tree.map(lambda x, row=row: x[row], member))

@@ -32,7 +32,7 @@ from jaxdistill.condense.ncfm import check_objective, ncfm
 from jaxdistill.condense.synthetic import real_needed
 from jaxdistill.data import device, sources, stream
 from jaxdistill.data.augment import normalizer, parse
-from jaxdistill.errors import InputError
+from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import results, train_on
 from jaxdistill.interrupt import ShouldStop, never
 from jaxdistill.io import artifact, checkpoint
@@ -649,7 +649,13 @@ def _evaluate(setup: Setup) -> list[dict]:
     groups = processes.mine([g[i : i + size] for g in same for i in range(0, len(g), size)])
     bar = Progress(sum(map(len, groups)), 0, "evaluating") if groups else None
     for group in groups:
-        _measure(setup, protocol, group, measured, bar)
+        try:
+            _measure(setup, protocol, group, measured, bar)
+        except Interrupted as stop:
+            kept = sum(cell in measured for cell in wanted)
+            raise Interrupted(
+                f"stopped while evaluating; {kept} of {len(wanted)} networks are measured"
+            ) from stop
     if bar is not None:
         bar.close()
     measured = _gather(setup)

@@ -248,7 +248,7 @@ def train_many(
                 mesh=mesh,
                 **options,
             )
-            wait(carry, should_stop, "stopped while training networks; those before are kept")
+            wait(carry, should_stop, "stopped while training networks")
             on_block(min(begin + first + block, end) / total)
         params = carry.params
     return jax.tree.map(lambda x: x[:count], jax.device_put(params, devices[0]))

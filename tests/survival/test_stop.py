@@ -92,15 +92,15 @@ def test_extractors_already_trained_stay(tmp_path):
         protocol = train_on.Protocol(epochs=2, strategy="none")
         prepare = lambda x: x.astype(jnp.float32)  # noqa: E731
         options = {"prepare": prepare, "protocol": protocol, "chunk": 8, "identity": "a"}
-        return pool.load_or_train(tmp_path, 3, network, data, should_stop=should_stop, **options)
+        return pool.load_or_train(tmp_path, 11, network, data, should_stop=should_stop, **options)
 
-    def second_is_due():
-        return (tmp_path / "a-0.npz").exists()
+    def a_second_round_is_due():  # each of the eight devices has trained one
+        return (tmp_path / "a-7.npz").exists()
 
-    with pytest.raises(Interrupted, match="training extractor 2 of 3; those before it are kept"):
-        load(second_is_due)
-    assert [p.name for p in tmp_path.iterdir()] == ["a-0.npz"]
-    assert load(interrupt.never)["trained"]["w"].shape == (3, 16, 2)
+    with pytest.raises(Interrupted, match="training extractors; 8 of 11 are kept"):
+        load(a_second_round_is_due)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"a-{i}.npz" for i in range(8)]
+    assert load(interrupt.never)["trained"]["w"].shape == (11, 16, 2)
 
 
 # --- by SIGTERM -----------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     kill.finish(tmp_path / "undisturbed", tmp_path)
     workdir = tmp_path / "run"
     for phase, told in (
-        ("start or extractors", "stopped while training extractor 1 of 2"),
+        ("start or extractors", "stopped while training extractors; 0 of 2 are kept"),
         ("training", "of 800, which is saved; the same command goes on"),
         ("evaluation", "networks are measured; the same command goes on"),
     ):
