@@ -641,6 +641,8 @@ def _evaluate(setup: Setup) -> list[dict]:
         for labels in (("hard", "soft") if config.soft_labels else ("hard",))
         for seed in range(config.seeds)
     ]
+    # Once, for programs are compiled anew for other functions.
+    networks = {name: _judge(_architecture(setup, name)) for name in config.architectures}
     measured = _gather(setup)
     missing = [cell for cell in wanted if cell not in measured]
     # Networks that differ in their seed alone train together, and each process takes a part.
@@ -650,7 +652,7 @@ def _evaluate(setup: Setup) -> list[dict]:
     bar = Progress(sum(map(len, groups)), 0, "evaluating") if groups else None
     for group in groups:
         try:
-            _measure(setup, protocol, group, measured, bar)
+            _measure(setup, networks[group[0].network], protocol, group, measured, bar)
         except Interrupted as stop:
             kept = sum(cell in measured for cell in wanted)
             raise Interrupted(
@@ -694,6 +696,7 @@ def _gather(setup: Setup) -> dict[results.Cell, dict]:
 
 def _measure(
     setup: Setup,
+    network: train_on.Network,
     protocol: train_on.Protocol,
     group: Sequence[results.Cell],
     measured: dict[results.Cell, dict],
@@ -707,7 +710,6 @@ def _measure(
         soft = distilled.soft_labels
         targets = jnp.asarray(_soft_labels(setup, distilled.images) if soft is None else soft)
     passes = {"prepare": setup.prepare, "chunk": setup.config.run.pass_size}
-    network = _judge(_architecture(setup, cell.network))
     before = bar.done
     start = time.perf_counter(), time.process_time()
     params = train_on.train_many(
