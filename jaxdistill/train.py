@@ -127,7 +127,7 @@ def train(
         Interrupted: if `should_stop` said yes.
         OSError: if a file cannot be written.
     """
-    setup = _set_up(config, workdir)._replace(should_stop=should_stop)
+    setup = set_up(config, workdir)._replace(should_stop=should_stop)
     for name in _rows(config):
         _distil(setup, name)
     return _evaluate(setup)
@@ -150,7 +150,7 @@ def evaluate(
     folder = Path(workdir) / "artifacts"
     if not (folder / "distilled.npz").is_file():
         raise InputError(f"{folder} holds no distilled.npz; run --mode=train in this workdir first")
-    setup = _set_up(config, workdir)._replace(should_stop=should_stop)
+    setup = set_up(config, workdir)._replace(should_stop=should_stop)
     for name in _rows(config):
         _distil(setup, name)
     return _evaluate(setup)
@@ -191,7 +191,12 @@ def config_hash(config: ml_collections.ConfigDict) -> str:
     return _hash(_identity(plain(config)))
 
 
-def _set_up(config, workdir) -> Setup:
+def set_up(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> Setup:
+    """Checks everything that can be wrong, then makes the workdir.
+
+    Raises:
+        InputError: as `train` does.
+    """
     check(config)
     workdir = Path(workdir)
     settings = plain(config)
@@ -488,7 +493,7 @@ def build_method(
     )
 
 
-def _frozen(setup: Setup, name: str) -> Any:
+def build_frozen(setup: Setup, name: str) -> Any:
     """What the method's steps are given besides the batch; trained first where it must be."""
     if name in ("ncfm", "start"):
         return _pool(setup)
@@ -532,7 +537,7 @@ def _distil(setup: Setup, name: str) -> None:
     saved = checkpoint.newest_metadata(folder / "checkpoints")
     restarts, rate_factor = saved.get("restarts", 0), saved.get("rate_factor", 1.0)
     method = build_method(_slowed(config, rate_factor), name, data, setup.prepare)
-    frozen = _frozen(setup, name)
+    frozen = build_frozen(setup, name)
     key = jax.random.key(config.seed)
     began = time.perf_counter(), time.process_time()
     state = None

@@ -117,10 +117,10 @@ def test_ncfm_resumes_bitwise(finished, tmp_path):
         "pool.epochs": "1",
     }.items():
         configs.override(config, path, value)
-    setup = train._set_up(config, tmp_path / "setup")
+    setup = train.set_up(config, tmp_path / "setup")
     resident = train.device.resident(setup.dataset.train, 10)
     method = train.build_method(config, "ncfm", setup.dataset, setup.prepare)
-    frozen = train._frozen(setup, "ncfm")
+    frozen = train.build_frozen(setup, "ncfm")
     options = {"data": resident, "frozen": frozen, "key": jax.random.key(0), "steps": 5}
     options["mesh"] = train.runner.make_mesh(jax.devices()[:1])
 

@@ -35,7 +35,7 @@ def distil(workdir, extractors, **settings):
     config = configs.load("ncfm:dataset=digits,ipc=1,sampler=released,smoke")
     for path, value in {**SETTINGS, "pool.dir": str(extractors), **settings}.items():
         configs.override(config, path, value)
-    setup = train._set_up(config, workdir)
+    setup = train.set_up(config, workdir)
     train._distil(setup, "ncfm")
     return artifact.load(workdir / "artifacts")
 
