@@ -202,12 +202,16 @@ def _told_in_one_line(directory: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax and its storage layers raise many kinds
-        text = " ".join(str(error).split())
-        system = re.search(r"([^:]+) \[os_error_code=", text)
-        reason = system[1].strip() if system else getattr(error, "strerror", None) or text[:200]
         raise InputError(
-            f"cannot save a checkpoint in {directory}: {reason}; earlier ones are kept"
+            f"cannot save a checkpoint in {directory}: {_reason(error)}; earlier ones are kept"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What the system said: in TensorStore's messages it stands before the notes in brackets."""
+    text = " ".join(str(error).split())
+    system = re.search(r"([^:\[]+) \[(?:tensorstore_spec|os_error_code)=", text)
+    return system[1].strip() if system else getattr(error, "strerror", None) or text[:200]
 
 
 @contextlib.contextmanager

@@ -146,6 +146,12 @@ def test_results_without_room_leave_those_before(disk):
     assert len(results.read(path)) == 500
 
 
+@pytest.mark.parametrize("notes", ["", """ [tensorstore_spec='{"a": {"sync":true}}']"""])
+def test_the_reason_is_found_in_long_messages(notes):
+    text = f'UNKNOWN: Error writing "/a/x.__lock": No room{notes} [os_error_code=28]'
+    assert checkpoint._reason(ValueError(text)) == "No room"
+
+
 def test_no_room_for_the_first_checkpoint(disk):
     state = {"x": jax.random.normal(jax.random.key(0), (VALUES,))}
     disk.fill(left=20_000)
