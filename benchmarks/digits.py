@@ -42,7 +42,7 @@ def main() -> None:
     """Runs what is missing and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/digits"))
-    parser.add_argument("--epochs", type=int, default=300, help="of the other networks")
+    parser.add_argument("--epochs", type=int, default=200, help="of the other networks")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if not args.table:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxdistill import runner, train
@@ -22,6 +22,7 @@ from jaxdistill.data.augment import normalizer
 from jaxdistill.errors import InputError
 from jaxdistill.io.files import write_files
 from jaxdistill.parallel import aot, backends
+from jaxdistill.parallel.mesh import abstract
 
 METHODS = ("ncfm", "dm")
 PLATFORMS = ("tpu", "cuda")
@@ -93,12 +94,11 @@ def chunk(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
         backend=config.parallel.backend,
     )
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    whole = PartitionSpec()
     arguments = (
         program.state,
-        _place(count, mesh, whole),
-        _place(frozen, mesh, whole),
-        _place(resident, mesh, backends.data_spec(method.batches)),
+        abstract(count, mesh),
+        abstract(frozen, mesh),
+        abstract(resident, mesh, backends.data_spec(method.batches)),
     )
     return Chunk(program.chunk, arguments, mesh)
 
@@ -108,11 +108,6 @@ def _pool(config, data: sources.Facts) -> PyTree:
     one = jax.eval_shape(net.init, jax.random.key(0))
     many = jax.tree.map(lambda x: jax.ShapeDtypeStruct((config.pool.size, *x.shape), x.dtype), one)
     return {"initial": many, "trained": many}
-
-
-def _place(tree: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
-    sharding = NamedSharding(mesh, spec)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 # ---------------------------------------------------------------------------- mode=compile

@@ -20,7 +20,7 @@ from jaxdistill.io import checkpoint
 from jaxdistill.io.writers import JsonlWriter, Progress, TensorBoardWriter
 from jaxdistill.method import BatchSpec, Frozen, Method, State
 from jaxdistill.parallel import backends, processes
-from jaxdistill.parallel.mesh import make_mesh, put, shardings
+from jaxdistill.parallel.mesh import abstract, make_mesh, put
 
 
 class TrainState(NamedTuple):
@@ -154,7 +154,7 @@ def run(
             end = min(steps, (done // chunk + 1) * chunk, (done // every + 1) * every)
             count = end - done
             state, log = program.chunk(state, put(np.int32(count), mesh), frozen, take(count))
-            launched, done = _Chunk(done, end - done, log), end
+            launched, done = _Chunk(done, count, log), end
             if late is not None:
                 _report(late, writers, display, saved)
             late = launched
@@ -246,7 +246,7 @@ def programs(
     return Programs(
         backends.compile_init(initial, spec, specs, mesh, first_layout),
         backends.compile_chunk(steps, draw, spec, specs, mesh, backend, layout),
-        _target(shapes, shardings(specs, mesh)),
+        abstract(shapes, mesh, specs),
     )
 
 
@@ -298,14 +298,6 @@ def _steps(method: Method, size: int, sample: Callable, state, count, frozen, da
     _, shapes = jax.eval_shape(one, state, frozen, data, jnp.int32(0))
     log = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
     return jax.lax.fori_loop(0, count, body, (state, log))
-
-
-def _target(shapes: PyTree, layout: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        jax.tree.broadcast(layout, shapes),
-    )
 
 
 def _report(chunk: _Chunk, writers: Sequence[Any], display: Progress | None, saved: int):

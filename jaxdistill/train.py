@@ -72,6 +72,7 @@ _RANGES = {
 }
 METHODS = ("ncfm", "dm", *coreset.CORESETS, "start")
 ARCHITECTURES = ("convnet", "resnet18", "vgg11")
+PLACEMENTS = {"resident": device.resident, "streamed": stream.stream}
 
 #: Where only shapes are needed, the facts about a data set do as well as the data.
 Data = sources.Dataset | sources.Facts
@@ -268,9 +269,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise InputError(
             f"unknown backend {config.parallel.backend!r}; choose from {', '.join(BACKENDS)}"
         )
-    if config.data.placement not in ("resident", "streamed"):
+    if config.data.placement not in PLACEMENTS:
         raise InputError(
-            f"data.placement is {config.data.placement!r}; choose resident or streamed"
+            f"data.placement is {config.data.placement!r}; choose {' or '.join(PLACEMENTS)}"
         )
     _sampler(config.method)
     if config.run.restarts < 0 or not 0 < config.run.restart_factor < 1:
@@ -526,15 +527,14 @@ def _distil(setup: Setup, name: str) -> None:
     """Runs one method to its artefact; nothing is done when the artefact is there."""
     folder = _folder(setup, name)
     done = (folder / "artifacts" / "distilled.npz").is_file()
-    processes.wait(f"{name} is looked for")  # before the first process writes it
+    saved = {} if done else checkpoint.newest_metadata(folder / "checkpoints")
+    processes.wait(f"{name} is looked for")  # before any process writes there
     if done:
         return
     config, data = setup.config, setup.dataset
-    place = {"resident": device.resident, "streamed": stream.stream}[config.data.placement]
-    placed = place(data.train, data.num_classes)
+    placed = PLACEMENTS[config.data.placement](data.train, data.num_classes)
     # A coreset takes one image of each class a step.
     steps = config.method.ipc if name in coreset.CORESETS else config.run.steps
-    saved = checkpoint.newest_metadata(folder / "checkpoints")
     restarts, rate_factor = saved.get("restarts", 0), saved.get("rate_factor", 1.0)
     method = build_method(_slowed(config, rate_factor), name, data, setup.prepare)
     frozen = build_frozen(setup, name)
@@ -586,7 +586,7 @@ def _distil(setup: Setup, name: str) -> None:
     images = images.reshape(-1, *data.image_shape)
     soft = None
     if config.eval.soft_labels:
-        soft = _soft_labels(setup, images)
+        soft = _soft_labels(setup, _pool(setup), images)
     card = {
         "dataset": data.name,
         "class_names": list(data.class_names),
@@ -616,7 +616,7 @@ def _slowed(config: ml_collections.ConfigDict, factor: float) -> ml_collections.
     return config
 
 
-def _soft_labels(setup: Setup, images: np.ndarray) -> np.ndarray:
+def _soft_labels(setup: Setup, teachers: dict, images: np.ndarray) -> np.ndarray:
     net = convnet(setup.config, setup.dataset, setup.config.pool.width)
     label = jax.jit(
         functools.partial(
@@ -627,7 +627,7 @@ def _soft_labels(setup: Setup, images: np.ndarray) -> np.ndarray:
             chunk=setup.config.run.pass_size,
         )
     )
-    return np.asarray(label(_pool(setup)["trained"], jnp.asarray(images)))
+    return np.asarray(label(teachers["trained"], jnp.asarray(images)))
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -650,6 +650,8 @@ def _evaluate(setup: Setup) -> list[dict]:
     networks = {name: _judge(_architecture(setup, name)) for name in config.architectures}
     measured = _gather(setup)
     missing = [cell for cell in wanted if cell not in measured]
+    # All processes wait in here, so it is not for one that happens to need it.
+    teachers = _pool(setup) if any(_lacks_labels(setup, cell) for cell in missing) else None
     # Networks that differ in their seed alone train together, and each process takes a part.
     same = [list(g) for _, g in itertools.groupby(missing, lambda c: c._replace(seed=0))]
     size = train_on.together()
@@ -657,7 +659,8 @@ def _evaluate(setup: Setup) -> list[dict]:
     bar = Progress(sum(map(len, groups)), 0, "evaluating") if groups else None
     for group in groups:
         try:
-            _measure(setup, networks[group[0].network], protocol, group, measured, bar)
+            network = networks[group[0].network]
+            _measure(setup, network, teachers, protocol, group, measured, bar)
         except Interrupted as stop:
             kept = sum(cell in measured for cell in wanted)
             raise Interrupted(
@@ -699,9 +702,17 @@ def _gather(setup: Setup) -> dict[results.Cell, dict]:
     return measured
 
 
+def _lacks_labels(setup: Setup, cell: results.Cell) -> bool:
+    """Whether a measurement needs soft labels that the artefact does not have."""
+    if cell.labels != "soft":
+        return False
+    return artifact.load(_folder(setup, cell.method) / "artifacts").soft_labels is None
+
+
 def _measure(
     setup: Setup,
     network: train_on.Network,
+    teachers: dict | None,
     protocol: train_on.Protocol,
     group: Sequence[results.Cell],
     measured: dict[results.Cell, dict],
@@ -713,7 +724,9 @@ def _measure(
     targets = train_on.one_hot(distilled.labels, data.num_classes)
     if cell.labels == "soft":
         soft = distilled.soft_labels
-        targets = jnp.asarray(_soft_labels(setup, distilled.images) if soft is None else soft)
+        if soft is None:
+            soft = _soft_labels(setup, teachers, distilled.images)
+        targets = jnp.asarray(soft)
     passes = {"prepare": setup.prepare, "chunk": setup.config.run.pass_size}
     before = bar.done
     start = time.perf_counter(), time.process_time()

@@ -16,14 +16,11 @@ from jaxdistill.condense.synthetic import (
     Features,
     Pixels,
     by_class,
-    classes_a_pass,
     decoded,
-    in_chunks,
     initial_pixels,
-    over_classes,
     real_needed,
     real_statistic,
-    synthetic_rows,
+    synthetic_outputs,
 )
 from jaxdistill.method import BatchSpec, Method
 
@@ -87,13 +84,9 @@ def dm(
         target = collective.mean(target)
 
         def loss(pixels):
-            group = classes_a_pass(pixels, factor, chunk)
-            rows = synthetic_rows(pixels, keys, factor=factor, kept=not group, **augmentation)
-            embed = lambda part: features(params, part)  # noqa: E731
-            if group:
-                out = over_classes(embed, pixels, keys, group, factor=factor, **augmentation)
-            else:
-                out = in_chunks(embed, rows.images, chunk)
+            out, rows = synthetic_outputs(
+                features, params, pixels, keys, factor=factor, chunk=chunk, **augmentation
+            )
             return jnp.sum(jnp.square(rows.class_means(out) - target))
 
         value, grads = jax.value_and_grad(loss)(state.pixels)

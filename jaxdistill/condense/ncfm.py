@@ -28,6 +28,7 @@ from jaxdistill.condense.synthetic import (
     over_classes,
     real_needed,
     real_statistic,
+    synthetic_outputs,
     synthetic_rows,
 )
 from jaxdistill.errors import InputError
@@ -192,13 +193,9 @@ def ncfm(
 
     def classification_losses(params, pixels, keys):
         """The mean cross-entropy of each class."""
-        group = classes_a_pass(pixels, factor, chunk)
-        rows = synthetic_rows(pixels, keys, factor=factor, kept=not group, **augmentation)
-        predict = lambda part: logits(params, part)  # noqa: E731
-        if group:
-            out = over_classes(predict, pixels, keys, group, factor=factor, **augmentation)
-        else:
-            out = in_chunks(predict, rows.images, chunk)
+        out, rows = synthetic_outputs(
+            logits, params, pixels, keys, factor=factor, chunk=chunk, **augmentation
+        )
         losses = optax.softmax_cross_entropy_with_integer_labels(out, rows.labels)
         return rows.class_means(losses[:, None])[:, 0]
 
@@ -251,7 +248,7 @@ def ncfm(
         def loss(pixels):
             group = classes_a_pass(pixels, factor, chunk)
             rows = synthetic_rows(pixels, match_keys, factor=factor, kept=not group, **augmentation)
-            if group:
+            if group:  # the phases too are made anew for each pass
                 syn_ecf, syn = over_classes(
                     whole_classes, pixels, match_keys, group, factor=factor, **augmentation
                 )

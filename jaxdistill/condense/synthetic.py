@@ -267,6 +267,31 @@ def over_classes(
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
 
+def synthetic_outputs(
+    apply: Features,
+    params: Any,
+    pixels: Pixels,
+    keys: Key[Array, " classes"],
+    *,
+    prepare: Callable[[Array], Array],
+    strategy: str,
+    factor: int,
+    chunk: int,
+) -> tuple[Float[Array, "r d"], Rows]:
+    """Outputs of a network for this device's share of the synthetic images, and the share.
+
+    Differentiable in the pixels and the parameters. The arguments are those of `real_statistic`
+    and `synthetic_rows`.
+    """
+    augmentation = {"prepare": prepare, "strategy": strategy, "factor": factor}
+    group = classes_a_pass(pixels, factor, chunk)
+    rows = synthetic_rows(pixels, keys, kept=not group, **augmentation)
+    run = lambda part: apply(params, part)  # noqa: E731
+    if group:
+        return over_classes(run, pixels, keys, group, **augmentation), rows
+    return in_chunks(run, rows.images, chunk), rows
+
+
 def by_class(tree: PyTree, shape: tuple[int, ...]) -> PyTree:
     """`PartitionSpec`s that split by class whatever has the shape of the pixels.
 

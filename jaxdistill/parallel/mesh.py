@@ -73,6 +73,15 @@ def shardings(specs: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
+def abstract(tree: PyTree, mesh: Mesh, specs: PyTree = _WHOLE) -> PyTree:
+    """The shapes of arrays, laid out as `put` would; the mesh may be one of another machine."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        jax.tree.broadcast(shardings(specs, mesh), tree),
+    )
+
+
 def put(tree: PyTree, mesh: Mesh, specs: PyTree = _WHOLE) -> PyTree:
     """Lays arrays out on the devices of the mesh; what is there stays there.
 
