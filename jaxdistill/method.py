@@ -27,14 +27,17 @@ class BatchSpec(NamedTuple):
     Attributes:
         kind: `per_class` for uint8 images (classes, size, H, W, C) with `size` distinct draws of
             each class; `uniform` for a dict of images (size, H, W, C) and labels (size,) drawn
-            from the whole set; `none` for a method that needs no data in its steps (the batch
-            is then an empty tuple). A `per_class` step is the program of one device, which sees
-            its part of the classes and of the batch and reduces with `jaxdistill.collective`;
-            other steps are programs on whole arrays.
-        size: Images per class, or in all.
+            from the whole set, and `keys` (size,); `keys` for a dict of these alone, for methods
+            that draw their examples themselves, such as noise; `none` for a method that needs
+            neither (the batch is then an empty tuple). A `per_class` step is the program of one
+            device, which sees its part of the classes and of the batch; other steps are programs
+            on whole arrays under `jit`, and on one device's part under `pmap`. All reduce with
+            `jaxdistill.collective`. What belongs to one example is drawn from its key, so that
+            no number of devices changes it.
+        size: Images per class, or examples in all.
     """
 
-    kind: Literal["per_class", "uniform", "none"] = "none"
+    kind: Literal["per_class", "uniform", "keys", "none"] = "none"
     size: int = 0
 
 

@@ -232,7 +232,7 @@ def programs(
     spec = method.batches
     draw = partial(device.draw, spec)
     initial = partial(_initial, method, draw)
-    classes = data.counts.shape[0] if spec.kind != "none" else 0
+    classes = data.counts.shape[0] if spec.kind == "per_class" else 0
     first_layout = layout = backends.data_spec(spec)
     if isinstance(data, stream.Stream):
         if backend == "pmap":

@@ -181,6 +181,21 @@ def test_a_method_fed_from_the_whole_set_agrees():
     assert_backends_agree(regression, toy_data()[0])
 
 
+def test_a_method_that_draws_its_examples_agrees():
+    def step(state, frozen, batch, key):
+        noise = jax.vmap(lambda k: jax.random.normal(k, (FEATURES,)))(batch["keys"])
+        seen = collective.mean(jnp.square(noise - state).mean(0))
+        return state + 0.1 * seen, {"seen": seen.mean()}
+
+    walk = Method(
+        lambda key, frozen, batch: jax.random.normal(batch["keys"][0], (FEATURES,)),
+        step,
+        lambda s: s,
+        BatchSpec("keys", 16),
+    )
+    assert_backends_agree(walk, ())
+
+
 def test_averaging_the_losses_of_the_devices_is_caught():
     mistaken = min_max(statistic=lambda tree: tree)
     with pytest.raises(AssertionError, match=r"8 devices.*'loss'.*'log_scale'"):

@@ -85,14 +85,14 @@ def check(spec: BatchSpec, data: Any, class_names: Sequence[str] | None = None) 
     Raises:
         InputError: If the batch is empty, there are no data, or a class has too few images.
     """
-    if spec.kind == "none":
+    if spec.size < 1 and spec.kind != "none":
+        raise InputError(f"a {spec.kind} batch of {spec.size} examples; ask for at least one")
+    if spec.kind in ("keys", "none"):
         return
     if not hasattr(data, "counts"):
         raise InputError(
             f"the method takes {spec.kind} batches; give it the data to draw them from"
         )
-    if spec.size < 1:
-        raise InputError(f"a {spec.kind} batch of {spec.size} images; ask for at least one")
     counts = np.asarray(data.counts)
     smallest = int(counts.argmin())
     if spec.kind == "per_class" and counts[smallest] < spec.size:
@@ -125,10 +125,18 @@ def draw(
 
     Returns:
         For `per_class` uint8 (classes, size, H, W, C); for `uniform` a dict of `images`, uint8
-        (size, H, W, C), and `labels`, int32 (size,); for `none` an empty tuple.
+        (size, H, W, C), `labels`, int32 (size,), and `keys` (size,); for `keys` a dict of these
+        alone; for `none` an empty tuple.
     """
     if spec.kind == "none":
         return ()
+    if spec.kind == "per_class":
+        return _images(spec, data, key, part, row)
+    keys = {"keys": _slice(jax.random.split(jax.random.fold_in(key, 1), spec.size), part)}
+    return keys if spec.kind == "keys" else _images(spec, data, key, part, row) | keys
+
+
+def _images(spec, data, key, part, row):
     if isinstance(data, Window):
         return jax.tree.map(lambda x: x[row], data.batches)
     data = jax.tree.map(jnp.asarray, data)

@@ -45,7 +45,7 @@ def check(spec: BatchSpec, classes: int, specs: PyTree, mesh: Mesh, backend: str
 
     Args:
         spec: What a step is fed.
-        classes: Classes of the data, 0 where a step is fed nothing.
+        classes: Classes of the data, 0 where a step is not fed by class.
         specs: `PartitionSpec`s of the state.
         mesh: The devices.
         backend: `jit` or `pmap`.
@@ -57,7 +57,7 @@ def check(spec: BatchSpec, classes: int, specs: PyTree, mesh: Mesh, backend: str
     if backend not in BACKENDS:
         raise InputError(f"no parallel backend is called {backend!r}; choose jit or pmap")
     by_class, by_example = mesh.shape[CLASS_AXIS], mesh.shape[DATA_AXIS]
-    if spec.kind == "uniform":
+    if spec.kind in ("uniform", "keys"):
         by_example = mesh.size
     if spec.kind == "per_class" and classes % by_class:
         raise InputError(
@@ -71,9 +71,9 @@ def check(spec: BatchSpec, classes: int, specs: PyTree, mesh: Mesh, backend: str
             "over devices; use parallel.class_devices=1"
         )
     if spec.kind != "none" and spec.size % by_example:
-        per = " of each class" if spec.kind == "per_class" else ""
+        what = "images of each class" if spec.kind == "per_class" else "examples"
         raise InputError(
-            f"a batch of {spec.size} images{per} cannot be split evenly over {by_example} devices; "
+            f"a batch of {spec.size} {what} cannot be split evenly over {by_example} devices; "
             f"make it a multiple of {by_example} or use fewer devices"
         )
     if backend == "jit":

@@ -69,8 +69,8 @@ def test_parts_make_up_the_whole(data, kind):
     whole = draw(spec, data, key)
     parts = [draw(spec, data, key, (jnp.int32(index), 2)) for index in range(2)]
     axis = 1 if kind == "per_class" else 0
-    joined = jax.tree.map(lambda *xs: np.concatenate(xs, axis), *parts)
-    jax.tree.map(np.testing.assert_array_equal, joined, whole)
+    joined = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis), *parts)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), joined, whole))
 
 
 def test_a_uniform_draw_reaches_every_image_with_its_label(data):
@@ -110,8 +110,9 @@ def test_the_data_do_not_follow_the_callers_memory():
     [
         (BatchSpec("per_class", 5), ("cat", "dog", "eel"), "class 'dog' has 4 images, the batch "),
         (BatchSpec("per_class", 5), None, "class '1' has 4 .* asks for 5 .* lower it to 4 or less"),
-        (BatchSpec("per_class", 0), None, "a per_class batch of 0 images; ask for at least one"),
-        (BatchSpec("uniform", 0), None, "a uniform batch of 0 images"),
+        (BatchSpec("per_class", 0), None, "a per_class batch of 0 examples; ask for at least one"),
+        (BatchSpec("uniform", 0), None, "a uniform batch of 0 examples"),
+        (BatchSpec("keys", 0), None, "a keys batch of 0 examples"),
     ],
 )
 def test_batches_that_cannot_be_filled_are_refused(data, spec, names, message):
@@ -127,6 +128,17 @@ def test_batches_that_can_be_filled_are_not(data):
 def test_missing_data_are_noticed():
     with pytest.raises(InputError, match="takes uniform batches; give it the data"):
         check(BatchSpec("uniform", 4), ())
+
+
+@pytest.mark.parametrize("kind", ["uniform", "keys"])
+def test_the_keys_of_the_examples_differ_and_follow_from_the_key(data, kind):
+    spec = BatchSpec(kind, 12)
+    check(spec, data)
+    rows = lambda seed: jax.random.key_data(draw(spec, data, jax.random.key(seed))["keys"])  # noqa: E731
+    assert len({tuple(row) for row in (*rows(0).tolist(), *rows(1).tolist())}) == 24
+    np.testing.assert_array_equal(rows(0), rows(0))
+    parts = [draw(spec, data, jax.random.key(0), (i, 3))["keys"] for i in range(3)]
+    np.testing.assert_array_equal(jax.random.key_data(jnp.concatenate(parts)), rows(0))
 
 
 def test_other_images_are_refused():

@@ -1,0 +1,1 @@
+"""Flow and diffusion teachers into students of few steps."""

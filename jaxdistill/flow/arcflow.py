@@ -1,0 +1,115 @@
+"""ArcFlow (arXiv 2602.09014): match the teacher's velocity along the student's own curve.
+
+Each segment is entered with one student call. Along the curve that it describes the teacher is
+asked a few times, at random places, and the mean velocity of the curve there is drawn to the
+teacher's answer. At first the teacher's steps lead from place to place, later the student's own.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdistill.errors import InputError
+from jaxdistill.flow.paths import expand, shifted
+from jaxdistill.flow.students import Segment, Source, Student, Teacher, streams, student_method
+from jaxdistill.method import Method
+
+# Of the loss alone it only matters where gradients are clipped.
+_LOSS_SCALE = 15.0
+
+
+def arcflow(
+    student: Student,
+    teacher: Teacher,
+    tx: optax.GradientTransformation,
+    *,
+    source: Source,
+    modes: int,
+    queries: int = 4,
+    shift: float = 1.0,
+    window: float = 3 / 128,
+    teacher_steps: int = 0,
+    drop: float = 0.0,
+    weight_by_length: bool = True,
+    **options: Any,
+) -> Method:
+    """The training of an ArcFlow student; of any policy, in fact.
+
+    With a linear policy it is the linear on-policy student, with pi-Flow's its own training.
+
+    Args:
+        student: The network and its policy.
+        teacher: The velocity to follow.
+        tx: Optimiser of what is trained.
+        source: Where examples come from.
+        modes: Of the policy, of which `drop` leaves out some.
+        queries: Teacher calls in a segment, for each example.
+        shift: See `paths.shifted`.
+        window: Raw time beyond the teacher's step over which the student's velocity is averaged;
+            0 compares the velocity at the place itself, once the teacher's steps are gone.
+        teacher_steps: Steps over which the teacher's share of the way falls from all to none.
+        drop: Share of the modes left out while the student moves, though not in the loss.
+        weight_by_length: Whether a segment counts by its length in raw time, as where all of a
+            path's segments are gone through.
+        **options: Of `student_method`.
+
+    Raises:
+        InputError: For numbers that cannot be meant.
+    """
+    if queries < 1 or not 0 <= window < 1 or not 0 <= drop < 1 or teacher_steps < 0:
+        raise InputError(
+            f"queries={queries}, window={window}, drop={drop}, teacher_steps={teacher_steps}: give "
+            "at least one query, a window and a dropout in [0, 1) and no negative steps"
+        )
+    policy = student.policy
+
+    def match(field, x, start, end, label, keys, query, step):
+        del label
+        share = jnp.maximum(1.0 - step / teacher_steps, 0.0) if teacher_steps else 0.0
+        ahead = jnp.minimum(window, start - end)
+        own, teachers = _gaps(keys, queries, start - end - ahead, share)
+        curve = jax.lax.stop_gradient(field)
+        if drop:
+            marks = jax.vmap(lambda k: jax.random.uniform(k, (modes,)))(streams(keys, 3)[2])
+            curve = policy.drop(curve, marks, drop)
+
+        def ask(carry, gaps):
+            x, raw = carry
+            place = jnp.maximum(raw - gaps[0], 0.0)
+            after = jnp.maximum(place - gaps[1], 0.0)
+            t_raw, t, t_after = (shifted(r, shift) for r in (raw, place, after))
+            x = policy.transition(curve, x, t_raw, t)
+            u = query(x, t)
+            far = shifted(jnp.maximum(after - ahead, 0.0), shift)
+            return (x + expand(t_after - t, x) * u, after), (x, u, t, far)
+
+        (last, raw), asked = jax.lax.scan(ask, (x, start), (own, teachers))
+        asked = jax.lax.stop_gradient(asked)
+
+        def gap(x, u, t, far):
+            error = policy.average(field, x, t, far) - u
+            return jnp.square(error).reshape(error.shape[0], -1).mean(-1)
+
+        loss = _LOSS_SCALE * jax.vmap(gap)(*asked).mean(0)
+        if weight_by_length:
+            loss = loss * (start - end)
+        last = policy.transition(curve, last, shifted(raw, shift), shifted(end, shift))
+        # A segment of no length is none, and the teacher was asked for nothing.
+        return Segment(loss * (start > end), jax.lax.stop_gradient(last), jnp.int32(queries))
+
+    return student_method(match, student, teacher, tx, source=source, shift=shift, **options)
+
+
+def _gaps(keys, queries, length, share):
+    """Raw times that the student and the teacher go before each query and after it, (queries, n).
+
+    The teacher's fill their share of the length; the student's leave a rest of theirs.
+    """
+    k_own, k_teacher, _ = streams(keys, 3)
+    own = jax.vmap(lambda k: jax.random.uniform(k, (queries,)), out_axes=1)(k_own)
+    own = jnp.diff(jnp.sort(own, 0), axis=0, prepend=0.0)
+    cuts = jax.vmap(lambda k: jax.random.uniform(k, (queries - 1,)), out_axes=1)(k_teacher)
+    teachers = jnp.diff(jnp.sort(cuts, 0), axis=0, prepend=0.0, append=1.0)
+    return own * (1.0 - share) * length, teachers * share * length

@@ -1,0 +1,59 @@
+"""Endpoint regression: one straight line from where a segment starts to where the teacher ends."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdistill.errors import InputError
+from jaxdistill.flow.paths import expand, shifted
+from jaxdistill.flow.samplers import euler
+from jaxdistill.flow.students import Segment, Source, Student, Teacher, student_method
+from jaxdistill.method import Method
+
+
+def endpoint_regression(
+    student: Student,
+    teacher: Teacher,
+    tx: optax.GradientTransformation,
+    *,
+    source: Source,
+    queries: int = 4,
+    shift: float = 1.0,
+    **options: Any,
+) -> Method:
+    """Draws a student's mean velocity over a segment to that of the teacher's Euler steps.
+
+    After Luhman and Luhman (arXiv 2101.02388), segment by segment. A linear student can meet the
+    ends exactly, so with many queries this is the strongest linear baseline.
+
+    Args:
+        student: The network and its policy.
+        teacher: The velocity to follow.
+        tx: Optimiser of what is trained.
+        source: Where examples come from.
+        queries: Euler steps of the teacher in a segment, even in raw time.
+        shift: See `paths.shifted`.
+        **options: Of `student_method`.
+
+    Raises:
+        InputError: If there is no query.
+    """
+    if queries < 1:
+        raise InputError(f"{queries} queries a segment; ask the teacher at least once")
+    policy = student.policy
+
+    def match(field, x, start, end, label, keys, query, step):
+        del label, keys, step
+        parts = jnp.linspace(0.0, 1.0, queries + 1)[:, None]
+        target = euler(query, x, shifted(start + parts * (end - start), shift))
+        t, t_end = shifted(start, shift), shifted(end, shift)
+        length = jnp.where(start > end, t - t_end, 1.0)
+        wanted = jax.lax.stop_gradient((x - target) / expand(length, x))
+        error = policy.average(field, x, t, t_end) - wanted
+        loss = (start - end) * jnp.square(error).reshape(error.shape[0], -1).mean(-1)
+        after = jax.lax.stop_gradient(policy.transition(field, x, t, t_end))
+        return Segment(loss, after, jnp.int32(queries))
+
+    return student_method(match, student, teacher, tx, source=source, shift=shift, **options)

@@ -1,0 +1,139 @@
+"""Progressive distillation (Salimans and Ho 2022): each round a student of half as many steps."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int32, PyTree
+
+from jaxdistill import collective
+from jaxdistill.errors import InputError
+from jaxdistill.flow.paths import Examples, expand, interpolate, shifted
+from jaxdistill.flow.samplers import euler
+from jaxdistill.flow.students import Labels, Student, Teacher, power_average, streams
+from jaxdistill.method import Batch, BatchSpec, Method
+
+
+class ProgressiveState(NamedTuple):
+    """What changes in progressive distillation.
+
+    Attributes:
+        trainable: Of this round's student.
+        teacher: Of the last round's, which it follows.
+        opt: Of the optimiser.
+        average: The moving average of `trainable`.
+        step: Steps done, in all rounds.
+        queries: Teacher calls so far, of each of the examples of a step.
+    """
+
+    trainable: PyTree
+    teacher: PyTree
+    opt: PyTree
+    average: PyTree
+    step: Int32[Array, ""]
+    queries: Int32[Array, ""]
+
+
+def progressive(
+    student: Student,
+    teacher: Teacher,
+    tx: optax.GradientTransformation,
+    *,
+    batches: BatchSpec,
+    data: Callable[[Batch], tuple[Examples, Labels]],
+    steps: int,
+    calls: int = 2,
+    first_calls: int = 16,
+    shift: float = 1.0,
+    ema_power: float = 7.0,
+    ema_from: int = 100,
+) -> Method:
+    """Halves the number of calls round by round, from `first_calls` of the teacher to `calls`.
+
+    A round's target is the mean velocity of two steps of the round before, the first round's that
+    of the teacher itself. Segments are even in raw time.
+
+    Args:
+        student: The network and a policy, meant to be a straight line.
+        teacher: The velocity to follow.
+        tx: Optimiser of what is trained; it starts anew each round.
+        batches: What a step is fed; it must have `keys`.
+        data: `batch -> (data, label)`; segments are entered from the path of data to noise.
+        steps: Of all rounds together, which share them evenly.
+        calls: Of the last student.
+        first_calls: Of the teacher; `calls` times a power of two.
+        shift: See `paths.shifted`.
+        ema_power: See `students.power_average`.
+        ema_from: Steps of a round before its average begins.
+
+    Raises:
+        InputError: If the numbers of calls do not fit, or a round would have no step.
+    """
+    rounds = max(first_calls // max(calls, 1), 1).bit_length() - 1
+    if calls < 1 or rounds < 1 or first_calls != calls * 2**rounds:
+        raise InputError(
+            f"first_calls={first_calls} must be calls={calls} times a power of two, 2 at least"
+        )
+    if steps < rounds:
+        raise InputError(f"{steps} steps for {rounds} rounds; give each one at least")
+    length = -(-steps // rounds)
+    policy = student.policy
+
+    def init(key, frozen, batch):
+        del batch
+        trainable = student.init(key, frozen)
+        zero, copy = jnp.int32(0), lambda: jax.tree.map(jnp.copy, trainable)
+        return ProgressiveState(trainable, copy(), tx.init(trainable), copy(), zero, zero)
+
+    def line(params, frozen, x, start, end, label):
+        """The mean velocity that a student gives for a segment."""
+        t, t_end = shifted(start, shift), shifted(end, shift)
+        outputs = student.apply(params, frozen, x, t, label)
+        return policy.average(policy.begin(outputs, x, t, t_end), x, t, t_end)
+
+    def step(state, frozen, batch, key):
+        del key
+        done, within = jnp.divmod(state.step, length)
+        state = jax.lax.cond((within == 0) & (done > 0), next_round, lambda s: s, state)
+        x0, label = data(batch)
+        k_noise, k_place = streams(batch["keys"], 2)
+        count = first_calls / 2.0 ** (done + 1)
+        start = jnp.ceil((1.0 - jax.vmap(jax.random.uniform)(k_place)) * count) / count
+        middle, end = start - 0.5 / count, start - 1.0 / count
+        noise = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:]))(k_noise)
+        times = shifted(jnp.stack([start, middle, jnp.maximum(end, 0.0)]), shift)
+        x = interpolate(x0, noise, times[0])
+
+        def by_teacher(x):
+            return euler(lambda x, t: teacher(frozen, x, t, label), x, times)
+
+        def by_student(x):
+            u = line(state.teacher, frozen, x, start, middle, label)
+            x = x + expand(times[1] - times[0], x) * u
+            u = line(state.teacher, frozen, x, middle, jnp.maximum(end, 0.0), label)
+            return x + expand(times[2] - times[1], x) * u
+
+        target = jax.lax.cond(done == 0, by_teacher, by_student, x)
+        wanted = jax.lax.stop_gradient((x - target) / expand(times[0] - times[2], x))
+
+        def loss(params):
+            u = line(params, frozen, x, start, jnp.maximum(end, 0.0), label)
+            return jnp.square(u - wanted).mean()
+
+        value, grads = jax.value_and_grad(loss)(state.trainable)
+        grads = collective.mean(grads)
+        updates, opt = tx.update(grads, state.opt, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        average = power_average(state.average, trainable, within, power=ema_power, begin=ema_from)
+        queries = state.queries + 2  # of the round before, whose student is a teacher too
+        metrics = {"loss": value, "calls": count, "queries": queries.astype(jnp.float32)}
+        state = ProgressiveState(trainable, state.teacher, opt, average, state.step + 1, queries)
+        return state, metrics
+
+    def next_round(state):
+        new = jax.tree.map(jnp.copy, state.average)
+        return state._replace(trainable=new, teacher=state.average, opt=tx.init(state.average))
+
+    return Method(init, step, lambda state: state.average, batches)

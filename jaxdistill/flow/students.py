@@ -1,0 +1,334 @@
+"""What the training of all few-step students shares: segments, examples, averages, sampling.
+
+A student takes a few *segments* from noise to data, with one network call in each. A step of its
+training goes through the segments in sampling order, each from where the student got to.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int32, Key, PRNGKeyArray, PyTree
+
+from jaxdistill import collective
+from jaxdistill.errors import InputError
+from jaxdistill.flow.paths import Examples, Times, boundaries, interpolate, shifted
+from jaxdistill.flow.policies import Outputs, Policy
+from jaxdistill.method import Batch, BatchSpec, Frozen, Method
+
+Labels = Int32[Array, " n"]
+Teacher = Callable[[Frozen, Examples, Times, Labels], Examples]
+"""`(frozen, x, t, label) -> u`: any velocity, guidance included."""
+
+
+class Student(NamedTuple):
+    """A network whose one call says how to go through a segment.
+
+    Attributes:
+        init: `(key, frozen) -> trainable`. What is trained; the rest stays in `frozen`.
+        apply: `(trainable, frozen, x, t, label) -> outputs`, one network call.
+        policy: What the outputs mean.
+    """
+
+    init: Callable[[PRNGKeyArray, Frozen], PyTree]
+    apply: Callable[[PyTree, Frozen, Examples, Times, Labels], Outputs]
+    policy: Policy
+
+
+class Start(NamedTuple):
+    """Where the examples of a training step start, and the segments they go through.
+
+    Attributes:
+        x: The states at the first boundary.
+        label: What is asked for.
+        raw: (segments + 1, n). Boundaries in raw time, falling.
+        keys: (n,). A key for each example.
+    """
+
+    x: Examples
+    label: Labels
+    raw: Float[Array, "boundaries n"]
+    keys: Key[Array, " n"]
+
+
+class Source(NamedTuple):
+    """Where examples come from: what a step is fed, and what is made of it.
+
+    Attributes:
+        batches: See `BatchSpec`.
+        start: `batch -> Start`.
+    """
+
+    batches: BatchSpec
+    start: Callable[[Batch], Start]
+
+
+Schedule = Callable[[Key[Array, " n"]], Float[Array, "boundaries n"]]
+"""Draws the boundaries of a step, in raw time, for each example from its key."""
+
+
+def fixed(calls: int, last: float = 1.0) -> Schedule:
+    """The same segments always: those of sampling with that many calls; see `paths.boundaries`."""
+    raw = boundaries(calls, last)
+    return lambda keys: jnp.broadcast_to(raw[:, None], (calls + 1, keys.shape[0]))
+
+
+def elastic(calls: Sequence[int]) -> Schedule:
+    """Two segments that together visit all those of sampling with any of several numbers of calls.
+
+    For each example a number N of calls and one of its segments, from j/N to (j + 1)/N of the way,
+    are drawn: the first segment leads there in one go, the second is that segment. So the cost of
+    a step is that of two calls, and one student serves them all.
+
+    Raises:
+        InputError: If there is no number, or one that is not positive.
+    """
+    if not calls or min(calls) < 1:
+        raise InputError(f"numbers of calls {tuple(calls)}; give some, each at least 1")
+    options = jnp.asarray(calls)
+
+    def one(key):
+        k_calls, k_place = jax.random.split(key)
+        n = jax.random.choice(k_calls, options)
+        # For one call there is no second segment: it gets no length, and so no weight.
+        j = jax.random.randint(k_place, (), 1, jnp.maximum(n, 2))
+        return jnp.stack([jnp.ones(()), 1 - j / n, jnp.maximum(1 - (j + 1) / n, 0.0)])
+
+    return lambda keys: jax.vmap(one)(keys).T
+
+
+def from_noise(shape: Sequence[int], size: int, schedule: Schedule, num_classes: int) -> Source:
+    """Examples that start from noise, with labels drawn evenly: no data at all.
+
+    Args:
+        shape: Of one example.
+        size: Examples a step.
+        schedule: The segments.
+        num_classes: 0 where there are no labels; they are then all 0.
+    """
+
+    def start(batch):
+        def one(key):
+            k_noise, k_label = jax.random.split(key)
+            label = jax.random.randint(k_label, (), 0, max(num_classes, 1))
+            return jax.random.normal(k_noise, tuple(shape)), label
+
+        keys = batch["keys"]
+        k_first, k_raw, k_rest = streams(keys, 3)
+        x, label = jax.vmap(one)(k_first)
+        return Start(x, label, schedule(k_raw), k_rest)
+
+    return Source(BatchSpec("keys", size), start)
+
+
+def from_data(
+    batches: BatchSpec,
+    data: Callable[[Batch], tuple[Examples, Labels]],
+    schedule: Schedule,
+    shift: float,
+) -> Source:
+    """Examples that start on the path from noise to data, at the start of one segment.
+
+    A raw time is drawn and the segment that it falls in is taken, so that segments come as often
+    as they are long.
+
+    Args:
+        batches: What a step is fed; it must have `keys`.
+        data: `batch -> (data, label)`.
+        schedule: The segments.
+        shift: See `paths.shifted`.
+    """
+
+    def start(batch):
+        x, label = data(batch)
+        k_noise, k_raw, k_place, k_rest = streams(batch["keys"], 4)
+        raw = schedule(k_raw)
+        # In (0, 1], as boundaries belong to the segment that starts there.
+        place = 1.0 - jax.vmap(jax.random.uniform)(k_place)
+        row = jnp.sum(raw[1:] >= place, 0)
+        raw = jnp.take_along_axis(raw, jnp.stack([row, row + 1]), 0)
+        noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(k_noise)
+        return Start(interpolate(x, noise, shifted(raw[0], shift)), label, raw, k_rest)
+
+    return Source(batches, start)
+
+
+def streams(keys: Key[Array, " n"], number: int) -> Key[Array, "number n"]:
+    """Several keys for each example."""
+    return jax.vmap(lambda k: jax.random.split(k, number), out_axes=1)(keys)
+
+
+class Segment(NamedTuple):
+    """What a segment of training gives.
+
+    Attributes:
+        loss: (n,). Of each example, of which the gradient is taken.
+        x: The states at the end, where the next segment starts.
+        queries: Calls of the teacher, of each example.
+    """
+
+    loss: Float[Array, " n"]
+    x: Examples
+    queries: Array
+
+
+class StudentState(NamedTuple):
+    """What changes while a student is trained.
+
+    Attributes:
+        trainable: See `Student`.
+        opt: Of the optimiser.
+        average: The moving average of `trainable`, which is what students are used with.
+        step: Steps done.
+        queries: Teacher calls so far, of each of the examples of a step.
+    """
+
+    trainable: PyTree
+    opt: PyTree
+    average: PyTree
+    step: Int32[Array, ""]
+    queries: Int32[Array, ""]
+
+
+Match = Callable[..., Segment]
+"""`(field, x, raw_start, raw_end, label, keys, query, step) -> Segment`; `query(x, t) -> u` is the
+teacher, and the field carries the gradient."""
+
+
+def student_method(
+    match: Match,
+    student: Student,
+    teacher: Teacher,
+    tx: optax.GradientTransformation,
+    *,
+    source: Source,
+    shift: float = 1.0,
+    ema_power: float = 7.0,
+    ema_from: int = 100,
+    specs: Callable | None = None,
+) -> Method:
+    """A method that trains a student segment by segment.
+
+    Args:
+        match: What is asked of the student in a segment.
+        student: The student; its outputs must have the shape of the teacher's.
+        teacher: The teacher.
+        tx: Optimiser of what is trained.
+        source: Where examples come from.
+        shift: See `paths.shifted`.
+        ema_power: Exponent of the moving average (Karras et al. 2023): larger is shorter.
+        ema_from: Steps before it begins; until then it is a copy.
+        specs: See `Method`; replicated by default.
+
+    Returns:
+        A method whose output is the average of what is trained.
+    """
+
+    def init(key, frozen, batch):
+        first = source.start(batch)
+        t = shifted(first.raw[0], shift)
+        shape = jax.eval_shape(teacher, frozen, first.x, t, first.label).shape
+        if shape != first.x.shape:
+            raise InputError(
+                f"the teacher makes {shape} of examples {first.x.shape}; a velocity has their shape"
+            )
+        trainable = student.init(key, frozen)
+        zero = jnp.int32(0)
+        return StudentState(
+            trainable, tx.init(trainable), jax.tree.map(jnp.copy, trainable), zero, zero
+        )
+
+    def step(state, frozen, batch, key):
+        del key  # each example has its own
+        first = source.start(batch)
+
+        def query(x, t):
+            return jax.lax.stop_gradient(teacher(frozen, x, t, first.label))
+
+        def objective(trainable, x, start, end, keys):
+            t, t_end = shifted(start, shift), shifted(end, shift)
+            outputs = student.apply(trainable, frozen, x, t, first.label)
+            field = student.policy.begin(outputs, x, t, t_end)
+            done = match(field, x, start, end, first.label, keys, query, state.step)
+            return done.loss.mean(), done
+
+        def segment(carry, bounds):
+            x, grads = carry
+            start, end, index = bounds
+            keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(first.keys)
+            new, done = jax.grad(objective, has_aux=True)(state.trainable, x, start, end, keys)
+            return (done.x, jax.tree.map(jnp.add, grads, new)), (done.loss.mean(), done.queries)
+
+        indices = jnp.arange(first.raw.shape[0] - 1)
+        (_, grads), (losses, queries) = jax.lax.scan(
+            segment,
+            (first.x, jax.tree.map(jnp.zeros_like, state.trainable)),
+            (first.raw[:-1], first.raw[1:], indices),
+        )
+        grads = collective.mean(grads)
+        updates, opt = tx.update(grads, state.opt, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        average = power_average(
+            state.average, trainable, state.step, power=ema_power, begin=ema_from
+        )
+        total = state.queries + queries.sum().astype(jnp.int32)
+        metrics = {"loss": losses.sum(), "grad_norm": optax.global_norm(grads)}
+        metrics["queries"] = total.astype(jnp.float32)
+        return StudentState(trainable, opt, average, state.step + 1, total), metrics
+
+    method = Method(init, step, lambda state: state.average, source.batches)
+    return method if specs is None else method._replace(specs=specs)
+
+
+def power_average(
+    average: PyTree, new: PyTree, step: Int32[Array, ""], *, power: float, begin: int
+) -> PyTree:
+    """A moving average whose window grows with the steps (Karras et al. 2023, arXiv 2312.02696).
+
+    Args:
+        average: So far.
+        new: What comes in.
+        step: Steps before this one.
+        power: The share of the new is `1 - (1 - 1 / i) ** (power + 1)` at the i-th step.
+        begin: Steps after which counting begins; before, the new is taken as it is.
+    """
+    i = jnp.maximum(step + 1 - begin, 1).astype(jnp.float32)
+    keep = (1.0 - 1.0 / i) ** (power + 1.0)
+    return jax.tree.map(lambda a, b: keep * a + (1.0 - keep) * b, average, new)
+
+
+def sample(
+    student: Student,
+    trainable: PyTree,
+    frozen: Frozen,
+    noise: Examples,
+    label: Labels,
+    *,
+    calls: int,
+    shift: float = 1.0,
+    last: float = 1.0,
+) -> Examples:
+    """Examples made by a student, with exactly that many network calls.
+
+    Args:
+        student: The student.
+        trainable: Its output of training.
+        frozen: What the method was given.
+        noise: Where to start.
+        label: What is asked for.
+        calls: Segments, and network calls.
+        shift: As in training.
+        last: See `paths.boundaries`.
+    """
+    raw = boundaries(calls, last)
+    times = jnp.broadcast_to(shifted(raw, shift)[:, None], (calls + 1, noise.shape[0]))
+
+    def segment(x, ts):
+        start, end = ts
+        outputs = student.apply(trainable, frozen, x, start, label)
+        field = student.policy.begin(outputs, x, start, end)
+        return student.policy.transition(field, x, start, end), None
+
+    return jax.lax.scan(segment, noise, (times[:-1], times[1:]))[0]
