@@ -23,8 +23,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxdistill import build, runner, train
 from jaxdistill import config as configs
-from jaxdistill import runner, train
 from jaxdistill.data import device
 from jaxdistill.io.artifact import versions
 from jaxdistill.io.files import write_files
@@ -41,8 +41,8 @@ def overhead(rounds: int, chunks: int) -> dict:
     size = config.run.chunk
     with tempfile.TemporaryDirectory() as folder:
         setup = train.set_up(config, folder)
-        method = train.build_method(config, "ncfm", setup.dataset, setup.prepare)
-        frozen = train.build_frozen(setup, "ncfm")
+        method = build.build_method(config, "ncfm", setup.dataset, setup.prepare)
+        frozen = build.build_frozen(setup, "ncfm")
         data = device.resident(setup.dataset.train, setup.dataset.num_classes)
         key, mesh = jax.random.key(0), make_mesh(jax.devices()[:1])
         options = {"data": data, "frozen": frozen, "key": key, "chunk": size, "mesh": mesh}

@@ -16,11 +16,11 @@ import ml_collections
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdistill import runner, train
+from jaxdistill import build, runner
 from jaxdistill.data import device, sources
 from jaxdistill.data.augment import normalizer
 from jaxdistill.errors import InputError
-from jaxdistill.io.files import write_files
+from jaxdistill.io.files import dump, write_files
 from jaxdistill.parallel import aot, backends
 from jaxdistill.parallel.mesh import abstract
 
@@ -54,29 +54,24 @@ def chunk(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
         raise InputError(
             f"only {' and '.join(METHODS)} can be compiled or exported, not method {name!r}"
         )
-    train.check(config)
+    build.check(config)
     if config.parallel.backend != "jit":
         raise InputError(
             f"the {config.parallel.backend} backend compiles for devices that are there; "
             "use parallel.backend=jit"
         )
-    data = sources.facts(
-        config.data.name,
-        data_dir=config.data.data_dir,
-        image_size=config.data.image_size,
-        pad_to=config.data.pad_to,
-    )
+    data = build.read_source(config, sources.facts)
     per_class = data.largest_class - config.data.holdout_per_class
     channels = data.image_shape[-1]
     # The statistics are numbers in the program; which ones changes nothing.
     prepare = normalizer((0.0,) * channels, (1.0,) * channels)
-    method = train.build_method(config, name, data, prepare)
+    method = build.build_method(config, name, data, prepare)
     if method.batches.size > per_class:
         raise InputError(
             f"a step takes {method.batches.size} real images of each class, of {per_class} at "
             "most; lower method.batch_real or method.ipc"
         )
-    mesh = train.build_mesh(config, data, devices)
+    mesh = build.build_mesh(config, data, devices)
     pixels = (data.num_classes, per_class, math.prod(data.image_shape))
     resident = device.Resident(
         jax.ShapeDtypeStruct(pixels, jnp.uint8),
@@ -104,7 +99,7 @@ def chunk(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
 
 
 def _pool(config, data: sources.Facts) -> PyTree:
-    net = train.convnet(config, data, config.pool.width)
+    net = build.convnet(config, data, config.pool.width)
     one = jax.eval_shape(net.init, jax.random.key(0))
     many = jax.tree.map(lambda x: jax.ShapeDtypeStruct((config.pool.size, *x.shape), x.dtype), one)
     return {"initial": many, "trained": many}
@@ -142,12 +137,12 @@ def plan(
             **report.cost._asdict(),
             "collectives": {k: v._asdict() for k, v in report.cost.collectives.items()},
         },
-        "config": train.plain(config),
+        "config": build.plain(config),
         "jax": jax.__version__,
     }
     print(table(record))
     if workdir is not None:
-        write_files({Path(workdir) / "compile.json": functools.partial(train.dump, record)})
+        write_files({Path(workdir) / "compile.json": functools.partial(dump, record)})
     return record
 
 
@@ -209,7 +204,7 @@ def export(
     flat, leaves, names = _flat(made)
     results = jax.eval_shape(made.function, *made.arguments)
     card = {
-        "config_hash": train.config_hash(config),
+        "config_hash": build.config_hash(config),
         "jax": jax.__version__,
         "devices": made.mesh.size,
         "mesh": dict(made.mesh.shape),
@@ -223,7 +218,7 @@ def export(
         exported = jax.export.export(flat, platforms=[platform])(*leaves)
         data = exported.serialize()
         files[folder / f"chunk_{platform}.stablehlo"] = functools.partial(_write, bytes(data))
-    write_files({**files, folder / "chunk.json": functools.partial(train.dump, card)})
+    write_files({**files, folder / "chunk.json": functools.partial(dump, card)})
     for path in files:
         print(path)
 

@@ -190,22 +190,31 @@ def test_networks_know_only_networks():
 
 @pytest.mark.parametrize("room", inside("io", "data"))
 def test_files_and_data_know_no_method(room):
-    above = [*METHODS, *inside("eval", "runner", "train", "plan", "main")]
+    above = [*METHODS, *inside("build", "eval", "runner", "train", "plan", "main")]
     assert not breaches(where=(room,), forbidden=above)
 
 
 def test_evaluation_knows_neither_runner_nor_checkpoints():
-    above = inside("runner", "train", "main", "io.checkpoint")
+    above = inside("build", "runner", "train", "main", "io.checkpoint")
     assert not breaches(where=inside("eval"), forbidden=above)
 
 
 def test_the_runner_takes_any_method():
-    assert not breaches(where=inside("runner"), forbidden=[*METHODS, *inside("train", "main")])
+    above = [*METHODS, *inside("build", "train", "main")]
+    assert not breaches(where=inside("runner"), forbidden=above)
+
+
+def test_parts_are_built_without_being_run():
+    above = inside("runner", "train", "plan", "main", "io.checkpoint")
+    assert not breaches(where=inside("build"), forbidden=above)
+    assert not breaches(where=inside("plan"), forbidden=inside("train"))
+    assert "jaxdistill.build" in {use.name for use in USES if use.module == "jaxdistill.plan"}
 
 
 def test_flags_and_configs_stay_at_the_edge():
     assert not breaches(but=inside("main"), forbidden=["absl.flags", "absl.app"])
-    assert not breaches(but=inside("main", "train", "plan", "config"), forbidden=["ml_collections"])
+    edge = inside("main", "train", "plan", "build", "config")
+    assert not breaches(but=edge, forbidden=["ml_collections"])
 
 
 def test_resumable_code_draws_only_from_keys():

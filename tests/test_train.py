@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from jaxdistill import build, main, runner, train
 from jaxdistill import config as configs
-from jaxdistill import main, runner, train
+from jaxdistill.data import device
 from jaxdistill.errors import InputError
 from jaxdistill.io import artifact
+from jaxdistill.parallel.mesh import make_mesh
 
 SMOKE = "ncfm:dataset=digits,ipc=2,smoke"
 TINY = (
@@ -118,11 +120,11 @@ def test_ncfm_resumes_bitwise(finished, tmp_path):
     }.items():
         configs.override(config, path, value)
     setup = train.set_up(config, tmp_path / "setup")
-    resident = train.device.resident(setup.dataset.train, 10)
-    method = train.build_method(config, "ncfm", setup.dataset, setup.prepare)
-    frozen = train.build_frozen(setup, "ncfm")
+    resident = device.resident(setup.dataset.train, 10)
+    method = build.build_method(config, "ncfm", setup.dataset, setup.prepare)
+    frozen = build.build_frozen(setup, "ncfm")
     options = {"data": resident, "frozen": frozen, "key": jax.random.key(0), "steps": 5}
-    options["mesh"] = train.runner.make_mesh(jax.devices()[:1])
+    options["mesh"] = make_mesh(jax.devices()[:1])
 
     def stop(step, state):
         if step >= 4:

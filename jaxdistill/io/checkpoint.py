@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+import stat
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -52,8 +53,8 @@ def manager(
         keep: How many of the newest are kept.
 
     Raises:
-        InputError: If the directory cannot be made or `keep` is not positive; when leaving, if
-            a save failed.
+        InputError: If the directory cannot be made, holds what no save leaves there, or `keep`
+            is not positive; when leaving, if a save failed.
     """
     if keep < 1:
         raise InputError(f"{keep} checkpoints cannot be kept; keep at least 1")
@@ -62,13 +63,39 @@ def manager(
         os.makedirs(directory, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot keep checkpoints in {directory}: {error.strerror}") from error
+    _refuse_strange(directory)
     return _opened(directory, keep)
+
+
+def _refuse_strange(directory: str) -> None:
+    """Refuses links, pipes and devices, at any depth.
+
+    Nothing here makes them. Who opens a pipe waits for ever, and Orbax neither removes a link
+    nor saves where one leads nowhere.
+    """
+    for folder, folders, files in os.walk(directory):
+        for path in (os.path.join(folder, name) for name in (*folders, *files)):
+            try:
+                mode = os.lstat(path).st_mode
+            except FileNotFoundError:  # removed by another process, which opens it too
+                continue
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                kind = "link" if stat.S_ISLNK(mode) else "pipe or device"
+                raise InputError(
+                    f"{path!r} is a {kind}, which no save leaves; delete it or use another workdir"
+                )
 
 
 @contextlib.contextmanager
 def _opened(directory: str, keep: int) -> Iterator[Manager]:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    opened = Manager(directory, options=options)
+    try:
+        opened = Manager(directory, options=options)
+    except Exception as error:  # a hostile file makes its readers raise what they will
+        raise InputError(
+            f"cannot open the checkpoints in {directory} ({_reason(error)}); "
+            "delete them or use another workdir"
+        ) from error
     try:
         yield opened
     finally:

@@ -1,11 +1,12 @@
 """Writing files so that a reader sees the old content or the new one, never a part."""
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write_files(files: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
@@ -41,6 +42,11 @@ def write_files(files: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
     finally:
         for temporary in pending.values():
             temporary.unlink(missing_ok=True)
+
+
+def dump(tree: Any, file: BinaryIO) -> None:
+    """Writes JSON."""
+    file.write(json.dumps(tree, indent=2).encode() + b"\n")
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -1,5 +1,7 @@
 """Every kind of damage to every file of a checkpoint: noticed, or without effect."""
 
+import faulthandler
+import os
 import shutil
 import warnings
 
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdistill.errors import InputError
 from jaxdistill.io import checkpoint
 from jaxdistill.parallel.mesh import make_mesh, put
 from tests.io.test_checkpoint import assert_same, state_on, target_of
@@ -91,6 +94,96 @@ def test_a_missing_folder_is_noticed(saved, tmp_path, name):
         assert step == 5
     else:
         assert restored(copy, states) == 5
+
+
+# --- hostile folders ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_hang():
+    """A reader of a pipe cannot be interrupted: the test's process ends instead."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def become_pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def become_link(path):
+    """The folder goes on elsewhere, damaged."""
+    path.rename(elsewhere := path.parents[1] / "elsewhere")
+    (elsewhere / "metadata" / "metadata").write_text("{")
+    path.symlink_to(elsewhere)
+
+
+def nest_deeply(path):
+    path.write_text("[" * 200_000)
+
+
+HOSTILE = {
+    "a pipe for a file that is opened first": ("10/_CHECKPOINT_METADATA", become_pipe, "a pipe"),
+    "a pipe for metadata": ("10/metadata/metadata", become_pipe, "a pipe"),
+    "a pipe for arrays": ("5/state/manifest.ocdbt", become_pipe, "a pipe"),
+    "a pipe for a step": ("15", become_pipe, "a pipe"),
+    "a damaged step elsewhere": ("10", become_link, "a link"),
+    "the next step leads nowhere": ("15", lambda p: p.symlink_to(p / "nowhere"), "a link"),
+    "the next step leads to itself": ("15", lambda p: p.symlink_to(p), "a link"),
+    "a link with a name of two lines": ("x\ny", lambda p: p.symlink_to(p.parent), "a link"),
+    "deep nesting where it is read first": ("5/_CHECKPOINT_METADATA", nest_deeply, "recursion"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.usefixtures("no_hang")
+def test_a_hostile_folder_is_refused_in_one_line(saved, tmp_path, name, capfd):
+    folder, states = saved
+    shutil.copytree(folder, copy := tmp_path / "copy")
+    place, make, said = HOSTILE[name]
+    make(copy / place)
+    before = sorted(tmp_path.rglob("*"))
+    readers = [lambda: restored(copy, states), lambda: checkpoint.newest_metadata(copy)]
+    for reader in readers:
+        with pytest.raises(InputError, match=said) as refused:
+            reader()
+        assert str(refused.value).isprintable()
+        assert "use another workdir" in str(refused.value)
+    assert capfd.readouterr() == ("", "")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("no_hang")
+def test_deep_nesting_in_what_is_read_later_is_damage(saved, tmp_path):
+    folder, states = saved
+    for number, name in enumerate(("metadata/metadata", "state/_METADATA")):
+        shutil.copytree(folder, copy := tmp_path / str(number))
+        nest_deeply(copy / "10" / name)
+        assert restored(copy, states) == 5
+
+
+def test_a_file_named_like_the_next_step_gives_way(saved, tmp_path):
+    folder, states = saved
+    shutil.copytree(folder, copy := tmp_path / "copy")
+    (copy / "15").write_text("no checkpoint")
+    with checkpoint.manager(copy) as manager:
+        checkpoint.save(manager, 15, states[10], {"config_hash": "a"})
+    assert (copy / "15").is_dir()
+    with checkpoint.manager(copy) as manager:
+        step, state = checkpoint.restore(manager, target_of(states[5]), {"config_hash": "a"})
+    assert step == 15
+    assert_same(state, states[10])
+
+
+def test_the_folder_itself_may_be_a_link(saved, tmp_path):
+    folder, states = saved
+    shutil.copytree(folder, tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert restored(tmp_path / "link", states) == 10
+
+
+# --- checksums ------------------------------------------------------------------------------
 
 
 def test_every_bit_of_the_values_counts(saved, tmp_path):

@@ -1,0 +1,405 @@
+"""What a config means: whether its settings can be, and the parts a run is made of.
+
+Everything here follows from a config, or from a config and its data; `train` runs the parts,
+`plan` looks at what they would cost elsewhere.
+"""
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxdistill import pool
+from jaxdistill.condense import charfn, coreset
+from jaxdistill.condense.decode import check_factor, encode
+from jaxdistill.condense.dm import dm
+from jaxdistill.condense.ncfm import check_objective, ncfm
+from jaxdistill.condense.synthetic import real_needed
+from jaxdistill.data import device, sources, stream
+from jaxdistill.data.augment import parse
+from jaxdistill.errors import InputError
+from jaxdistill.eval import train_on
+from jaxdistill.interrupt import ShouldStop, never
+from jaxdistill.io import artifact
+from jaxdistill.method import Method
+from jaxdistill.nn.convnet import ConvNet
+from jaxdistill.nn.frequency_net import ReleasedSampleNet, ScaleNet
+from jaxdistill.nn.resnet import ResNet18
+from jaxdistill.nn.vgg import VGG11
+from jaxdistill.parallel.backends import BACKENDS
+from jaxdistill.parallel.mesh import make_mesh
+
+# What settings may be. The upper ends only keep a slip of the keyboard from filling the memory.
+_RANGES = {
+    "method.ipc": (1, 10_000),
+    "method.factor": (1, 64),
+    "method.batch_real": (1, 10**6),
+    "method.num_freqs": (1, 10**6),
+    "method.ascent_steps": (1, 1000),
+    "method.warmup": (0, 10**9),
+    "model.depth": (1, 16),
+    "model.width": (1, 2**14),
+    "pool.size": (1, 1000),
+    "pool.width": (1, 2**14),
+    "pool.epochs": (1, 10**6),
+    "pool.batch": (1, 10**6),
+    "run.steps": (1, 10**9),
+    "run.chunk": (1, 10**6),
+    "run.checkpoint_every": (0, 10**9),
+    "run.pass_size": (1, 10**6),
+    "parallel.class_devices": (1, 10**6),
+    "eval.seeds": (1, 1000),
+    "eval.epochs": (1, 10**6),
+    "eval.batch": (1, 10**6),
+}
+METHODS = ("ncfm", "dm", *coreset.CORESETS, "start")
+ARCHITECTURES = ("convnet", "resnet18", "vgg11")
+PLACEMENTS = {"resident": device.resident, "streamed": stream.stream}
+
+#: Where only shapes are needed, the facts about a data set do as well as the data.
+Data = sources.Dataset | sources.Facts
+_Read = TypeVar("_Read", bound=Data)
+
+
+class Setup(NamedTuple):
+    """What the stages share.
+
+    Attributes:
+        config: The resolved config.
+        hash: Identifies it.
+        workdir: Where everything goes.
+        dataset: The data; `test` is a part of the training set if the config holds some out.
+        prepare: Images to normalised images.
+        should_stop: Asked by everything that takes long.
+    """
+
+    config: ml_collections.ConfigDict
+    hash: str
+    workdir: Path
+    dataset: sources.Dataset
+    prepare: Callable
+    should_stop: ShouldStop = never
+
+
+class Net(NamedTuple):
+    """A network as three functions of its parameters, and the length of its features."""
+
+    init: Callable
+    logits: Callable
+    features: Callable
+    feature_dim: int
+
+
+# ---------------------------------------------------------------------------- settings
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses what is wrong whatever the data.
+
+    Raises:
+        InputError: in these cases.
+    """
+    for name in rows(config):
+        if name not in METHODS:
+            raise InputError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
+    for name in config.eval.architectures:
+        if name not in ARCHITECTURES:
+            raise InputError(f"unknown network {name!r}; choose from {', '.join(ARCHITECTURES)}")
+    for path, (least, most) in _RANGES.items():
+        group, name = path.split(".")
+        value = config[group][name]
+        if value is not None and not least <= value <= most:
+            raise InputError(f"{path} is {value}; it must be between {least} and {most}")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"seed is {config.seed}; it must be between 0 and {2**32 - 1}")
+    if not config.eval.architectures:
+        raise InputError("eval.architectures is empty; give at least one network")
+    check_objective(config.method.objective, config.method.alpha, config.method.beta)
+    if config.parallel.backend not in BACKENDS:
+        raise InputError(
+            f"unknown backend {config.parallel.backend!r}; choose from {', '.join(BACKENDS)}"
+        )
+    if config.data.placement not in PLACEMENTS:
+        raise InputError(
+            f"data.placement is {config.data.placement!r}; choose {' or '.join(PLACEMENTS)}"
+        )
+    _sampler(config.method)
+    if config.run.restarts < 0 or not 0 < config.run.restart_factor < 1:
+        raise InputError(
+            f"run.restarts is {config.run.restarts} and run.restart_factor "
+            f"{config.run.restart_factor}; the first must not be negative, the second between "
+            "0 and 1"
+        )
+
+
+def rows(config: ml_collections.ConfigDict) -> list[str]:
+    """The methods of a run, its own and the baselines: each becomes a row of the table."""
+    names = [config.method.name, *config.eval.baselines]
+    return list(dict.fromkeys(names))
+
+
+def plain(config: ml_collections.ConfigDict) -> dict:
+    """The settings as JSON has them."""
+    return json.loads(json.dumps(config.to_dict(), default=list))
+
+
+def config_hash(config: ml_collections.ConfigDict) -> str:
+    """Identifies what is distilled."""
+    return digest(identity(plain(config)))
+
+
+def identity(settings: dict) -> dict:
+    """The settings that decide what is distilled, of which a workdir holds one set.
+
+    The evaluation may be repeated with others, and how a run is carried out (`parallel`, and
+    `run` but for its length) and where data and extractors lie change nothing but the last bits.
+    """
+    kept = {k: v for k, v in settings.items() if k not in ("eval", "parallel")}
+    pool = {k: v for k, v in settings["pool"].items() if k != "dir"}
+    data = {k: v for k, v in settings["data"].items() if k != "placement"}
+    return kept | {"data": data, "pool": pool, "run": {"steps": settings["run"]["steps"]}}
+
+
+def digest(tree: Any) -> str:
+    """A short hash of what JSON can hold."""
+    text = json.dumps(tree, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def read_source(config: ml_collections.ConfigDict, read: Callable[..., _Read]) -> _Read:
+    """What `sources.load`, or `sources.facts`, says of the config's data set."""
+    data = config.data
+    return read(data.name, data_dir=data.data_dir, image_size=data.image_size, pad_to=data.pad_to)
+
+
+def check_data(config: ml_collections.ConfigDict, dataset: sources.Dataset) -> None:
+    """Refuses settings that ask of the data what they cannot give.
+
+    Raises:
+        InputError: in these cases.
+    """
+    method = config.method
+    check_factor(dataset.image_shape, method.factor)
+    for strategy in (method.strategy, config.pool.strategy, config.eval.strategy):
+        parse(strategy)
+    wanted = {f"method.ipc={method.ipc}": method.ipc}
+    if {"ncfm", "dm", "start"} & set(rows(config)):
+        wanted[f"method.batch_real={method.batch_real}"] = method.batch_real
+        if _start_pixels(method, dataset) is None:
+            start = f"a {method.start} start with ipc={method.ipc}, factor={method.factor}"
+            wanted[start] = real_needed(method.start, method.ipc, method.factor)
+    counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes)
+    smallest = int(counts.argmin())
+    for setting, images in wanted.items():
+        if counts[smallest] < images:
+            raise InputError(
+                f"class {dataset.class_names[smallest]!r} has {counts[smallest]} training images,"
+                f" but {setting} asks for {images}; lower it"
+            )
+
+
+def _start_pixels(config, data: Data) -> jax.Array | None:
+    """The stored images of another artefact, if `method.start` is the path of one."""
+    if not config.start.endswith(".npz"):
+        return None
+    distilled = artifact.load(config.start)
+    per_class = config.ipc * config.factor**2
+    order = np.argsort(distilled.labels, kind="stable")
+    # Clipped, for a foreign label may be enormous; it then makes the counts wrong.
+    labels = np.minimum(distilled.labels, data.num_classes)
+    counts = np.bincount(labels, minlength=data.num_classes)
+    shape = distilled.images.shape[1:]
+    if shape != data.image_shape or len(counts) != data.num_classes or any(counts != per_class):
+        raise InputError(
+            f"{config.start} has {counts.min()} to {counts.max()} images of shape {shape} a class;"
+            f" ipc={config.ipc} with factor={config.factor} starts from {per_class} of shape"
+            f" {data.image_shape}"
+        )
+    images = distilled.images[order].reshape(-1, per_class, *shape)
+    return jax.vmap(lambda x: encode(x, config.factor))(jnp.asarray(images))
+
+
+# ---------------------------------------------------------------------------- networks
+
+
+def _net(module: Any, image_shape: tuple[int, int, int]) -> Net:
+    blank = jnp.zeros((1, *image_shape))
+
+    def features(params, x):
+        return module.apply({"params": params}, x, method="features")
+
+    return Net(
+        init=lambda key: module.init(key, blank)["params"],
+        logits=lambda params, x: module.apply({"params": params}, x),
+        features=features,
+        feature_dim=jax.eval_shape(
+            lambda key: features(module.init(key, blank)["params"], blank), jax.random.key(0)
+        ).shape[-1],
+    )
+
+
+def convnet(config: ml_collections.ConfigDict, data: Data, width: int) -> Net:
+    """The config's ConvNet for the images and classes of some data."""
+    module = ConvNet(data.num_classes, config.model.depth, width, config.model.norm)
+    return _net(module, data.image_shape)
+
+
+def architecture(setup: Setup, name: str) -> Net:
+    """One of `ARCHITECTURES` for the data of a run."""
+    if name == "convnet":
+        return convnet(setup.config, setup.dataset, setup.config.model.width)
+    module = {"resnet18": ResNet18, "vgg11": VGG11}[name]
+    return _net(module(setup.dataset.num_classes), setup.dataset.image_shape)
+
+
+def judge(net: Net) -> train_on.Network:
+    """A network as training and evaluation want it."""
+    return train_on.Network(net.init, net.logits)
+
+
+def extractors(setup: Setup) -> dict:
+    """The pool of a run; see `pool.load_or_train`. Missing networks are trained first."""
+    config, model = setup.config.pool, setup.config.model
+    spec = {k: v for k, v in config.to_dict().items() if k not in ("dir", "size")}
+    return pool.load_or_train(
+        Path(config.dir) if config.dir else setup.workdir / "pool",
+        config.size,
+        judge(convnet(setup.config, setup.dataset, config.width)),
+        setup.dataset,
+        prepare=setup.prepare,
+        protocol=train_on.Protocol(
+            config.epochs,
+            config.batch,
+            config.rate,
+            strategy=config.strategy,
+            decay_at=(2 / 3, 5 / 6),
+        ),
+        chunk=setup.config.run.pass_size,
+        identity=digest([spec, model.depth, model.norm, setup.dataset.fingerprint()]),
+        should_stop=setup.should_stop,
+    )
+
+
+# ---------------------------------------------------------------------------- mesh and method
+
+
+def build_mesh(
+    config: ml_collections.ConfigDict, data: Data, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh of a run on some devices, all by default.
+
+    As many as divide the classes evenly form the class axis, if the config says nothing else.
+    """
+    parallel, devices = config.parallel, jax.devices() if devices is None else devices
+    by_class = parallel.class_devices
+    if by_class is None:
+        by_class = math.gcd(data.num_classes, len(devices)) if parallel.backend == "jit" else 1
+    return make_mesh(devices, class_devices=by_class)
+
+
+def _sampler(config) -> tuple[charfn.FrequencySampler, optax.GradientTransformation | None]:
+    nets = {"learned": ScaleNet(), "released": ReleasedSampleNet()}
+    if config.sampler == "gaussian":
+        return charfn.gaussian(config.freq_scale), None
+    if config.sampler not in nets:
+        raise InputError(
+            f"unknown sampler {config.sampler!r}; choose from gaussian, {', '.join(nets)}"
+        )
+    net = nets[config.sampler]
+    functions = (
+        lambda key, dim: net.init(key, jnp.zeros((2, dim)))["params"],
+        lambda params, noise: net.apply({"params": params}, noise),
+    )
+    tx = optax.chain(
+        optax.clip_by_global_norm(config.sampler_clip), optax.adam(config.sampler_rate)
+    )
+    if config.sampler == "released":
+        return charfn.direct(*functions), tx
+    return charfn.scale_mixture(*functions, scale=config.freq_scale, spread=config.freq_spread), tx
+
+
+def build_method(
+    config: ml_collections.ConfigDict, name: str, data: Data, prepare: Callable
+) -> Method:
+    """The method that the config's settings describe.
+
+    Args:
+        config: See `configs/`.
+        name: One of `METHODS`; `start` is NCFM, of which only the initial state is wanted.
+        data: What it is for.
+        prepare: Images to normalised images.
+    """
+    settings, run = config.method, config.run
+    if name in coreset.CORESETS:
+        return coreset.CORESETS[name](settings.ipc)
+    net = convnet(config, data, config.pool.width)
+    images_tx = optax.adam(
+        optax.cosine_decay_schedule(settings.rate, run.steps, settings.rate_decay)
+    )
+    common = {
+        "prepare": prepare,
+        "ipc": settings.ipc,
+        "factor": settings.factor,
+        "start": settings.start,
+        "pixels": _start_pixels(settings, data),
+        "batch_real": settings.batch_real,
+        "strategy": settings.strategy,
+        "chunk": run.pass_size,
+    }
+    if name == "dm":
+        return dm(net.features, net.init, images_tx, **common)
+    sampler, sampler_tx = _sampler(settings)
+    return ncfm(
+        net.features,
+        net.logits,
+        images_tx,
+        sampler,
+        sampler_tx,
+        feature_dim=net.feature_dim,
+        num_freqs=settings.num_freqs,
+        alpha=settings.alpha,
+        beta=settings.beta,
+        calibration=settings.calibration,
+        finetune_rate=settings.finetune_rate,
+        objective=settings.objective,
+        ascent_steps=settings.ascent_steps,
+        warmup=settings.warmup,
+        **common,
+    )
+
+
+def build_frozen(setup: Setup, name: str) -> Any:
+    """What the method's steps are given besides the batch; trained first where it must be."""
+    if name in ("ncfm", "start"):
+        return extractors(setup)
+    if name == "dm":
+        return ()
+    config, data = setup.config, setup.dataset
+    images = jnp.asarray(data.train.images)
+    features = jnp.zeros((images.shape[0], 0))
+    if name != "random":
+        net = convnet(config, data, config.pool.width)
+        teacher = jax.tree.map(lambda x: x[0], extractors(setup)["trained"])
+        features = jax.jit(
+            functools.partial(
+                coreset.feature_table,
+                net.features,
+                prepare=setup.prepare,
+                chunk=config.run.pass_size,
+            )
+        )(teacher, images)
+    index, counts = sources.per_class_table(data.train.labels, data.num_classes)
+    return coreset.Table(images, jnp.asarray(index), jnp.asarray(counts), features)
