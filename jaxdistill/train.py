@@ -6,11 +6,10 @@ config. Every stage finds what an earlier start left in the workdir and goes on 
 
 import functools
 import itertools
-import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxdistill import build, runner
+from jaxdistill import build, run_folder, runner
 from jaxdistill.condense import coreset
 from jaxdistill.condense.labels import soft_labels
 from jaxdistill.data import sources
@@ -27,7 +26,6 @@ from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import results, train_on
 from jaxdistill.interrupt import ShouldStop, never
 from jaxdistill.io import artifact, checkpoint
-from jaxdistill.io.files import dump, remove_leftovers, write_files
 from jaxdistill.io.writers import Progress
 from jaxdistill.parallel import processes
 
@@ -95,62 +93,14 @@ def set_up(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -
     workdir = Path(workdir)
     settings = build.plain(config)
     identity = build.identity(settings)
-    stored = workdir / "config.json"
-    if stored.is_file():
-        try:
-            before = build.identity(json.loads(stored.read_text()))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise InputError(
-                f"{stored} is not a run's config ({error}); use another workdir"
-            ) from error
-        changed = _difference(before, identity)
-        if changed:
-            raise InputError(
-                f"workdir {workdir} was started with another config ({changed});"
-                " use another workdir, or the config it was started with"
-            )
+    run_folder.check(workdir, settings, build.identity)
     dataset = build.read_source(config, sources.load)
     if config.data.holdout_per_class:
         dataset = sources.holdout(dataset, config.data.holdout_per_class, seed=0)
     build.check_data(config, dataset)
-    if processes.is_first():
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the workdir {workdir}: {error.strerror}") from error
-        for folder in (workdir, *workdir.glob("baselines/*")):
-            remove_leftovers(folder)
-            remove_leftovers(folder / "artifacts")
-        write_files(
-            {
-                stored: functools.partial(dump, settings),
-                workdir / "versions.json": functools.partial(dump, _versions()),
-            }
-        )
-    processes.wait("set up")
+    run_folder.make(workdir, settings)
     prepare = normalizer(dataset.mean, dataset.std)
     return build.Setup(config, build.digest(identity), workdir, dataset, prepare)
-
-
-def _difference(before: Mapping, now: Mapping, prefix: str = "") -> str:
-    """The first settings that differ, as `a.b=1, now 2`."""
-    found = []
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found.append(_difference(old, new, f"{prefix}{key}."))
-        elif old != new:
-            found.append(f"{prefix}{key}={old}, now {new}")
-    return "; ".join(filter(None, found))
-
-
-def _versions() -> dict:
-    return artifact.versions() | {
-        "platform": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-    }
 
 
 # ---------------------------------------------------------------------------- distillation
@@ -238,7 +188,7 @@ def _distil(setup: build.Setup, name: str) -> None:
         "rate_factor": rate_factor,
         "accuracies": [],
         "cost": cost,
-        "provenance": {"source_sha256": data.fingerprint(), "versions": _versions()},
+        "provenance": {"source_sha256": data.fingerprint(), "versions": run_folder.versions()},
     }
     labels = np.repeat(np.arange(data.num_classes, dtype=np.int32), per_class)
     if processes.is_first():
