@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -115,13 +115,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     for name in config.eval.architectures:
         if name not in ARCHITECTURES:
             raise InputError(f"unknown network {name!r}; choose from {', '.join(ARCHITECTURES)}")
-    for path, (least, most) in _RANGES.items():
-        group, name = path.split(".")
-        value = config[group][name]
-        if value is not None and not least <= value <= most:
-            raise InputError(f"{path} is {value}; it must be between {least} and {most}")
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"seed is {config.seed}; it must be between 0 and {2**32 - 1}")
+    check_ranges(config, _RANGES)
     if not config.eval.architectures:
         raise InputError("eval.architectures is empty; give at least one network")
     check_objective(config.method.objective, config.method.alpha, config.method.beta)
@@ -140,6 +134,22 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"{config.run.restart_factor}; the first must not be negative, the second between "
             "0 and 1"
         )
+
+
+def check_ranges(config: ml_collections.ConfigDict, ranges: Mapping[str, tuple]) -> None:
+    """Refuses numbers outside their ranges, and seeds that are none.
+
+    Args:
+        config: With a `seed`.
+        ranges: Path of a setting -> least and largest value; None is always allowed.
+
+    Raises:
+        InputError: In these cases.
+    """
+    for path, (least, most) in {"seed": (0, 2**32 - 1), **ranges}.items():
+        value = functools.reduce(lambda node, name: node[name], path.split("."), config)
+        if value is not None and not least <= value <= most:
+            raise InputError(f"{path} is {value}; it must be between {least} and {most}")
 
 
 def rows(config: ml_collections.ConfigDict) -> list[str]:

@@ -18,6 +18,9 @@ from jaxdistill.data.sources import Split, per_class_table
 from jaxdistill.errors import InputError
 from jaxdistill.method import Batch, BatchSpec
 
+# Far from the small numbers that splitting a key folds into it: other keys than those of `choose`.
+_KEYS = 0x6B657973
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -132,7 +135,7 @@ def draw(
         return ()
     if spec.kind == "per_class":
         return _images(spec, data, key, part, row)
-    keys = {"keys": _slice(jax.random.split(jax.random.fold_in(key, 1), spec.size), part)}
+    keys = {"keys": _slice(jax.random.split(jax.random.fold_in(key, _KEYS), spec.size), part)}
     return keys if spec.kind == "keys" else _images(spec, data, key, part, row) | keys
 
 

@@ -32,7 +32,6 @@ def arcflow(
     window: float = 3 / 128,
     teacher_steps: int = 0,
     drop: float = 0.0,
-    weight_by_length: bool = True,
     **options: Any,
 ) -> Method:
     """The training of an ArcFlow student; of any policy, in fact.
@@ -51,8 +50,6 @@ def arcflow(
             0 compares the velocity at the place itself, once the teacher's steps are gone.
         teacher_steps: Steps over which the teacher's share of the way falls from all to none.
         drop: Share of the modes left out while the student moves, though not in the loss.
-        weight_by_length: Whether a segment counts by its length in raw time, as where all of a
-            path's segments are gone through.
         **options: Of `student_method`.
 
     Raises:
@@ -93,11 +90,8 @@ def arcflow(
             return jnp.square(error).reshape(error.shape[0], -1).mean(-1)
 
         loss = _LOSS_SCALE * jax.vmap(gap)(*asked).mean(0)
-        if weight_by_length:
-            loss = loss * (start - end)
         last = policy.transition(curve, last, shifted(raw, shift), shifted(end, shift))
-        # A segment of no length is none, and the teacher was asked for nothing.
-        return Segment(loss * (start > end), jax.lax.stop_gradient(last), jnp.int32(queries))
+        return Segment(loss, jax.lax.stop_gradient(last), jnp.int32(queries))
 
     return student_method(match, student, teacher, tx, source=source, shift=shift, **options)
 

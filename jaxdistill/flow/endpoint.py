@@ -52,7 +52,7 @@ def endpoint_regression(
         length = jnp.where(start > end, t - t_end, 1.0)
         wanted = jax.lax.stop_gradient((x - target) / expand(length, x))
         error = policy.average(field, x, t, t_end) - wanted
-        loss = (start - end) * jnp.square(error).reshape(error.shape[0], -1).mean(-1)
+        loss = jnp.square(error).reshape(error.shape[0], -1).mean(-1)
         after = jax.lax.stop_gradient(policy.transition(field, x, t, t_end))
         return Segment(loss, after, jnp.int32(queries))
 

@@ -205,6 +205,7 @@ def student_method(
     *,
     source: Source,
     shift: float = 1.0,
+    weight_by_length: bool = True,
     ema_power: float = 7.0,
     ema_from: int = 100,
     specs: Callable | None = None,
@@ -218,6 +219,8 @@ def student_method(
         tx: Optimiser of what is trained.
         source: Where examples come from.
         shift: See `paths.shifted`.
+        weight_by_length: Whether a segment counts by its length in raw time, as it should where
+            all of a path's segments are gone through. One of no length never counts.
         ema_power: Exponent of the moving average (Karras et al. 2023): larger is shorter.
         ema_from: Steps before it begins; until then it is a copy.
         specs: See `Method`; replicated by default.
@@ -252,14 +255,18 @@ def student_method(
             outputs = student.apply(trainable, frozen, x, t, first.label)
             field = student.policy.begin(outputs, x, t, t_end)
             done = match(field, x, start, end, first.label, keys, query, state.step)
-            return done.loss.mean(), done
+            weight = start - end if weight_by_length else (start > end).astype(start.dtype)
+            loss = (weight * done.loss).mean()
+            return loss, (loss, done.x, done.queries)
 
         def segment(carry, bounds):
             x, grads = carry
             start, end, index = bounds
             keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(first.keys)
-            new, done = jax.grad(objective, has_aux=True)(state.trainable, x, start, end, keys)
-            return (done.x, jax.tree.map(jnp.add, grads, new)), (done.loss.mean(), done.queries)
+            new, (loss, x, queries) = jax.grad(objective, has_aux=True)(
+                state.trainable, x, start, end, keys
+            )
+            return (x, jax.tree.map(jnp.add, grads, new)), (loss, queries)
 
         indices = jnp.arange(first.raw.shape[0] - 1)
         (_, grads), (losses, queries) = jax.lax.scan(

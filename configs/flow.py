@@ -1,0 +1,142 @@
+"""Few-step students of flow teachers: ArcFlow and what it is compared with.
+
+    jaxdistill --config=flow:dataset=fashion_mnist --workdir=runs/flow
+
+Arguments, joined by commas behind the colon:
+
+    dataset=    soft4 (default), ring8, checkerboard, spirals: points in the plane;
+                digits, fashion_mnist, cifar10, any other TFDS name, or a path, as in `ncfm`;
+                latents_imagenet: its shapes alone, to compile for accelerators
+    method=     arcflow (default), linear, straight, gaussian, endpoint, endpoint_8x, progressive
+    calls=      network calls of the student (2)
+    smoke       a run of seconds that only shows that everything works
+
+Anything else is an override: `--config.method.modes=4`. A teacher is trained first, or read from
+`teacher.dir`, and the students of `eval.baselines` are trained and judged beside the method.
+
+    config                              hardware
+    flow:dataset=soft4 and other points 2 CPU cores, minutes
+    flow:dataset=digits                 2 CPU cores, minutes
+    flow:dataset=fashion_mnist          2 CPU cores, hours
+    every other data set                accelerator, not run here
+"""
+
+import ml_collections
+
+from jaxdistill.config import parse_argument
+
+_POINTS = ("soft4", "ring8", "checkerboard", "spirals")
+_IMAGES = {
+    # Patch, width, depth, heads of the DiT; training steps of teacher and student.
+    "digits": {"patch": 2, "width": 64, "depth": 4, "heads": 4, "teacher": 3000, "steps": 1000},
+    "fashion_mnist": {"patch": 4, "width": 128, "depth": 6, "heads": 4},
+    "cifar10": {"patch": 2, "width": 384, "depth": 12, "heads": 6},
+    "latents_imagenet": {"patch": 2, "width": 1152, "depth": 28, "heads": 16},
+}
+_LARGE = ("cifar10", "latents_imagenet")
+
+
+def get_config(argument=None):
+    """The recipe of a data set and a student."""
+    arg = parse_argument(
+        argument, words=("smoke",), dataset="soft4", method="arcflow", calls=2, seed=0
+    )
+    dataset = arg["dataset"]
+    points, large = dataset in _POINTS, dataset in _LARGE
+    shape = _IMAGES.get(dataset, _IMAGES["fashion_mnist"])
+
+    config = ml_collections.ConfigDict()
+    config.family = "flow"
+    config.seed = arg["seed"]
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = dataset
+    config.data.data_dir = ml_collections.config_dict.placeholder(str)
+    config.data.image_size = ml_collections.config_dict.placeholder(int)
+    config.data.pad_to = ml_collections.config_dict.placeholder(int)
+    config.data.placement = "resident"  # or streamed
+    config.data.holdout_per_class = 0  # judge by so many training images instead of the test set
+
+    # Noise levels are t = m r / (1 + (m - 1) r) of even raw times r.
+    config.shift = 3.2 if points else 2.0
+
+    config.model = ml_collections.ConfigDict()
+    config.model.network = "mlp" if points else "dit"  # or unet
+    config.model.patch = 1 if points else shape["patch"]
+    config.model.width = 128 if points else shape["width"]
+    config.model.depth = 4 if points else shape["depth"]
+    config.model.heads = 1 if points else shape["heads"]
+    config.model.widths = (32, 64, 96)  # of the UNet's levels
+    config.model.remat = large
+    config.model.dtype = "bfloat16" if large else "float32"
+    config.model.param_dtype = "float32"
+
+    config.teacher = ml_collections.ConfigDict()
+    # A folder with teacher.safetensors; by default one in the workdir, where it is trained.
+    config.teacher.dir = ml_collections.config_dict.placeholder(str)
+    # Learn from the exact velocity, and follow it; only where it is known: soft4 and ring8.
+    config.teacher.exact = dataset in ("soft4", "ring8")
+    config.teacher.steps = 200_000 if large else (4000 if points else shape.get("teacher", 4000))
+    config.teacher.batch = 256 if points or large else 128
+    config.teacher.rate = 1e-4 if large else 1e-3
+    config.teacher.decay = 0.9999 if large else 0.999  # of the moving average
+    config.teacher.label_drop = 0.0 if points else 0.1
+    config.teacher.guidance = 1.0  # above 1 the teacher takes two calls, which the student learns
+
+    config.method = ml_collections.ConfigDict()
+    config.method.name = arg["method"]
+    config.method.calls = arg["calls"]
+    config.method.elastic = ()  # numbers of calls to serve at once, such as (1, 2, 3, 4, 8)
+    config.method.last = 1.0  # length of the last segment over that of the others
+    config.method.modes = 16 if points else 8
+    config.method.log_gamma = (-1.6094, 1.3863)  # at the start, evenly spaced: gamma 0.2 to 4
+    config.method.unit = "time"  # of gamma's exponent; or step, the fraction of the segment
+    config.method.queries = 4  # teacher calls in a segment
+    config.method.window = 3 / 128
+    config.method.teacher_share = 0.3  # part of the training in which the teacher leads, fading
+    config.method.drop = 0.0  # share of modes left out on the way
+    config.method.from_data = False  # start segments from noised data instead of noise
+    config.method.first_calls = 16  # progressive: of the first round's teacher
+    config.method.substeps = 16  # gaussian: of a move
+    # Adapters of this rank on the layers whose paths fit; 0 trains the whole network.
+    config.method.rank = 0 if points else (64 if large else 4)
+    config.method.alpha = float(config.method.rank)
+    config.method.targets = ("(up|down)$",)
+    config.method.batch = 256 if points or large else 64
+    config.method.rate = 1e-4 if large else 1e-3
+    config.method.gamma_rate = 0.1  # of the gammas' layer, over `rate`
+    config.method.rate_decay = 1.0 if large else 0.01  # final rate over initial rate, by a cosine
+    config.method.warmup = 100
+    config.method.clip = 50.0
+    config.method.ema_power = 7.0
+
+    config.run = ml_collections.ConfigDict()
+    config.run.steps = 15_000 if large else (3000 if points else shape.get("steps", 1500))
+    config.run.chunk = 50 if points else 10
+    config.run.checkpoint_every = 1000 if points or large else 100
+    config.run.tensorboard = False
+
+    config.parallel = ml_collections.ConfigDict()
+    config.parallel.backend = "jit"  # or pmap
+    config.parallel.fully_sharded = large  # split parameters over all devices
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.baselines = ("linear",)
+    config.eval.calls = (2,)  # of the students; others than method.calls show how elastic they are
+    config.eval.teacher_calls = (2, 4, 8, 16, 100)
+    config.eval.examples = 8192 if points else (10_000 if dataset != "digits" else 1000)
+    config.eval.paired = 8192 if points else 1000  # examples with the reference's noise
+    config.eval.reference_steps = 1024 if points else 64  # rk4 on points, Heun on images
+    config.eval.batch = 8192 if points else 250
+    config.eval.judge_epochs = 5
+
+    if arg["smoke"]:
+        config.model.width, config.model.depth, config.model.heads = 32, 1, 2
+        config.teacher.steps, config.teacher.batch = 20, 16
+        config.method.modes, config.method.batch = 2, 8
+        config.method.elastic = ()
+        config.run.steps, config.run.chunk, config.run.checkpoint_every = 8, 4, 4
+        config.eval.examples = config.eval.paired = config.eval.batch = 128
+        config.eval.reference_steps, config.eval.teacher_calls = 8, (2, 4)
+        config.eval.judge_epochs = 1
+    return config.lock()

@@ -1,0 +1,397 @@
+"""What a config of the flow family means: data, networks, teacher, students.
+
+The counterpart of `jaxdistill.build`, which does this for data-set distillation.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jaxtyping import Array, PyTree
+
+from jaxdistill import build
+from jaxdistill.data import sources
+from jaxdistill.errors import InputError
+from jaxdistill.flow.arcflow import arcflow
+from jaxdistill.flow.endpoint import endpoint_regression
+from jaxdistill.flow.matching import flow_matching, uint8_data
+from jaxdistill.flow.policies import UNITS, gaussian_policy, momentum_policy
+from jaxdistill.flow.progressive import progressive
+from jaxdistill.flow.samplers import guided
+from jaxdistill.flow.students import (
+    Student,
+    Teacher,
+    elastic,
+    fixed,
+    from_data,
+    from_noise,
+)
+from jaxdistill.flow.targets import TARGETS, Target
+from jaxdistill.method import Batch, BatchSpec, Method
+from jaxdistill.nn import lora
+from jaxdistill.nn.dit import DiT
+from jaxdistill.nn.flow_mlp import FlowMLP
+from jaxdistill.nn.momentum_head import GaussianHead, MomentumHead, from_output
+from jaxdistill.nn.unet import UNet
+from jaxdistill.parallel.backends import BACKENDS
+from jaxdistill.parallel.mesh import fully_sharded
+
+STUDENTS = (
+    "arcflow",
+    "linear",
+    "straight",
+    "gaussian",
+    "endpoint",
+    "endpoint_8x",
+    "progressive",
+)
+NETWORKS = ("dit", "unet", "mlp")
+_LATENTS = {"latents_imagenet": ((32, 32, 4), 1000)}
+_RANGES = {
+    "shift": (1e-3, 1e3),
+    "model.patch": (1, 256),
+    "model.width": (4, 2**16),
+    "model.depth": (1, 1000),
+    "model.heads": (1, 1000),
+    "teacher.steps": (1, 10**9),
+    "teacher.batch": (1, 10**6),
+    "teacher.label_drop": (0, 0.99),
+    "teacher.guidance": (0, 100),
+    "method.calls": (1, 1000),
+    "method.modes": (1, 1000),
+    "method.queries": (1, 1000),
+    "method.teacher_share": (0, 1),
+    "method.substeps": (1, 1000),
+    "method.rank": (0, 2**14),
+    "method.batch": (1, 10**6),
+    "method.warmup": (0, 10**9),
+    "run.steps": (1, 10**9),
+    "run.chunk": (1, 10**6),
+    "run.checkpoint_every": (0, 10**9),
+    "eval.examples": (100, 10**7),
+    "eval.paired": (1, 10**7),
+    "eval.batch": (1, 10**6),
+    "eval.reference_steps": (2, 10**6),
+    "eval.judge_epochs": (1, 10**6),
+}
+
+
+class Problem(NamedTuple):
+    """What flows: points, images or latents.
+
+    Attributes:
+        name: Of the data.
+        shape: (h, w, c) of an example.
+        num_classes: 0 where there are no labels.
+        target: The law of points, where these are points.
+        dataset: The images, where these are at hand.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    num_classes: int
+    target: Target | None = None
+    dataset: sources.Dataset | None = None
+
+    @property
+    def null(self) -> int | None:
+        """The label that says nothing; None where there are no labels."""
+        return self.num_classes or None
+
+    def batches(self, size: int) -> BatchSpec:
+        """What a step that needs data is fed."""
+        return BatchSpec("uniform" if self.target is None else "keys", size)
+
+    def data(self, batch: Batch) -> tuple[Array, Array]:
+        """Examples, in the units of the flow, and their labels."""
+        if self.target is None:
+            return uint8_data(batch)
+        # A number that splitting the keys, as methods do, does not fold into them.
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, 0x64617461))(batch["keys"])
+        return jax.vmap(self.target.sample)(keys), jnp.zeros(keys.shape[0], jnp.int32)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses what is wrong whatever the data.
+
+    Raises:
+        InputError: In these cases.
+    """
+    for name in build.rows(config):
+        if name not in STUDENTS:
+            raise InputError(f"unknown student {name!r}; choose from {', '.join(STUDENTS)}")
+    if config.model.network not in NETWORKS:
+        raise InputError(
+            f"unknown network {config.model.network!r}; choose from {', '.join(NETWORKS)}"
+        )
+    build.check_ranges(config, _RANGES)
+    if config.model.width % config.model.heads or config.model.width % 4:
+        raise InputError(
+            f"model.width is {config.model.width}; it must be a multiple of 4 and of "
+            f"model.heads={config.model.heads}"
+        )
+    if config.method.unit not in UNITS:
+        raise InputError(f"method.unit is {config.method.unit!r}; choose {' or '.join(UNITS)}")
+    if config.parallel.backend not in BACKENDS:
+        raise InputError(
+            f"unknown backend {config.parallel.backend!r}; choose from {', '.join(BACKENDS)}"
+        )
+    calls = (*config.eval.calls, *config.eval.teacher_calls, *config.method.elastic)
+    if not config.eval.calls or min(calls) < 1:
+        raise InputError("eval.calls, eval.teacher_calls and method.elastic are at least 1 each")
+    if config.teacher.guidance != 1.0 and not config.teacher.label_drop:
+        raise InputError(
+            f"teacher.guidance={config.teacher.guidance} needs a teacher that knows the null "
+            "label; set teacher.label_drop above 0"
+        )
+
+
+def identity(settings: dict) -> dict:
+    """The settings that decide what is trained; see `build.identity`."""
+    kept = {k: v for k, v in settings.items() if k not in ("eval", "parallel")}
+    teacher = {k: v for k, v in settings["teacher"].items() if k != "dir"}
+    data = {k: v for k, v in settings["data"].items() if k != "placement"}
+    return kept | {"data": data, "teacher": teacher, "run": {"steps": settings["run"]["steps"]}}
+
+
+def load_problem(config: ml_collections.ConfigDict) -> Problem:
+    """Reads the data that the config names.
+
+    Raises:
+        InputError: If there are none, or the config asks of them what they do not have.
+    """
+    name = config.data.name
+    if name in TARGETS:
+        problem = Problem(name, (1, 1, 2), 0, target=TARGETS[name]())
+    elif name in _LATENTS:
+        raise InputError(f"{name} is a shape without data: use --mode=compile, or your own latents")
+    else:
+        data = build.read_source(config, sources.load)
+        if config.data.holdout_per_class:
+            data = sources.holdout(data, config.data.holdout_per_class, seed=0)
+        problem = Problem(data.name, data.image_shape, data.num_classes, dataset=data)
+    check_problem(config, problem)
+    return problem
+
+
+def check_problem(config: ml_collections.ConfigDict, problem: Problem) -> None:
+    """Refuses settings that do not go with the data.
+
+    Raises:
+        InputError: In these cases.
+    """
+    if config.teacher.exact and (problem.target is None or problem.target.velocity is None):
+        raise InputError(
+            f"the exact velocity of {problem.name} is not known; set teacher.exact=False"
+        )
+    if config.teacher.label_drop and problem.null is None:
+        raise InputError(f"{problem.name} has no labels to drop; set teacher.label_drop=0.0")
+    patch = config.model.patch
+    if config.model.network == "dit" and any(side % patch for side in problem.shape[:2]):
+        raise InputError(
+            f"images of {problem.shape[0]}x{problem.shape[1]} pixels do not divide into patches of "
+            f"{patch}; choose another model.patch, or data.pad_to"
+        )
+    if (config.model.network == "mlp") != (problem.target is not None):
+        raise InputError("model.network=mlp goes with points, dit and unet with images")
+
+
+# ---------------------------------------------------------------------------- networks
+
+
+def network(config: ml_collections.ConfigDict, problem: Problem) -> Any:
+    """The module of the teacher, which is the student's trunk."""
+    model, channels, classes = config.model, problem.shape[-1], problem.num_classes
+    if model.network == "mlp":
+        return FlowMLP(channels, classes, width=model.width, depth=model.depth)
+    if model.network == "unet":
+        return UNet(channels, classes, widths=tuple(model.widths))
+    return DiT(
+        channels,
+        model.patch,
+        model.width,
+        model.depth,
+        model.heads,
+        classes,
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.dtype(model.param_dtype),
+        remat=model.remat,
+    )
+
+
+def init_network(module: Any, problem: Problem, key: Array) -> PyTree:
+    """Fresh parameters."""
+    x = jnp.zeros((1, *problem.shape))
+    return module.init(key, x, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+
+
+def teacher_method(config: ml_collections.ConfigDict, problem: Problem) -> Method:
+    """The training of the teacher."""
+    module, teacher = network(config, problem), config.teacher
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, teacher.rate, min(200, teacher.steps // 10), teacher.steps, 0.01 * teacher.rate
+    )
+    return flow_matching(
+        functools.partial(init_network, module, problem),
+        lambda params, x, t, label: module.apply({"params": params}, x, t, label),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.0)),
+        batches=problem.batches(teacher.batch),
+        data=problem.data,
+        shift=config.shift,
+        null=problem.null,
+        label_drop=teacher.label_drop,
+        decay=teacher.decay,
+        exact=problem.target.velocity if teacher.exact else None,
+    )
+
+
+def teacher_velocity(config: ml_collections.ConfigDict, problem: Problem) -> tuple[Teacher, int]:
+    """What students follow, and how many network calls it takes.
+
+    Returns:
+        `(frozen, x, t, label) -> u`, where `frozen["teacher"]` has the parameters.
+    """
+    if config.teacher.exact:
+        return lambda frozen, x, t, label: problem.target.velocity(x, t), 1
+    module, scale = network(config, problem), config.teacher.guidance
+
+    def velocity(frozen, x, t, label):
+        def plain(x, t, label):
+            return module.apply({"params": frozen["teacher"]}, x, t, label)
+
+        return guided(plain, label, problem.null, scale)(x, t)
+
+    return velocity, 1 if scale == 1.0 else 2
+
+
+# ---------------------------------------------------------------------------- students
+
+
+def student(config: ml_collections.ConfigDict, problem: Problem, name: str) -> Student:
+    """The student of that name: the teacher's trunk, adapters, and a head."""
+    method, module = config.method, network(config, problem)
+    channels, patch = problem.shape[-1], module.patch
+    modes = modes_of(config, name)
+    if name == "gaussian":
+        policy, head = gaussian_policy(method.substeps), GaussianHead(modes, channels, patch)
+    else:
+        policy = momentum_policy(method.unit)
+        head = MomentumHead(
+            modes, channels, patch, tuple(method.log_gamma), curved=name == "arcflow"
+        )
+    scale = method.alpha / max(method.rank, 1)
+    features = lora.adapt(functools.partial(module.apply, method="features"), scale)
+
+    def trained(path):
+        adapter = path.rpartition("/")[2] in ("lora_a", "lora_b")
+        return adapter if method.rank else not path.startswith("output/")
+
+    def init(key, frozen):
+        k_head, k_noise, k_lora = jax.random.split(key, 3)
+        params = frozen["teacher"]
+        tokens = jnp.zeros((1, problem.shape[0] // patch, problem.shape[1] // patch))
+        width = params["output"]["kernel"].shape[0]
+        tokens = jnp.broadcast_to(tokens[..., None], (*tokens.shape, width))
+        fresh = head.init(k_head, tokens)["params"]
+        # One mode needs no noise to differ from others.
+        heads = from_output(
+            k_noise, fresh, params["output"], modes, noise=0.0 if modes == 1 else 0.05
+        )
+        if method.rank:
+            params = lora.add(k_lora, params, rank=method.rank, targets=method.targets)
+        trunk = jax.tree.map(lambda x: x.astype(jnp.float32), lora.split(params, trained)[1])
+        return {"trunk": trunk, "head": heads}
+
+    def apply(trainable, frozen, x, t, label):
+        params = lora.overlay(frozen["teacher"], trainable["trunk"])
+        tokens = features({"params": params}, x, t, label)
+        return head.apply({"params": trainable["head"]}, tokens)
+
+    return Student(init, apply, policy)
+
+
+def modes_of(config: ml_collections.ConfigDict, name: str) -> int:
+    """The modes of a student's policy."""
+    return config.method.modes if name in ("arcflow", "straight", "gaussian") else 1
+
+
+def student_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """AdamW after clipping; the layer of the gammas, which is stiff, at a rate of its own."""
+    method = config.method
+
+    def adam(rate):
+        warmup = min(method.warmup, config.run.steps // 2)
+        schedule = optax.warmup_cosine_decay_schedule(
+            1e-3 * rate, rate, warmup, config.run.steps, rate * method.rate_decay
+        )
+        return optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0)
+
+    def labels(trainable):
+        return {
+            part: {
+                layer: jax.tree.map(lambda _, s=layer == "log_gammas": _SLOW if s else _PLAIN, leaf)
+                for layer, leaf in layers.items()
+            }
+            for part, layers in trainable.items()
+        }
+
+    return optax.chain(
+        optax.clip_by_global_norm(method.clip),
+        optax.partition(
+            {_PLAIN: adam(method.rate), _SLOW: adam(method.rate * method.gamma_rate)}, labels
+        ),
+    )
+
+
+_PLAIN, _SLOW = "plain", "gammas"
+
+
+def build_method(
+    config: ml_collections.ConfigDict, problem: Problem, name: str
+) -> tuple[Method, Student]:
+    """The training of a student, and the student.
+
+    Raises:
+        InputError: If the settings do not go together.
+    """
+    method = config.method
+    made, (teacher, _) = student(config, problem, name), teacher_velocity(config, problem)
+    tx = student_optimizer(config)
+    options = {"shift": config.shift, "ema_power": method.ema_power, "ema_from": method.warmup}
+    if name == "progressive":
+        return progressive(
+            made,
+            teacher,
+            tx,
+            batches=problem.batches(method.batch),
+            data=problem.data,
+            steps=config.run.steps,
+            calls=method.calls,
+            first_calls=method.first_calls,
+            **options,
+        ), made
+    schedule = elastic(method.elastic) if method.elastic else fixed(method.calls, method.last)
+    if method.from_data:
+        source = from_data(problem.batches(method.batch), problem.data, schedule, config.shift)
+    else:
+        source = from_noise(problem.shape, method.batch, schedule, problem.num_classes)
+    if config.parallel.fully_sharded:
+        options["specs"] = fully_sharded
+    options |= {"source": source, "weight_by_length": not method.from_data}
+    if name in ("endpoint", "endpoint_8x"):
+        queries = method.queries * (8 if name == "endpoint_8x" else 1)
+        return endpoint_regression(made, teacher, tx, queries=queries, **options), made
+    return arcflow(
+        made,
+        teacher,
+        tx,
+        modes=modes_of(config, name),
+        queries=method.queries,
+        window=method.window,
+        teacher_steps=int(method.teacher_share * config.run.steps),
+        drop=method.drop,
+        **options,
+    ), made
