@@ -29,7 +29,7 @@ _POINTS = ("soft4", "ring8", "checkerboard", "spirals")
 _IMAGES = {
     # Patch, width, depth, heads of the DiT; training steps of teacher and student.
     "digits": {"patch": 2, "width": 64, "depth": 4, "heads": 4, "teacher": 3000, "steps": 1000},
-    "fashion_mnist": {"patch": 4, "width": 128, "depth": 6, "heads": 4},
+    "fashion_mnist": {"patch": 4, "width": 128, "depth": 6, "heads": 4, "teacher": 6000},
     "cifar10": {"patch": 2, "width": 384, "depth": 12, "heads": 6},
     "latents_imagenet": {"patch": 2, "width": 1152, "depth": 28, "heads": 16},
 }
@@ -77,7 +77,7 @@ def get_config(argument=None):
     # Learn from the exact velocity, and follow it; only where it is known: soft4 and ring8.
     config.teacher.exact = dataset in ("soft4", "ring8")
     config.teacher.steps = 200_000 if large else (4000 if points else shape.get("teacher", 4000))
-    config.teacher.batch = 256 if points or large else 128
+    config.teacher.batch = 256 if points or large else 64
     config.teacher.rate = 1e-4 if large else 1e-3
     config.teacher.decay = 0.9999 if large else 0.999  # of the moving average
     config.teacher.label_drop = 0.0 if points else 0.1

@@ -1,0 +1,127 @@
+"""Parameters of networks on disk: `NAME.safetensors`, and a card `NAME.json` that says what they are.
+
+A `.safetensors` file holds named arrays and nothing that could be run. Names are the paths in the
+tree of parameters, joined by slashes.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors
+import safetensors.flax
+from flax import traverse_util
+from jaxtyping import PyTree
+
+from jaxdistill.errors import InputError
+from jaxdistill.io.files import dump, write_files
+
+FORMAT = "jaxdistill.weights/1"
+_MAX_CARD = 64 << 20  # bytes
+
+
+def save(
+    folder: str | os.PathLike[str],
+    name: str,
+    params: PyTree,
+    card: Mapping[str, Any],
+    pictures: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes parameters, their card and pictures, each whole or not at all.
+
+    Args:
+        folder: Made if missing.
+        name: Of the files.
+        params: Nested dictionaries of arrays.
+        card: What JSON can hold; `format`, `sha256` and `parameters` are added.
+        pictures: File name -> function that writes to an open file.
+
+    Raises:
+        InputError: If the files cannot be written.
+    """
+    folder = Path(folder)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    content = safetensors.flax.save({key: np.asarray(x) for key, x in flat.items()})
+    card = dict(card) | {
+        "format": FORMAT,
+        "parameters": sum(math.prod(x.shape) for x in flat.values()),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    files = {folder / f"{name}.safetensors": write}
+    files |= {folder / file: draw for file, draw in (pictures or {}).items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files(files | {folder / f"{name}.json": functools.partial(dump, card)})
+    except OSError as error:
+        raise InputError(
+            f"cannot write {name} to {folder}: {error.strerror or error}"
+        ) from error
+
+
+def load(folder: str | os.PathLike[str], name: str) -> tuple[dict, dict]:
+    """Reads parameters and their card.
+
+    Returns:
+        Nested dictionaries of arrays, and the card.
+
+    Raises:
+        InputError: If there are none, they are damaged, or the card is that of others.
+    """
+    path, described = Path(folder) / f"{name}.safetensors", Path(folder) / f"{name}.json"
+    for file in (path, described):
+        if not file.is_file():
+            raise InputError(f"{folder} holds no {file.name}; give the folder that a run wrote")
+    try:
+        if described.stat().st_size > _MAX_CARD:
+            raise ValueError("it is too large")
+        card = json.loads(described.read_text("utf-8"))
+        wanted = card["format"], card["sha256"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f"{described} is no card of parameters ({_one_line(error)})") from error
+    content = path.read_bytes()
+    if wanted != (FORMAT, hashlib.sha256(content).hexdigest()):
+        raise InputError(
+            f"{described} is not the card of {path.name}: their checksums differ; copy both again"
+        )
+    try:
+        flat = safetensors.flax.load(content)
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} cannot be read ({_one_line(error)})") from error
+    return traverse_util.unflatten_dict(flat, sep="/"), card
+
+
+def check_shapes(what: str, params: PyTree, shapes: PyTree) -> None:
+    """Makes sure that parameters are those of a network.
+
+    Args:
+        what: For the message: where they come from.
+        params: Nested dictionaries of arrays.
+        shapes: The same of `jax.ShapeDtypeStruct`, as the network wants them.
+
+    Raises:
+        InputError: If a parameter is missing, is one too many, or has another shape.
+    """
+    have, want = (
+        {key: x.shape for key, x in traverse_util.flatten_dict(tree, sep="/").items()}
+        for tree in (params, shapes)
+    )
+    for key in sorted({*have, *want}):
+        if have.get(key) != want.get(key):
+            raise InputError(
+                f"{what} has {key} of shape {have.get(key)}, the config's network {want.get(key)}; "
+                "use the config that it was made with"
+            )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
