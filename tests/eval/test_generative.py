@@ -337,7 +337,7 @@ def test_known_damage_of_real_images_is_told_apart():
     features = fast_jit(lambda x: judge.apply(params, prepare(x), method="features"))
     n = 1_500
     images, labels = np.float32(data.test.images) / 255, data.test.labels
-    real, fresh, others = images[:n], images[n : 2 * n], images[n:][labels[n:] != 1][:n]
+    real, fresh, others = images[:n], images[n : 2 * n], images[n:][labels[n:] != 4][:n]
     blurred = fresh
     for axis in (1, 2):
         blurred = sum(w * np.roll(blurred, s, axis) for w, s in ((1, -1), (2, 0), (1, 1))) / 4
