@@ -1,9 +1,9 @@
 """How near generated samples come to real ones: measures of fidelity, coverage and copying.
 
 No single one suffices. A small Fréchet distance is also reached by copying training images, which
-`precision_recall` and `leakage` show; precision rises when images are blurred; a class that is
-missing is seen by neither precision nor recall. So report them together, each beside its value
-for real images, and only compare values that come from the same features.
+`precision_recall` and `leakage` show; precision rises when images are blurred; when a class is
+missing, precision does not fall, and recall by the share of the class at most. So report them
+together, each beside its value for real images, and only compare values of the same features.
 
 Features are rows, (n, d), of a network that no generator was trained with. Measures of features
 are computed on the host in float64: their differences are small beside their terms.
@@ -286,16 +286,16 @@ def leakage(fake: Float[_Real, " n"], test: Float[_Real, " m"]) -> Leakage:
     """Whether generated images are nearer to the training images than unseen real ones are.
 
     `copies` is the share of generated images whose distance to the nearest training image is below
-    the 1 % quantile of that of test images: about 0.01 for images from the law of the data, and p
-    more if a share p are copies.
+    the 1 % quantile of that of test images: about 0.01 for images from the law of the data, and
+    about p more if a share p are copies.
 
     `same_rank` sorts both and counts the ranks at which the generated image is nearer. With n not
-    m the i-th of n is compared with the test images' quantile at (i - 1/2) / n. It shows a slight
-    excess of near images, down to one in n, but not how many: for images from the law of the data
-    it is *uniformly* distributed in [0, 1] (Chung and Feller 1949), not near 1/2, so it says
-    nothing unless it is near 1 for several samplings.
+    m the i-th of n is compared with the test images' quantile at (i - 1/2) / n. For images from
+    the law of the data it is *uniformly* distributed in [0, 1] (Chung and Feller 1949), not near
+    1/2, and one copy in a hundred can take it to 1: it says something only if it stays near 0 or
+    1 for several samplings, and never how many images are copies.
 
-    Blurred images are near to everything, and raise both.
+    Blurred images are nearer to others than sharp ones, which raises `same_rank` and not `copies`.
 
     Args:
         fake: Distances of generated images, see `nearest`.
