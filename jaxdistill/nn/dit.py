@@ -62,11 +62,13 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, condition: Array) -> tuple[Array, None]:
-        def dense(features, name, init=nn.initializers.xavier_uniform()):
+        xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
+
+        def dense(features, name, init=xavier):
             types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
             return nn.Dense(features, kernel_init=init, name=name, **types)
 
-        modulation = dense(6 * self.width, "modulation", nn.initializers.zeros)(nn.silu(condition))
+        modulation = dense(6 * self.width, "modulation", zeros)(nn.silu(condition))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         y = dense(3 * self.width, "qkv")(_modulated(x, shift_a, scale_a))
         x = x + gate_a[:, None] * dense(self.width, "attention")(_attention(y, self.heads))

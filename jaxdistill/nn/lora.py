@@ -31,9 +31,16 @@ def _unflatten(flat: Mapping[str, Any]) -> dict:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _beside(path: str, name: str) -> str:
-    """The path of another parameter of the same layer."""
-    return (path.rpartition("/")[0] + "/" + name).lstrip("/")
+def _layer(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _in(layer: str, name: str) -> str:
+    return f"{layer}/{name}" if layer else name
 
 
 def add(key: Key[Array, ""], params: Mapping, *, rank: int, targets: Sequence[str]) -> dict:
@@ -58,7 +65,7 @@ def add(key: Key[Array, ""], params: Mapping, *, rank: int, targets: Sequence[st
     if rank < 1:
         raise InputError(f"rank {rank} of adapters: choose 1 or more")
     flat = _flatten(params)
-    layers = [path.rpartition("/")[0] for path in flat if path.rpartition("/")[2] == "kernel"]
+    layers = [_layer(path) for path in flat if _name(path) == "kernel"]
     chosen: set[str] = set()
     for target in targets:
         try:
@@ -70,13 +77,13 @@ def add(key: Key[Array, ""], params: Mapping, *, rank: int, targets: Sequence[st
             raise InputError(f"target {target!r} fits no layer with a kernel; there are: {names}")
         chosen |= fits
     for layer, layer_key in zip(sorted(chosen), jax.random.split(key, len(chosen)), strict=True):
-        kernel = flat[f"{layer}/kernel".lstrip("/")]
-        if f"{layer}/{_A}".lstrip("/") in flat:
+        kernel = flat[_in(layer, "kernel")]
+        if _in(layer, _A) in flat:
             raise InputError(f"layer {layer!r} has an adapter already: merge it first")
         *stack, inputs, outputs = kernel.shape
         a = jax.random.normal(layer_key, (*stack, inputs, rank), kernel.dtype) / rank
-        flat[f"{layer}/{_A}".lstrip("/")] = a
-        flat[f"{layer}/{_B}".lstrip("/")] = jnp.zeros((*stack, rank, outputs), kernel.dtype)
+        flat[_in(layer, _A)] = a
+        flat[_in(layer, _B)] = jnp.zeros((*stack, rank, outputs), kernel.dtype)
     return _unflatten(flat)
 
 
@@ -119,19 +126,19 @@ def adapt(apply: Callable, scale: float) -> Callable:
 
 def _shift_kernels(flat: dict[str, Any], adapters: Mapping[str, Any], scale: float) -> dict:
     for path, a in adapters.items():
-        if path.rpartition("/")[2] == _A:
-            kernel = flat[_beside(path, "kernel")]
-            b = adapters[_beside(path, _B)]
+        if _name(path) == _A:
+            layer = _layer(path)
+            kernel, b = flat[_in(layer, "kernel")], adapters[_in(layer, _B)]
             product = jnp.matmul(
                 a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
             )
             merged = kernel.astype(jnp.float32) + scale * product
-            flat[_beside(path, "kernel")] = merged.astype(kernel.dtype)
+            flat[_in(layer, "kernel")] = merged.astype(kernel.dtype)
     return flat
 
 
 def _is_adapter(path: str) -> bool:
-    return path.rpartition("/")[2] in (_A, _B)
+    return _name(path) in (_A, _B)
 
 
 def merge(params: Mapping, scale: float) -> dict:
@@ -164,7 +171,7 @@ def unmerge(merged: Mapping, adapted_params: Mapping, scale: float) -> dict:
     """
     flat, adapters = _flatten(merged), _flatten(split(adapted_params, _is_adapter)[1])
     for path in adapters:
-        if _beside(path, "kernel") not in flat:
+        if _in(_layer(path), "kernel") not in flat:
             raise InputError(
                 f"adapter {path} has no kernel in the merged parameters: they are of another module"
             )

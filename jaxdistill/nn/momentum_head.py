@@ -117,8 +117,8 @@ class GaussianHead(nn.Module):
 
         Returns:
             The means as velocities u (the data is `x - t u`), the logits of the weights, and one
-            logarithm of the standard deviation per example, in units of t, from the mean of the
-            features over the image.
+            logarithm of the standard deviation of the data per example, over t, from the mean of
+            the features over the image.
 
         Raises:
             InputError: for fewer than one component.
