@@ -29,7 +29,7 @@ _POINTS = ("soft4", "ring8", "checkerboard", "spirals")
 _IMAGES = {
     # Patch, width, depth, heads of the DiT; training steps of teacher and student.
     "digits": {"patch": 2, "width": 64, "depth": 4, "heads": 4, "teacher": 3000, "steps": 1000},
-    "fashion_mnist": {"patch": 4, "width": 128, "depth": 6, "heads": 4, "teacher": 6000},
+    "fashion_mnist": {"patch": 4, "width": 128, "depth": 6, "heads": 4},
     "cifar10": {"patch": 2, "width": 384, "depth": 12, "heads": 6},
     "latents_imagenet": {"patch": 2, "width": 1152, "depth": 28, "heads": 16},
 }
@@ -129,6 +129,7 @@ def get_config(argument=None):
     config.eval.reference_steps = 1024 if points else 64  # rk4 on points, Heun on images
     config.eval.batch = 8192 if points else 250
     config.eval.judge_epochs = 5
+    config.eval.judge_dir = ml_collections.config_dict.placeholder(str)  # default: in the workdir
 
     if arg["smoke"]:
         config.model.width, config.model.depth, config.model.heads = 32, 1, 2

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import ml_collections
-import numpy as np
 from jaxtyping import PyTree
 
 from jaxdistill import build, flow_build, flow_eval, run_folder, runner
@@ -152,12 +151,14 @@ def _teacher(setup: Setup) -> tuple[PyTree, str]:
     processes.wait("the teacher is looked for")
     if not done:
         if config.teacher.dir:
-            raise InputError(f"{folder} holds no teacher.safetensors; leave teacher.dir out to train")
+            raise InputError(
+                f"{folder} holds no teacher.safetensors; leave teacher.dir out to train"
+            )
         method = flow_build.teacher_method(config, problem)
         state, cost = _run(setup, "teacher", method, folder, config.teacher.steps, ())
-        card = _card(setup, "teacher", cost)
+        params = jax.tree.map(processes.whole, method.output(state))
         if processes.is_first():
-            weights.save(folder, "teacher", processes.whole(method.output(state)), card)
+            weights.save(folder, "teacher", params, _card(setup, "teacher", cost))
         processes.wait("the teacher is trained")
     params, card = weights.load(folder, "teacher")
     weights.check_shapes(f"{folder / 'teacher.safetensors'}", params, shapes)
@@ -194,8 +195,9 @@ def _student(setup: Setup, name: str, frozen: PyTree, teacher_hash: str) -> PyTr
             "teacher_sha256": teacher_hash,
             "licence": "that of the teacher and its data",
         }
+        params = jax.tree.map(processes.whole, method.output(state))
         if processes.is_first():
-            weights.save(artifacts, "student", processes.whole(method.output(state)), card)
+            weights.save(artifacts, "student", params, card)
         processes.wait(f"{name} is distilled")
     params, card = weights.load(artifacts, "student")
     weights.check_shapes(f"{artifacts / 'student.safetensors'}", params, shapes)

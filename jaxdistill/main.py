@@ -85,8 +85,12 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         raise InputError("give --workdir=FOLDER; the run and its results go there")
     # Both import JAX: only once the flags are known to be good.
     if values.mode in ("train", "eval"):
-        from jaxdistill import train
         from jaxdistill.parallel import processes
+
+        if config.get("family") == "flow":
+            from jaxdistill import flow_train as train
+        else:
+            from jaxdistill import train
 
         _keep_compiled()
         if values.distributed:

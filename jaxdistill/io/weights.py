@@ -1,4 +1,4 @@
-"""Parameters of networks on disk: `NAME.safetensors`, and a card `NAME.json` that says what they are.
+"""Parameters of networks on disk: `NAME.safetensors`, and `NAME.json`, a card that describes them.
 
 A `.safetensors` file holds named arrays and nothing that could be run. Names are the paths in the
 tree of parameters, joined by slashes.
@@ -63,9 +63,7 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         write_files(files | {folder / f"{name}.json": functools.partial(dump, card)})
     except OSError as error:
-        raise InputError(
-            f"cannot write {name} to {folder}: {error.strerror or error}"
-        ) from error
+        raise InputError(f"cannot write {name} to {folder}: {error.strerror or error}") from error
 
 
 def load(folder: str | os.PathLike[str], name: str) -> tuple[dict, dict]:
