@@ -1,0 +1,328 @@
+"""The training of students: on one device and on eight, and that it reaches what it promises."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdistill import runner
+from jaxdistill.errors import InputError
+from jaxdistill.flow import paths, samplers
+from jaxdistill.flow.arcflow import arcflow
+from jaxdistill.flow.endpoint import endpoint_regression
+from jaxdistill.flow.matching import flow_matching
+from jaxdistill.flow.policies import gaussian_policy, momentum_policy
+from jaxdistill.flow.progressive import progressive
+from jaxdistill.flow.students import (
+    Student,
+    elastic,
+    fixed,
+    from_data,
+    from_noise,
+    power_average,
+    sample,
+)
+from jaxdistill.flow.targets import soft4
+from jaxdistill.method import BatchSpec
+from tests.test_backends import assert_backends_agree, run_on, toy_data
+from tests.test_method_contract import together
+
+MODES, WIDTH = 4, 24
+SHAPE = (1, 1, 2)
+
+
+def network(params, x, t):
+    """A small network from (x, t) to hidden features."""
+    flat = jnp.concatenate([x.reshape(len(x), -1), t[:, None], jnp.cos(3 * t)[:, None]], 1)
+    return jnp.tanh(jnp.tanh(flat @ params["in"]) @ params["middle"])
+
+
+def init_network(key, inputs=4):
+    k_in, k_middle = jax.random.split(key)
+    return {
+        "in": jax.random.normal(k_in, (inputs, WIDTH)) / 2,
+        "middle": jax.random.normal(k_middle, (WIDTH, WIDTH)) / np.sqrt(WIDTH),
+    }
+
+
+def heads(out, shape, modes=MODES):
+    n, size = len(out), int(np.prod(shape))
+    v, logits, rates = jnp.split(out, [size * modes, size * modes + modes], 1)
+    grid = shape[:-1]
+    spread = lambda x: jnp.broadcast_to(x[:, None, None], (n, *grid, x.shape[-1]))  # noqa: E731
+    return v.reshape(n, *shape, modes), spread(logits), spread(rates)
+
+
+def student(shape=SHAPE, curved=True, policy=None):
+    size = int(np.prod(shape))
+    width = size * MODES + 2 * MODES - 1
+
+    def init(key, frozen):
+        k_trunk, k_head = jax.random.split(key)
+        return {
+            "trunk": init_network(k_trunk, size + 2),
+            "head": 0.1 * jax.random.normal(k_head, (WIDTH, width)),
+        }
+
+    def apply(trainable, frozen, x, t, label):
+        v, logits, rates = heads(network(trainable["trunk"], x, t) @ trainable["head"], shape)
+        if policy is not None:
+            return v, logits, jnp.full(len(x), -3.0)
+        return v, logits, rates if curved else jnp.zeros_like(rates)
+
+    return Student(init, apply, momentum_policy() if policy is None else policy)
+
+
+def exact(frozen, x, t, label):
+    return soft4().velocity(x, t)
+
+
+def noise_source(size=16, schedule=None):
+    return from_noise(SHAPE, size, fixed(2) if schedule is None else schedule, 3)
+
+
+OPTIONS = {"modes": MODES, "shift": 3.2, "teacher_steps": 4, "ema_from": 1}
+
+
+def methods():
+    tx = optax.adam(1e-2)
+    uniform = BatchSpec("uniform", 16)
+    image = (8, 8, 1)
+
+    def images(batch):
+        return batch["images"].astype(jnp.float32) / 127.5 - 1, batch["labels"]
+
+    def straight(frozen, x, t, label):
+        return x / (t[:, None, None, None] + 0.1) + label[:, None, None, None]
+
+    seen = from_data(uniform, images, fixed(3, 0.5), 2.0)
+    return {
+        "arcflow": arcflow(student(), exact, tx, source=noise_source(), drop=0.3, **OPTIONS),
+        "elastic": arcflow(
+            student(), exact, tx, source=noise_source(schedule=elastic((1, 2, 4))), **OPTIONS
+        ),
+        "gaussian": arcflow(
+            student(policy=gaussian_policy(4)), exact, tx, source=noise_source(), **OPTIONS
+        ),
+        "from data": arcflow(student(image), straight, tx, source=seen, **OPTIONS),
+        "endpoint": endpoint_regression(student(), exact, tx, source=noise_source(), shift=3.2),
+        "progressive": progressive(
+            student(image),
+            straight,
+            tx,
+            batches=uniform,
+            data=images,
+            steps=4,
+            calls=2,
+            first_calls=8,
+            ema_from=1,
+        ),
+        "matching": flow_matching(
+            lambda key: init_network(key, 66) | {"out": jnp.zeros((WIDTH, 64))},
+            lambda p, x, t, label: (network(p, x, t) @ p["out"]).reshape(x.shape),
+            tx,
+            batches=uniform,
+            data=images,
+            null=8,
+            label_drop=0.5,
+        ),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("kind", ["keys", "uniform"])
+def test_any_number_of_devices_gives_the_same(kind):
+    fed = {name: m for name, m in methods().items() if m.batches.kind == kind}
+    assert len(fed) >= 3
+    assert_backends_agree(
+        together(fed), toy_data()[0], dict.fromkeys(fed, ()), steps=2, rtol=3e-4
+    )
+
+
+def endpoint_error(trained, made, calls=2, shift=3.2):
+    z = jax.random.normal(jax.random.key(9), (512, *SHAPE))
+    label = jnp.zeros(512, jnp.int32)
+    fine = paths.shifted(paths.boundaries(256), shift)
+    truth = samplers.rk4(soft4().velocity, z, fine)
+    ends = sample(made, trained, (), z, label, calls=calls, shift=shift)
+    return float(jnp.sqrt(jnp.square(ends - truth).mean()))
+
+
+@functools.cache
+def trained(curved, kind="arcflow", schedule=None, steps=600):
+    made = student(curved=curved)
+    source = noise_source(256, elastic(schedule) if schedule else None)
+    tx = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
+    if kind == "arcflow":
+        options = {"modes": MODES, "shift": 3.2, "teacher_steps": steps // 3}
+        method = arcflow(made, exact, tx, source=source, **options)
+    else:
+        method = endpoint_regression(made, exact, tx, source=source, shift=3.2, queries=16)
+    state = runner.run(method, key=jax.random.key(0), steps=steps, chunk=100)
+    return method.output(state), made
+
+
+def test_curves_come_nearer_to_the_teachers_ends_than_lines():
+    bent, straight = (endpoint_error(*trained(curved)) for curved in (True, False))
+    times = paths.shifted(paths.boundaries(2), 3.2)
+    z = jax.random.normal(jax.random.key(9), (512, *SHAPE))
+    truth = samplers.rk4(soft4().velocity, z, paths.shifted(paths.boundaries(256), 3.2))
+    untrained = jnp.sqrt(jnp.square(samplers.euler(soft4().velocity, z, times) - truth).mean())
+    assert bent < 0.75 * straight < 0.75 * 0.5 * untrained
+
+
+def test_endpoint_regression_with_many_queries_beats_lines_on_the_way():
+    # A line may meet the ends exactly; what biases it is to match velocities on its own way.
+    assert endpoint_error(*trained(False, "endpoint")) < 0.7 * endpoint_error(*trained(False))
+
+
+def test_an_elastic_student_gets_better_with_more_calls():
+    made = trained(True, schedule=(1, 2, 4, 8))
+    errors = [endpoint_error(*made, calls=calls) for calls in (1, 2, 4, 8)]
+    assert errors[0] > errors[1] > errors[2] > errors[3]
+    rigid = trained(True)
+    assert errors[2] < endpoint_error(*rigid, calls=4)
+
+
+def test_a_sampler_calls_the_network_as_often_as_it_says():
+    calls = []
+    made = student()
+
+    def counted(*args):
+        jax.debug.callback(lambda: calls.append(1))
+        return made.apply(*args)
+
+    params = made.init(jax.random.key(0), ())
+    z, label = jnp.ones((3, *SHAPE)), jnp.zeros(3, jnp.int32)
+    sample(made._replace(apply=counted), params, (), z, label, calls=3).block_until_ready()
+    jax.effects_barrier()
+    assert len(calls) == 3
+
+
+def test_teacher_calls_are_counted_by_the_program():
+    calls = []
+
+    def counted(frozen, x, t, label):
+        jax.debug.callback(lambda: calls.append(len(x)))
+        return exact(frozen, x, t, label)
+
+    for method, each in (
+        (arcflow(student(), counted, optax.sgd(0.1), source=noise_source(), modes=MODES), 2 * 4),
+        (endpoint_regression(student(), counted, optax.sgd(0.1), source=noise_source()), 2 * 4),
+    ):
+        calls.clear()
+        _, state = run_on(1, "jit", method, (), (), 3)
+        jax.effects_barrier()
+        assert len(calls) == int(state.queries) == 3 * each
+        assert set(calls) == {16}
+
+
+def test_the_loss_reaches_every_parameter_and_no_teacher():
+    made = student()
+    frozen = {"scale": jnp.float32(1.0)}
+    method = arcflow(
+        made,
+        lambda frozen, x, t, label: frozen["scale"] * soft4().velocity(x, t),
+        optax.sgd(1.0),
+        source=noise_source(64),
+        modes=MODES,
+    )
+    batch = {"keys": jax.random.split(jax.random.key(0), 64)}
+    state = method.init(jax.random.key(1), frozen, batch)
+    after, _ = method.step(state, frozen, batch, jax.random.key(2))
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(0), after.trainable, state.trainable)
+    assert all((leaf > 0).all() for leaf in jax.tree.leaves(moved))
+
+    def change(scale):
+        return method.step(state, {"scale": scale}, batch, jax.random.key(2))[1]["loss"]
+
+    assert jax.grad(change)(1.0) == 0.0  # detached, though the value depends on it
+    assert change(1.0) != change(1.5)
+
+
+def test_segments_of_an_elastic_schedule_are_those_of_sampling():
+    raw = np.asarray(elastic((1, 2, 4))(jax.random.split(jax.random.key(0), 2000)))
+    assert (raw[0] == 1).all() and (np.diff(raw, axis=0) <= 0).all()
+    lengths = np.round(1 / np.maximum(raw[1] - raw[2], 1e-9))
+    whole = raw[1] == raw[2]  # one call: the second segment is none
+    assert (raw[1][whole] == 0).all()
+    assert set(lengths[~whole]) == {2, 4}
+    starts = {(n, round(float(r), 3)) for n, r in zip(lengths[~whole], raw[1][~whole], strict=True)}
+    assert starts == {(2, 0.5), (4, 0.75), (4, 0.5), (4, 0.25)}
+    assert 0.25 < whole.mean() < 0.42
+
+
+def test_starts_from_data_are_on_the_path_at_boundaries():
+    spec = BatchSpec("uniform", 4000)
+    x0 = jnp.ones((4000, 1, 1, 1))
+    source = from_data(spec, lambda batch: (x0, jnp.zeros(4000, jnp.int32)), fixed(3, 0.5), 2.0)
+    start = source.start({"keys": jax.random.split(jax.random.key(0), 4000)})
+    rows, counts = np.unique(np.round(np.asarray(start.raw), 3), axis=1, return_counts=True)
+    np.testing.assert_allclose(rows.T, [[0.2, 0.0], [0.6, 0.2], [1.0, 0.6]], atol=1e-3)
+    np.testing.assert_allclose(counts / 4000, [0.2, 0.4, 0.4], atol=0.03)
+    t = np.asarray(paths.shifted(start.raw[0], 2.0))
+    for level in np.unique(t):
+        mine = np.asarray(start.x)[t == level].ravel()
+        np.testing.assert_allclose(mine.mean(), 1 - level, atol=0.12)
+        np.testing.assert_allclose(mine.std(), level, atol=0.1)
+
+
+def test_the_average_forgets_at_the_pace_of_its_power():
+    # Of a constant 1 after zeros nothing of the start remains but prod (1 - 1/i) ** (power + 1).
+    average = jnp.float32(0.0)
+    for step in range(20):
+        average = power_average(
+            average, jnp.float32(step >= 10), jnp.int32(step), power=3.0, begin=0
+        )
+    kept = np.prod([(1 - 1 / i) ** 4 for i in range(11, 21)])
+    np.testing.assert_allclose(average, 1 - kept, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: arcflow(student(), exact, optax.sgd(1.0), source=noise_source(), modes=4,
+                         queries=0), "queries=0"),
+        (lambda: arcflow(student(), exact, optax.sgd(1.0), source=noise_source(), modes=4,
+                         drop=1.0), r"drop=1\.0"),
+        (lambda: endpoint_regression(student(), exact, optax.sgd(1.0), source=noise_source(),
+                                     queries=0), "at least once"),
+        (lambda: elastic(()), "give some"),
+        (lambda: elastic((2, 0)), "at least 1"),
+        (lambda: momentum_policy("hour"), "unknown unit"),
+        (lambda: gaussian_policy(0), "at least one"),
+        (lambda: fixed(0), "at least one"),
+        (lambda: flow_matching(None, None, optax.sgd(1.0), batches=BatchSpec("keys", 1), data=None,
+                               label_drop=0.1), "needs a null label"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_meant_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"calls": 2, "first_calls": 6}, "power of two"),
+        ({"calls": 0, "first_calls": 8}, "power of two"),
+        ({"calls": 2, "first_calls": 2}, "power of two"),
+        ({"calls": 2, "first_calls": 16, "steps": 2}, "2 steps for 3 rounds"),
+    ],
+)
+def test_rounds_that_do_not_fit_are_refused(numbers, message):
+    options = {"batches": BatchSpec("keys", 1), "data": None, "steps": 8} | numbers
+    with pytest.raises(InputError, match=message):
+        progressive(student(), exact, optax.sgd(1.0), **options)
+
+
+def test_a_teacher_of_another_shape_is_refused():
+    method = arcflow(
+        student(), lambda *_: jnp.zeros((16, 3)), optax.sgd(1.0), source=noise_source(), modes=MODES
+    )
+    with pytest.raises(InputError, match=r"makes \(16, 3\) of examples \(16, 1, 1, 2\)"):
+        run_on(1, "jit", method, (), (), 1)
