@@ -6,7 +6,7 @@ Arguments, joined by commas behind the colon:
 
     dataset=    soft4 (default), ring8, checkerboard, spirals: points in the plane;
                 digits, fashion_mnist, cifar10, any other TFDS name, or a path, as in `ncfm`;
-                latents_imagenet: its shapes alone, to compile for accelerators
+                latents_imagenet, latents_1mp: shapes alone, to compile for accelerators
     method=     arcflow (default), linear, straight, gaussian, endpoint, endpoint_8x, progressive
     calls=      network calls of the student (2)
     smoke       a run of seconds that only shows that everything works
@@ -27,13 +27,15 @@ from jaxdistill.config import parse_argument
 
 _POINTS = ("soft4", "ring8", "checkerboard", "spirals")
 _IMAGES = {
-    # Patch, width, depth, heads of the DiT; training steps of teacher and student.
-    "digits": {"patch": 2, "width": 64, "depth": 4, "heads": 4, "teacher": 3000, "steps": 1000},
-    "fashion_mnist": {"patch": 4, "width": 128, "depth": 6, "heads": 4},
-    "cifar10": {"patch": 2, "width": 384, "depth": 12, "heads": 6},
-    "latents_imagenet": {"patch": 2, "width": 1152, "depth": 28, "heads": 16},
+    # Of the DiT, and of the adapters: less than 5 % of the parameters are trained.
+    "digits": {"patch": 2, "width": 64, "depth": 4, "heads": 4, "rank": 3},
+    "fashion_mnist": {"patch": 4, "width": 128, "depth": 6, "heads": 4, "rank": 4},
+    "cifar10": {"patch": 2, "width": 384, "depth": 12, "heads": 6, "rank": 24},
+    "latents_imagenet": {"patch": 2, "width": 1152, "depth": 28, "heads": 16, "rank": 64},
+    # Twelve billion parameters, as FLUX.1 has, on latents of a megapixel.
+    "latents_1mp": {"patch": 2, "width": 3072, "depth": 70, "heads": 24, "rank": 256},
 }
-_LARGE = ("cifar10", "latents_imagenet")
+_LARGE = ("cifar10", "latents_imagenet", "latents_1mp")
 
 
 def get_config(argument=None):
@@ -58,7 +60,7 @@ def get_config(argument=None):
     config.data.holdout_per_class = 0  # judge by so many training images instead of the test set
 
     # Noise levels are t = m r / (1 + (m - 1) r) of even raw times r.
-    config.shift = 3.2 if points else 2.0
+    config.shift = 3.2 if points or dataset == "latents_1mp" else 2.0
 
     config.model = ml_collections.ConfigDict()
     config.model.network = "mlp" if points else "dit"  # or unet
@@ -69,18 +71,19 @@ def get_config(argument=None):
     config.model.widths = (32, 64, 96)  # of the UNet's levels
     config.model.remat = large
     config.model.dtype = "bfloat16" if large else "float32"
-    config.model.param_dtype = "float32"
+    huge = dataset == "latents_1mp"
+    config.model.param_dtype = "bfloat16" if huge else "float32"
 
     config.teacher = ml_collections.ConfigDict()
     # A folder with teacher.safetensors; by default one in the workdir, where it is trained.
     config.teacher.dir = ml_collections.config_dict.placeholder(str)
     # Learn from the exact velocity, and follow it; only where it is known: soft4 and ring8.
     config.teacher.exact = dataset in ("soft4", "ring8")
-    config.teacher.steps = 200_000 if large else (4000 if points else shape.get("teacher", 4000))
+    config.teacher.steps = 200_000 if large else 4000
     config.teacher.batch = 256 if points or large else 64
     config.teacher.rate = 1e-4 if large else 1e-3
     config.teacher.decay = 0.9999 if large else 0.999  # of the moving average
-    config.teacher.label_drop = 0.0 if points else 0.1
+    config.teacher.label_drop = 0.0 if points or huge else 0.1
     config.teacher.guidance = 1.0  # above 1 the teacher takes two calls, which the student learns
 
     config.method = ml_collections.ConfigDict()
@@ -88,7 +91,7 @@ def get_config(argument=None):
     config.method.calls = arg["calls"]
     config.method.elastic = ()  # numbers of calls to serve at once, such as (1, 2, 3, 4, 8)
     config.method.last = 1.0  # length of the last segment over that of the others
-    config.method.modes = 16 if points else 8
+    config.method.modes = 16 if points or huge else 8
     config.method.log_gamma = (-1.6094, 1.3863)  # at the start, evenly spaced: gamma 0.2 to 4
     config.method.unit = "time"  # of gamma's exponent; or step, the fraction of the segment
     config.method.queries = 4  # teacher calls in a segment
@@ -99,10 +102,10 @@ def get_config(argument=None):
     config.method.first_calls = 16  # progressive: of the first round's teacher
     config.method.substeps = 16  # gaussian: of a move
     # Adapters of this rank on the layers whose paths fit; 0 trains the whole network.
-    config.method.rank = 0 if points else (64 if large else 4)
+    config.method.rank = 0 if points else shape["rank"]
     config.method.alpha = float(config.method.rank)
     config.method.targets = ("(up|down)$",)
-    config.method.batch = 256 if points or large else 64
+    config.method.batch = 64 if huge else (256 if points or large else 64)
     config.method.rate = 1e-4 if large else 1e-3
     config.method.gamma_rate = 0.1  # of the gammas' layer, over `rate`
     config.method.rate_decay = 1.0 if large else 0.01  # final rate over initial rate, by a cosine
@@ -111,7 +114,7 @@ def get_config(argument=None):
     config.method.ema_power = 7.0
 
     config.run = ml_collections.ConfigDict()
-    config.run.steps = 15_000 if large else (3000 if points else shape.get("steps", 1500))
+    config.run.steps = 15_000 if large else (3000 if points else 1500)
     config.run.chunk = 50 if points else 10
     config.run.checkpoint_every = 1000 if points or large else 100
     config.run.tensorboard = False

@@ -5,11 +5,41 @@ those a part of the batch; see `jaxdistill.parallel.backends`. Everything here i
 says "all", where no device axis is bound: on one device, under plain `jit`, in a foreign loop.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32, Key, PRNGKeyArray, PyTree
 
 from jaxdistill.method import CLASS_AXIS, DATA_AXIS
+
+_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def whole_arrays(mesh: Mesh) -> Iterator[None]:
+    """While a program on whole arrays is traced: the devices that `by_example` splits over."""
+    token = _mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _mesh.reset(token)
+
+
+def by_example(tree: PyTree) -> PyTree:
+    """Has the compiler split arrays by their first axis over all devices, in whole-array programs.
+
+    It guesses well from the batch alone where parameters are whole. Where they are split too, it
+    may come to split what is computed like them, and hold all examples on each device.
+    """
+    mesh = _mesh.get()
+    if mesh is None:
+        return tree
+    layout = NamedSharding(mesh, PartitionSpec((CLASS_AXIS, DATA_AXIS)))
+    return jax.lax.with_sharding_constraint(tree, layout)
 
 
 def _place(axis: str) -> tuple[Array | int, int]:

@@ -12,7 +12,7 @@ import ml_collections
 import optax
 from jaxtyping import Array, PyTree
 
-from jaxdistill import build
+from jaxdistill import build, collective
 from jaxdistill.data import sources
 from jaxdistill.errors import InputError
 from jaxdistill.flow.arcflow import arcflow
@@ -49,7 +49,8 @@ STUDENTS = (
     "progressive",
 )
 NETWORKS = ("dit", "unet", "mlp")
-_LATENTS = {"latents_imagenet": ((32, 32, 4), 1000)}
+# Shape and classes of what no data set here holds: latents of images of 256 and 1024 pixels.
+_LATENTS = {"latents_imagenet": ((32, 32, 4), 1000), "latents_1mp": ((128, 128, 16), 0)}
 _RANGES = {
     "shift": (1e-3, 1e3),
     "model.patch": (1, 256),
@@ -177,6 +178,24 @@ def load_problem(config: ml_collections.ConfigDict) -> Problem:
     return problem
 
 
+def problem_shapes(config: ml_collections.ConfigDict) -> Problem:
+    """As `load_problem`, but of a data set that need not be there.
+
+    Raises:
+        InputError: As there.
+    """
+    name = config.data.name
+    if name in TARGETS:
+        return load_problem(config)
+    if name in _LATENTS:
+        problem = Problem(name, *_LATENTS[name])
+    else:
+        facts = build.read_source(config, sources.facts)
+        problem = Problem(name, facts.image_shape, facts.num_classes)
+    check_problem(config, problem)
+    return problem
+
+
 def check_problem(config: ml_collections.ConfigDict, problem: Problem) -> None:
     """Refuses settings that do not go with the data.
 
@@ -219,6 +238,7 @@ def network(config: ml_collections.ConfigDict, problem: Problem) -> Any:
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
+        place=collective.by_example,
     )
 
 
@@ -234,7 +254,7 @@ def teacher_method(config: ml_collections.ConfigDict, problem: Problem) -> Metho
     rate = optax.warmup_cosine_decay_schedule(
         0.0, teacher.rate, min(200, teacher.steps // 10), teacher.steps, 0.01 * teacher.rate
     )
-    return flow_matching(
+    method = flow_matching(
         functools.partial(init_network, module, problem),
         lambda params, x, t, label: module.apply({"params": params}, x, t, label),
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.0)),
@@ -246,6 +266,7 @@ def teacher_method(config: ml_collections.ConfigDict, problem: Problem) -> Metho
         decay=teacher.decay,
         exact=problem.target.velocity if teacher.exact else None,
     )
+    return _placed(config, method)
 
 
 def teacher_velocity(config: ml_collections.ConfigDict, problem: Problem) -> tuple[Teacher, int]:
@@ -362,7 +383,7 @@ def build_method(
     tx = student_optimizer(config)
     options = {"shift": config.shift, "ema_power": method.ema_power, "ema_from": method.warmup}
     if name == "progressive":
-        return progressive(
+        built = progressive(
             made,
             teacher,
             tx,
@@ -372,26 +393,33 @@ def build_method(
             calls=method.calls,
             first_calls=method.first_calls,
             **options,
-        ), made
+        )
+        return _placed(config, built), made
     schedule = elastic(method.elastic) if method.elastic else fixed(method.calls, method.last)
     if method.from_data:
         source = from_data(problem.batches(method.batch), problem.data, schedule, config.shift)
     else:
         source = from_noise(problem.shape, method.batch, schedule, problem.num_classes)
-    if config.parallel.fully_sharded:
-        options["specs"] = fully_sharded
     options |= {"source": source, "weight_by_length": not method.from_data}
     if name in ("endpoint", "endpoint_8x"):
         queries = method.queries * (8 if name == "endpoint_8x" else 1)
-        return endpoint_regression(made, teacher, tx, queries=queries, **options), made
-    return arcflow(
-        made,
-        teacher,
-        tx,
-        modes=modes_of(config, name),
-        queries=method.queries,
-        window=method.window,
-        teacher_steps=int(method.teacher_share * config.run.steps),
-        drop=method.drop,
-        **options,
-    ), made
+        built = endpoint_regression(made, teacher, tx, queries=queries, **options)
+    else:
+        built = arcflow(
+            made,
+            teacher,
+            tx,
+            modes=modes_of(config, name),
+            queries=method.queries,
+            window=method.window,
+            teacher_steps=int(method.teacher_share * config.run.steps),
+            drop=method.drop,
+            **options,
+        )
+    return _placed(config, built), made
+
+
+def _placed(config: ml_collections.ConfigDict, method: Method) -> Method:
+    if not config.parallel.fully_sharded:
+        return method
+    return method._replace(specs=fully_sharded, frozen_specs=fully_sharded)

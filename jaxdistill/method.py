@@ -41,9 +41,9 @@ class BatchSpec(NamedTuple):
     size: int = 0
 
 
-def replicated(state: State, mesh: Mesh) -> PyTree:
-    """The default sharding: every device holds the whole state."""
-    del state, mesh
+def replicated(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The default sharding: every device holds the whole tree."""
+    del tree, mesh
     return PartitionSpec()
 
 
@@ -58,6 +58,8 @@ class Method(NamedTuple):
         output: `state -> PyTree`: what the user came for.
         batches: What a step is fed.
         specs: `(state, mesh) -> PyTree` of `PartitionSpec`s, a prefix of the state's tree.
+        frozen_specs: `(frozen, mesh) -> PyTree`, the same of what is frozen; a teacher too large
+            for one device is split over all. Steps on `per_class` batches need it whole.
     """
 
     init: Callable[[PRNGKeyArray, Frozen, Batch], State]
@@ -65,3 +67,4 @@ class Method(NamedTuple):
     output: Callable[[State], PyTree]
     batches: BatchSpec = BatchSpec()
     specs: Callable[[State, Mesh], PyTree] = replicated
+    frozen_specs: Callable[[Frozen, Mesh], PyTree] = replicated

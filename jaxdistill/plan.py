@@ -16,13 +16,14 @@ import ml_collections
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdistill import build, runner
+from jaxdistill import build, flow_build, runner
 from jaxdistill.data import device, sources
 from jaxdistill.data.augment import normalizer
 from jaxdistill.errors import InputError
 from jaxdistill.io.files import dump, write_files
+from jaxdistill.method import Method
 from jaxdistill.parallel import aot, backends
-from jaxdistill.parallel.mesh import abstract
+from jaxdistill.parallel.mesh import abstract, make_mesh
 
 METHODS = ("ncfm", "dm")
 PLATFORMS = ("tpu", "cuda")
@@ -42,6 +43,15 @@ class Chunk(NamedTuple):
     mesh: Mesh
 
 
+class _Parts(NamedTuple):
+    """What a run is made of, as shapes."""
+
+    method: Method
+    data: PyTree
+    frozen: PyTree
+    mesh: Mesh
+
+
 def chunk(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Chunk:
     """The chunk of the config's method on some devices, those of this machine by default.
 
@@ -49,17 +59,39 @@ def chunk(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
         InputError: If the config is wrong, its method has no chunk worth looking at, or it does
             not fit the devices.
     """
+    if config.parallel.backend != "jit":
+        raise InputError(
+            f"the {config.parallel.backend} backend compiles for devices that are there; "
+            "use parallel.backend=jit"
+        )
+    flows = config.get("family") == "flow"
+    method, data, frozen, mesh = (_flow if flows else _condensation)(config, devices)
+    program = runner.programs(
+        method,
+        data=data,
+        frozen=frozen,
+        key=jax.random.key(0),  # it is the same for all runs in shape
+        chunk=config.run.chunk,
+        mesh=mesh,
+        backend=config.parallel.backend,
+    )
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    arguments = (
+        program.state,
+        abstract(count, mesh),
+        abstract(frozen, mesh, method.frozen_specs(frozen, mesh)),
+        abstract(data, mesh, backends.data_spec(method.batches)),
+    )
+    return Chunk(program.chunk, arguments, mesh)
+
+
+def _condensation(config, devices) -> _Parts:
     name = config.method.name
     if name not in METHODS:
         raise InputError(
             f"only {' and '.join(METHODS)} can be compiled or exported, not method {name!r}"
         )
     build.check(config)
-    if config.parallel.backend != "jit":
-        raise InputError(
-            f"the {config.parallel.backend} backend compiles for devices that are there; "
-            "use parallel.backend=jit"
-        )
     data = build.read_source(config, sources.facts)
     per_class = data.largest_class - config.data.holdout_per_class
     channels = data.image_shape[-1]
@@ -71,7 +103,6 @@ def chunk(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
             f"a step takes {method.batches.size} real images of each class, of {per_class} at "
             "most; lower method.batch_real or method.ipc"
         )
-    mesh = build.build_mesh(config, data, devices)
     pixels = (data.num_classes, per_class, math.prod(data.image_shape))
     resident = device.Resident(
         jax.ShapeDtypeStruct(pixels, jnp.uint8),
@@ -79,23 +110,22 @@ def chunk(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
         data.image_shape,
     )
     frozen = _pool(config, data) if name == "ncfm" else ()
-    program = runner.programs(
-        method,
-        data=resident,
-        frozen=frozen,
-        key=jax.random.key(0),  # it is the same for all runs in shape
-        chunk=config.run.chunk,
-        mesh=mesh,
-        backend=config.parallel.backend,
-    )
-    count = jax.ShapeDtypeStruct((), jnp.int32)
-    arguments = (
-        program.state,
-        abstract(count, mesh),
-        abstract(frozen, mesh),
-        abstract(resident, mesh, backends.data_spec(method.batches)),
-    )
-    return Chunk(program.chunk, arguments, mesh)
+    return _Parts(method, resident, frozen, build.build_mesh(config, data, devices))
+
+
+def _flow(config, devices) -> _Parts:
+    flow_build.check(config)
+    problem = flow_build.problem_shapes(config)
+    method, _ = flow_build.build_method(config, problem, config.method.name)
+    if method.batches.kind != "keys":
+        raise InputError(
+            "only students that start from noise can be compiled or exported; "
+            "set method.from_data=False and take no progressive distillation"
+        )
+    module = flow_build.network(config, problem)
+    init = functools.partial(flow_build.init_network, module, problem)
+    frozen = {"teacher": jax.eval_shape(init, jax.random.key(0))}
+    return _Parts(method, (), frozen, make_mesh(devices))
 
 
 def _pool(config, data: sources.Facts) -> PyTree:
@@ -142,6 +172,7 @@ def plan(
     }
     print(table(record))
     if workdir is not None:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
         write_files({Path(workdir) / "compile.json": functools.partial(dump, record)})
     return record
 

@@ -121,7 +121,7 @@ def run(
         method, data=data, frozen=frozen, key=key, chunk=chunk, mesh=mesh, backend=backend
     )
     feed = _Feed(method.batches, data, mesh)
-    frozen, key = put((frozen, key), mesh)
+    frozen, key = put(frozen, mesh, method.frozen_specs(frozen, mesh)), put(key, mesh)
 
     with contextlib.ExitStack() as stack:
         manager, restored = None, None
@@ -241,11 +241,12 @@ def programs(
         data = stream.first_shape(spec, data)
     shapes = jax.eval_shape(initial, key, frozen, data)
     specs = TrainState(PartitionSpec(), PartitionSpec(), method.specs(shapes.method, mesh))
-    backends.check(spec, classes, specs, mesh, backend)
+    fixed = method.frozen_specs(frozen, mesh)
+    backends.check(spec, classes, specs, fixed, mesh, backend)
     steps = partial(_steps, method, chunk)
     return Programs(
         backends.compile_init(initial, spec, specs, mesh, first_layout),
-        backends.compile_chunk(steps, draw, spec, specs, mesh, backend, layout),
+        backends.compile_chunk(steps, draw, spec, specs, mesh, backend, fixed, layout),
         abstract(shapes, mesh, specs),
     )
 

@@ -56,8 +56,10 @@ def momentum_policy(unit: str = "time") -> Policy:
 
     def begin(outputs, x, start, end):
         del x
+        # A segment of no length has none to measure by.
+        length = jnp.where(start > end, start - end, 1.0)
         return momentum.Momentum(
-            *outputs, start, jnp.ones_like(start) if unit == "time" else start - end
+            *outputs, start, jnp.ones_like(start) if unit == "time" else length
         )
 
     return Policy(

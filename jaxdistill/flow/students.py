@@ -208,7 +208,6 @@ def student_method(
     weight_by_length: bool = True,
     ema_power: float = 7.0,
     ema_from: int = 100,
-    specs: Callable | None = None,
 ) -> Method:
     """A method that trains a student segment by segment.
 
@@ -223,7 +222,6 @@ def student_method(
             all of a path's segments are gone through. One of no length never counts.
         ema_power: Exponent of the moving average (Karras et al. 2023): larger is shorter.
         ema_from: Steps before it begins; until then it is a copy.
-        specs: See `Method`; replicated by default.
 
     Returns:
         A method whose output is the average of what is trained.
@@ -248,12 +246,13 @@ def student_method(
         first = source.start(batch)
 
         def query(x, t):
-            return jax.lax.stop_gradient(teacher(frozen, x, t, first.label))
+            x, t = collective.by_example((x, t))
+            return collective.by_example(jax.lax.stop_gradient(teacher(frozen, x, t, first.label)))
 
         def objective(trainable, x, start, end, keys):
-            t, t_end = shifted(start, shift), shifted(end, shift)
+            x, t, t_end = collective.by_example((x, shifted(start, shift), shifted(end, shift)))
             outputs = student.apply(trainable, frozen, x, t, first.label)
-            field = student.policy.begin(outputs, x, t, t_end)
+            field = student.policy.begin(collective.by_example(outputs), x, t, t_end)
             done = match(field, x, start, end, first.label, keys, query, state.step)
             weight = start - end if weight_by_length else (start > end).astype(start.dtype)
             loss = (weight * done.loss).mean()
@@ -285,8 +284,7 @@ def student_method(
         metrics["queries"] = total.astype(jnp.float32)
         return StudentState(trainable, opt, average, state.step + 1, total), metrics
 
-    method = Method(init, step, lambda state: state.average, source.batches)
-    return method if specs is None else method._replace(specs=specs)
+    return Method(init, step, lambda state: state.average, source.batches)
 
 
 def power_average(

@@ -40,13 +40,16 @@ def data_spec(spec: BatchSpec) -> PartitionSpec:
     return PartitionSpec(CLASS_AXIS) if spec.kind == "per_class" else PartitionSpec()
 
 
-def check(spec: BatchSpec, classes: int, specs: PyTree, mesh: Mesh, backend: str) -> None:
+def check(
+    spec: BatchSpec, classes: int, specs: PyTree, frozen_specs: PyTree, mesh: Mesh, backend: str
+) -> None:
     """Refuses what cannot be run.
 
     Args:
         spec: What a step is fed.
         classes: Classes of the data, 0 where a step is not fed by class.
         specs: `PartitionSpec`s of the state.
+        frozen_specs: Of what is frozen.
         mesh: The devices.
         backend: `jit` or `pmap`.
 
@@ -76,12 +79,18 @@ def check(spec: BatchSpec, classes: int, specs: PyTree, mesh: Mesh, backend: str
             f"a batch of {spec.size} {what} cannot be split evenly over {by_example} devices; "
             f"make it a multiple of {by_example} or use fewer devices"
         )
+    layouts = [shardings(s, mesh) for s in (frozen_specs, specs)]
+    split = [not all(s.is_fully_replicated for s in jax.tree.leaves(tree)) for tree in layouts]
+    if spec.kind == "per_class" and split[0]:
+        raise InputError(
+            "a method on batches of each class sees what is frozen whole; leave frozen_specs out"
+        )
     if backend == "jit":
         return
-    if not all(s.is_fully_replicated for s in jax.tree.leaves(shardings(specs, mesh))):
+    if any(split):
         raise InputError(
-            "the pmap backend keeps the whole state on every device, which this run splits; "
-            "use the jit backend, or parallel.class_devices=1"
+            "the pmap backend keeps state and teacher whole on every device, which this run "
+            "splits; use the jit backend, or parallel.class_devices=1 and no fully_sharded"
         )
     if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
         raise InputError("the pmap backend runs in one process; use the jit backend")
@@ -107,6 +116,7 @@ def compile_chunk(
     specs: PyTree,
     mesh: Mesh,
     backend: str,
+    frozen_specs: PyTree,
     data_layout: PartitionSpec,
 ) -> Callable[[PyTree, Any, PyTree, PyTree], tuple[PyTree, PyTree]]:
     """Compiles a program that donates its state.
@@ -119,15 +129,16 @@ def compile_chunk(
         specs: `PartitionSpec`s of the state, a prefix of its tree.
         mesh: The devices.
         backend: `jit` or `pmap`; what cannot be run must have been refused by `check`.
+        frozen_specs: `PartitionSpec`s of what is frozen.
         data_layout: How the data lie on the devices.
 
     Returns:
-        `(state, count, frozen, data) -> (state, log)`. Frozen is replicated; it and the data may
-        be used again, the state given may not.
+        `(state, count, frozen, data) -> (state, log)`. What is frozen and the data may be used
+        again, the state given may not.
     """
     if backend == "pmap":
         return _compile_pmap(program, draw, mesh)
-    return _compile_jit(program, draw, spec, specs, mesh, data_layout)
+    return _compile_jit(program, draw, spec, specs, mesh, frozen_specs, data_layout)
 
 
 def _one_device(function: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTree) -> Callable:
@@ -148,13 +159,17 @@ def _local(program: Program, draw: Draw) -> Callable:
     return local
 
 
-def _compile_jit(program, draw, spec, specs, mesh, data_layout):
+def _compile_jit(program, draw, spec, specs, mesh, frozen_specs, data_layout):
     whole = PartitionSpec()
-    in_specs, out_specs = (specs, whole, whole, data_layout), (specs, whole)
+    in_specs, out_specs = (specs, whole, frozen_specs, data_layout), (specs, whole)
     if spec.kind == "per_class":
         run = _one_device(_local(program, draw), mesh, in_specs, out_specs)
     else:
-        run = partial(program, partial(_sample_whole, draw, spec, mesh))
+
+        def run(*args):
+            with collective.whole_arrays(mesh):
+                return program(partial(_sample_whole, draw, spec), *args)
+
     return jax.jit(
         run,
         donate_argnums=0,
@@ -163,13 +178,10 @@ def _compile_jit(program, draw, spec, specs, mesh, data_layout):
     )
 
 
-def _sample_whole(draw, spec, mesh, data, key, row):
+def _sample_whole(draw, spec, data, key, row):
     batch = draw(data, key, (0, 1), row)
-    if spec.kind == "none":
-        return batch
     # Without this the compiler may well replicate the forward pass.
-    split = PartitionSpec((CLASS_AXIS, DATA_AXIS))
-    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, split))
+    return batch if spec.kind == "none" else collective.by_example(batch)
 
 
 def _compile_pmap(program, draw, mesh):

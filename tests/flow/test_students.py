@@ -138,9 +138,7 @@ def methods():
 def test_any_number_of_devices_gives_the_same(kind):
     fed = {name: m for name, m in methods().items() if m.batches.kind == kind}
     assert len(fed) >= 3
-    assert_backends_agree(
-        together(fed), toy_data()[0], dict.fromkeys(fed, ()), steps=2, rtol=3e-4
-    )
+    assert_backends_agree(together(fed), toy_data()[0], dict.fromkeys(fed, ()), steps=2, rtol=3e-4)
 
 
 def endpoint_error(trained, made, calls=2, shift=3.2):

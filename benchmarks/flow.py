@@ -1,0 +1,133 @@
+"""Makes the tables of few-step students: every row through the command line's own `train`.
+
+    python benchmarks/flow.py ring8 soft4 checkerboard --workdir=runs/flow
+    python benchmarks/flow.py fashion_mnist --seeds 0 1 --workdir=runs/flow
+
+Interrupted, the same command goes on. Writes one record for each data set, variant and seed to
+`benchmarks/records/flow_<data set>.json`; `--table` only prints the table of what is there.
+All students of a data set follow one teacher, that of its first run.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from jaxdistill import config as configs
+from jaxdistill import flow_train
+from jaxdistill.io.files import write_files
+
+_RECORDS = Path(__file__).parent / "records"
+_POINTS = ("ring8", "soft4", "checkerboard", "spirals")
+_ALL = "('linear', 'straight', 'endpoint', 'endpoint_8x', 'progressive', 'gaussian')"
+_SEVERAL = "(1, 2, 4, 8)"
+# Variant -> overrides. The first holds the method beside all it is compared with; the others are
+# the method alone.
+_VARIANTS = {
+    "": {"eval.baselines": _ALL},
+    "wide gammas": {"method.log_gamma": "(-9.2, 9.2)"},
+    "gammas per segment": {"method.unit": "step", "method.log_gamma": "(-4.0, 4.0)"},
+    "mode dropout 0.1": {"method.drop": "0.1"},
+    "elastic": {"method.elastic": _SEVERAL, "eval.calls": _SEVERAL},
+}
+_BUDGET = {
+    "points": {"run.steps": "2000"},
+    "images": {"run.steps": "400", "method.batch": "32", "eval.examples": "5000"},
+}
+
+
+def _run(name: str, variant: str, seed: int, args: argparse.Namespace) -> dict:
+    kind = "points" if name in _POINTS else "images"
+    slug = "-".join([name, *variant.split(), str(seed)])
+    workdir, first = args.workdir / slug, args.workdir / f"{name}-0"
+    config = configs.load(f"flow:dataset={name},seed={seed}")
+    overrides = {"eval.baselines": "()"} | _BUDGET[kind] | _VARIANTS[variant]
+    overrides |= dict(o.split("=", 1) for o in args.set)
+    if workdir != first:
+        overrides |= {
+            "teacher.dir": str(first / "teacher"),
+            "eval.judge_dir": str(first / "judge"),
+            "eval.teacher_calls": overrides.get("eval.teacher_calls", "(2, 100)"),
+        }
+    for path, value in overrides.items():
+        configs.override(config, path, value)
+    rows = flow_train.train(config, workdir)
+    resolved = json.loads((workdir / "config.json").read_text())
+    for group, place in (("teacher", "dir"), ("eval", "judge_dir")):
+        del resolved[group][place]  # a place on this machine
+    students = {config.method.name: workdir} | {
+        n: workdir / "baselines" / n for n in config.eval.baselines
+    }
+    cards = {
+        n: json.loads((folder / "artifacts" / "student.json").read_text())
+        for n, folder in students.items()
+    }
+    return {
+        "variant": variant,
+        "seed": seed,
+        "rows": rows,
+        "costs": {n: card["cost"] for n, card in cards.items()},
+        "teacher_sha256": cards[config.method.name]["teacher_sha256"],
+        "config": resolved,
+        "versions": json.loads((workdir / "versions.json").read_text()),
+    }
+
+
+def table(records: list[dict]) -> str:
+    """Markdown: mean ± population standard deviation over the seeds of training."""
+    cells: dict[str, list[dict]] = {}
+    for record in records:
+        for row in record["rows"]:
+            name = row["row"]
+            teacher = name.startswith("teacher")
+            if teacher and record["variant"]:
+                continue
+            if not teacher:
+                student, calls = name.split(", ")
+                name = f"{student}{', ' if record['variant'] else ''}{record['variant']}, {calls}"
+                cost = record["costs"][student]
+                row = row | {
+                    "train CPU s": cost["cpu_seconds"],
+                    "teacher queries": cost["teacher_queries"],
+                }
+            if not teacher or record["seed"] == 0:  # all follow the same
+                cells.setdefault(name, []).append(row)
+    columns = list(dict.fromkeys(c for rows in cells.values() for row in rows for c in row))
+    columns = [c for c in columns if c != "row"]
+    lines = [f"| row | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for name, rows in cells.items():
+        shown = []
+        for column in columns:
+            values = [row[column] for row in rows if row.get(column) is not None]
+            spread = f" ± {np.std(values):.2g}" if len(set(values)) > 1 else ""
+            shown.append(f"{np.mean(values):.4g}{spread}" if values else "–")
+        lines.append(f"| {name} | {len(rows)} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs what is missing and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("datasets", nargs="+")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/flow"))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="*", default=list(_VARIANTS))
+    parser.add_argument("--set", nargs="*", default=[], help="config overrides, a.b=value")
+    parser.add_argument("--table", action="store_true", help="print and run nothing")
+    args = parser.parse_args()
+    for name in args.datasets:
+        path = _RECORDS / f"flow_{name}.json"
+        for variant in args.variants:
+            for seed in [] if args.table else args.seeds:
+                record = _run(name, variant, seed, args)
+                records = json.loads(path.read_text()) if path.is_file() else []
+                same = (variant, seed)
+                records = [r for r in records if (r["variant"], r["seed"]) != same] + [record]
+                text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+                write_files({path: lambda file, text=text: file.write(text.encode())})
+        print(f"\n{name}\n\n{table(json.loads(path.read_text()))}")
+
+
+if __name__ == "__main__":
+    main()
