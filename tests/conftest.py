@@ -1,10 +1,36 @@
-"""Eight devices on any machine, so that sharded programs are always exercised."""
+"""Eight devices on any machine, so that sharded programs are always exercised.
 
+Programs are compiled once a session, as they are once a machine for the command line: most of the
+time would go into compiling the same ones again, by other tests and by the processes they start.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
-# Both are read when jax starts its backend. The thread pool must be larger than the number of
+import pytest
+
+# All are read when jax starts its backend. The thread pool must be larger than the number of
 # devices: on few cores their collectives otherwise wait for each other for ever.
 os.environ.setdefault("NPROC", "64")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
+
+_programs = tempfile.mkdtemp(prefix="jaxdistill-programs-")
+atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+# Small ones cost less to compile again than to keep.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+@pytest.fixture
+def quick_compilation():
+    """The programs are large and run for milliseconds."""
+    import jax  # only now that the environment is set
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

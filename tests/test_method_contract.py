@@ -166,14 +166,6 @@ def together(methods):
     return Method(init, step, lambda state: state, batches, specs)
 
 
-@pytest.fixture
-def quick_compilation():
-    """The programs are large and run for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_any_number_of_devices_gives_the_same():

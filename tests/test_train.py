@@ -18,6 +18,7 @@ from jaxdistill.parallel.mesh import make_mesh
 
 SMOKE = "ncfm:dataset=digits,ipc=2,smoke"
 TINY = (
+    "--config.model.depth=1",
     "--config.pool.epochs=1",
     "--config.eval.epochs=4",
     "--config.eval.seeds=2",
@@ -107,10 +108,12 @@ def test_a_run_can_start_from_an_artefact(finished, tmp_path):
                   "--config.method.ipc=3"])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_ncfm_resumes_bitwise(finished, tmp_path):
     """Everything that NCFM can keep in its state, interrupted between two checkpoints."""
     config = configs.load(SMOKE)
     for path, value in {
+        "model.depth": "1",
         "method.sampler": "learned",
         "method.warmup": "1",
         "method.finetune_rate": "0.01",

@@ -8,6 +8,7 @@ a loop. The parameters are the same on every platform and results agree to float
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -401,12 +402,23 @@ def pool2x2(x: Float[Array, "n h w c"], kind: str = "avg") -> Float[Array, "n h2
     """
     if kind not in POOLS:
         raise InputError(f"unknown pooling {kind!r}; choose from {', '.join(POOLS)}")
-    n, h, w, c = x.shape
-    if kind == "none" or min(h, w) < 2:
+    if kind == "none" or min(x.shape[1:3]) < 2:
         return x
-    combine = jnp.add if kind == "avg" else jnp.maximum
-    # One axis at a time: XLA's reduction over both is twice as slow on CPU, its gradient more.
+    if kind == "max":
+        return _pool_by_axes(x, combine=jnp.maximum)
+    return 0.25 * lax.platform_dependent(
+        x, cpu=functools.partial(_pool_by_axes, combine=jnp.add), default=_pool_by_windows
+    )
+
+
+def _pool_by_axes(x: Array, combine: Callable[[Array, Array], Array]) -> Array:
+    """One axis at a time: XLA's reduction over both is twice as slow on CPU, its gradient more."""
+    n, h, w, c = x.shape
     x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2 * 2, c)
     x = combine(x[:, :, 0], x[:, :, 1]).reshape(n, h // 2, w // 2, 2, c)
-    x = combine(x[:, :, :, 0], x[:, :, :, 1])
-    return 0.25 * x if kind == "avg" else x
+    return combine(x[:, :, :, 0], x[:, :, :, 1])
+
+
+def _pool_by_windows(x: Array) -> Array:
+    """Both at once: on TPU every reshape of a row or a column is a copy into another layout."""
+    return lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")

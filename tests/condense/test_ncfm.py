@@ -300,6 +300,7 @@ def test_given_images_go_to_the_devices_of_their_classes():
         shared(pixels[:6], real)
 
 
+@pytest.mark.slow
 def test_images_made_anew_for_each_pass_give_the_same_step(monkeypatch, pool, batch):
     """As with many images: everything that is fed by them."""
     chunk = 24

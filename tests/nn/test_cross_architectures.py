@@ -117,6 +117,7 @@ def test_a_sample_does_not_see_its_batch(grey):
     assert not np.allclose(other[1:], logits[1:], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_every_parameter_gets_a_gradient(grey):
     """What the smallest images would lose first, if a stage ended in constants."""
     net, params, _ = grey

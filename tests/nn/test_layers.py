@@ -12,6 +12,8 @@ from jaxdistill.nn.layers import (
     Conv,
     Dense,
     Norm,
+    _pool_by_axes,
+    _pool_by_windows,
     conv2d,
     conv_instance_norm,
     instance_norm,
@@ -177,6 +179,28 @@ def test_pooling_drops_odd_lines(h, w):
     np.testing.assert_allclose(average, windows.mean((2, 4)), atol=1e-6)
     np.testing.assert_array_equal(largest, windows.max((2, 4)))
     np.testing.assert_array_equal(same, x)
+
+
+@pytest.mark.parametrize(("h", "w"), [(4, 6), (5, 7)])
+def test_both_forms_of_average_pooling_agree_in_second_derivatives_too(h, w):
+    x, tangent = normal(3, h, w, 5), normal(3, h, w, 5, seed=1)
+    by_axes = lambda x: _pool_by_axes(x, jnp.add)  # noqa: E731
+
+    @fast_jit
+    def run(x, tangent):
+        results = []
+        for form in (by_axes, _pool_by_windows):
+            gradient = lambda x, form=form: with_gradients(lambda x: jnp.sin(form(x)))(x)[1][0]  # noqa: E731
+            batched = jax.lax.map(form, jnp.stack([x, tangent]))
+            results.append((form(x), *jax.jvp(gradient, (x,), (tangent,)), batched))
+        # As a method meets it: under vmap, in a loop, and chosen by platform.
+        chosen = jax.lax.map(jax.vmap(lambda x: pool2x2(x[None])[0]), jnp.stack([x, tangent]))
+        return results, 4 * chosen
+
+    (axes, windows), chosen = run(x, tangent)
+    assert_close(windows, axes, rtol=1e-6)
+    assert_close(chosen, axes[-1], rtol=1e-6)
+    assert all(np.abs(part).max() > 0.1 for part in axes)
 
 
 def test_pooling_leaves_single_lines():

@@ -75,9 +75,9 @@ def test_two_processes_train_save_and_one_goes_on(tmp_path):
 @pytest.mark.slow
 def test_the_command_line_runs_in_two_processes(tmp_path):
     address = free_address()
-    command = [sys.executable, "-m", "jaxdistill.main", "--config=ncfm:smoke"]
+    command = [sys.executable, "-m", "jaxdistill.main", "--config=ncfm:dataset=digits,ipc=1,smoke"]
     command += ["--config.eval.baselines=('random',)", f"--workdir={tmp_path / 'run'}"]
-    command += ["--config.pool.size=2", "--config.pool.epochs=1"]
+    command += ["--config.pool.size=2", "--config.pool.epochs=1", "--config.model.depth=1"]
     one_device = _ENVIRONMENT | {"XLA_FLAGS": ""}
     started = [
         subprocess.Popen(

@@ -172,12 +172,18 @@ def litter(workdir: Path) -> list[str]:
     return [str(path.relative_to(workdir)) for path in workdir.glob("**/*tmp*")]
 
 
-def campaign(kills: int, seed: int, scratch: Path, targets: tuple[str, ...] = ROUND) -> dict:
-    """Rounds of kills until there were enough; raises on the first bit that differs."""
+def undisturbed(scratch: Path) -> dict:
+    """The outcome of a run that is left alone."""
+    finish(scratch / "undisturbed", scratch)
+    return outcome(scratch / "undisturbed")
+
+
+def campaign(
+    wanted: dict, kills: int, seed: int, scratch: Path, targets: tuple[str, ...] = ROUND
+) -> dict:
+    """Rounds of kills until there were enough; raises on the first bit that is not as wanted."""
     numbers = random.Random(seed)
     began = time.monotonic()
-    finish(scratch / "undisturbed", scratch)
-    wanted = outcome(scratch / "undisturbed")
     hit, rounds = collections.Counter(), 0
     while hit.total() < kills:
         workdir = scratch / f"killed-{rounds}"
@@ -224,7 +230,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         scratch = options.scratch or Path(temporary)
         scratch.mkdir(parents=True, exist_ok=True)
-        record = campaign(options.kills, options.seed, scratch.resolve())
+        scratch = scratch.resolve()
+        record = campaign(undisturbed(scratch), options.kills, options.seed, scratch)
     text = json.dumps(record, indent=1) + "\n"
     print(text, end="")
     if options.record:

@@ -7,8 +7,10 @@ import pytest
 from jaxdistill import runner
 from jaxdistill.parallel.mesh import make_mesh
 from tests.test_backends import differences, min_max, toy_data
-from tests.test_method_contract import ncfm_case, quick_compilation  # noqa: F401 (a fixture)
+from tests.test_method_contract import ncfm_case
 from tests.test_runner import assert_same_bits, checkpoints
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Devices for classes x for examples, and the backend.
 JOURNEYS = {
@@ -47,7 +49,6 @@ def test_a_run_goes_on_elsewhere(tmp_path, journey):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("journey", ["8, 1, 2 devices", "pmap, jit, pmap"])
 def test_ncfm_goes_on_elsewhere(tmp_path, journey):
     method, frozen, _ = ncfm_case(learned=True, warmup=0, strategy="none", finetune_rate=0.01)

@@ -9,10 +9,10 @@ from jaxdistill import config as configs
 from jaxdistill import runner, train
 from jaxdistill.errors import InputError
 from jaxdistill.io import artifact, checkpoint
-from tests.test_method_contract import quick_compilation  # noqa: F401 (a fixture)
 
 # The fourth step is the sampler's first, and takes it so far that the fifth is not finite.
 SETTINGS = {
+    "model.depth": "1",
     "method.warmup": "3",
     "method.sampler_rate": "1e30",
     "run.steps": "7",

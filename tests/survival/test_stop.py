@@ -122,20 +122,20 @@ def terminate(workdir, scratch, phase):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
-    kill.finish(tmp_path / "undisturbed", tmp_path)
-    workdir = tmp_path / "run"
+def test_sigterm_saves_and_the_same_command_goes_on(undisturbed):
+    wanted, scratch = undisturbed
+    workdir = scratch / "stopped"
     for phase, told in (
         ("start or extractors", "stopped while training extractors; 0 of 2 are kept"),
         ("training", "of 800, which is saved; the same command goes on"),
         ("evaluation", "networks are measured; the same command goes on"),
     ):
-        code, seconds, line = terminate(workdir, tmp_path, phase)
+        code, seconds, line = terminate(workdir, scratch, phase)
         assert code == main.EXIT_INTERRUPTED == 75
         assert told in line
         assert seconds < 90  # a few when nothing else runs; tracing a program cannot be cut
-    kill.finish(workdir, tmp_path)
-    assert kill.outcome(workdir) == kill.outcome(tmp_path / "undisturbed")
+    kill.finish(workdir, scratch)
+    assert kill.outcome(workdir) == wanted
 
 
 def test_sigterm_before_there_is_a_run_ends_it_at_once(tmp_path):

@@ -1,0 +1,290 @@
+"""What each statistical shortcut of an NCFM step saves, and the accuracy that it costs.
+
+    python benchmarks/shortcuts.py --workdir=runs/shortcuts
+
+Every row is the first with one thing changed: fewer frequencies, fewer real images, bfloat16 on
+the real path, and frequencies that each class draws for itself instead of one set for all. Each is
+distilled and judged for every seed, and its step is timed in rounds, in a process of its own. All
+use Gaussian frequencies and no calibration: what is left is the match.
+
+Interrupted, the same command goes on. Writes `benchmarks/records/shortcuts_<data set>.json`, which
+`--table` prints. Fashion-MNIST must be there (Debian: dataset-fashion-mnist); `--dataset=digits`
+needs nothing.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from jaxdistill import build, runner, train
+from jaxdistill import config as configs
+from jaxdistill.condense import charfn
+from jaxdistill.condense.ncfm import ncfm
+from jaxdistill.data import device
+from jaxdistill.io import artifact
+from jaxdistill.io.files import dump, write_files
+from jaxdistill.method import Method
+from jaxdistill.parallel.mesh import make_mesh, put
+
+_RECORDS = Path(__file__).parent / "records"
+_OWN, _BF16 = "frequencies of each class's own", "bfloat16 on the real path"
+# Row -> settings that are divided.
+_ROWS = {
+    "NCFM": {},
+    "a quarter of the frequencies": {"num_freqs": 4},
+    "a sixteenth of the frequencies": {"num_freqs": 16},
+    "half the real images": {"batch_real": 2},
+    "a quarter of the real images": {"batch_real": 4},
+    _BF16: {},
+    _OWN: {},
+}
+# The rate that was chosen for this loss on images held out of the training set.
+_RATES = {"fashion_mnist": 0.1}
+
+
+def _config(row: str, seed: int, args: argparse.Namespace) -> ml_collections.ConfigDict:
+    config = configs.load(f"ncfm:dataset={args.dataset},ipc={args.ipc},seed={seed}")
+    config.method.calibration = 0.0
+    config.method.rate = _RATES.get(args.dataset, config.method.rate)
+    config.run.steps = args.steps
+    config.eval.baselines = ()
+    config.pool.dir = str(args.workdir / "pool")
+    for setting in args.set:
+        configs.override(config, *setting.split("=", 1))
+    for name, divisor in _ROWS[row].items():
+        config.method[name] //= divisor
+    return config
+
+
+def _real_path_in_bfloat16(features: Callable) -> Callable:
+    """Features in bfloat16 where nothing is differentiated, as on the real path alone."""
+
+    @jax.custom_vjp
+    def mixed(params, images):
+        low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, images))
+        return features(*low).astype(jnp.float32)
+
+    mixed.defvjp(
+        lambda params, images: jax.vjp(features, params, images),
+        lambda pullback, cotangent: pullback(cotangent),
+    )
+    return mixed
+
+
+def _own_frequencies(make: Callable[[charfn.FrequencySampler], Method], scale: float) -> Method:
+    """One class at a time, each with frequencies that no other class sees.
+
+    The classes share the network, as in the plain method, and what is drawn for augmentation.
+    """
+    law = charfn.gaussian(scale)
+    plain = make(law)
+
+    def alone(label: jax.Array) -> Method:
+        def draw(params, key, num, dim):
+            return law.draw(params, jax.random.fold_in(key, label), num, dim)
+
+        return make(law._replace(draw=draw))
+
+    def init(key, frozen, batch):
+        one = lambda x: alone(x[0]).init(key, frozen, x[1][None])  # noqa: E731
+        return jax.lax.map(one, (jnp.arange(len(batch)), batch))
+
+    def step(state, frozen, batch, key):
+        one = lambda x: alone(x[0]).step(x[1], frozen, x[2][None], key)  # noqa: E731
+        state, metrics = jax.lax.map(one, (jnp.arange(len(batch)), state, batch))
+        return state, jax.tree.map(jnp.mean, metrics)
+
+    def output(state):
+        return jax.tree.map(lambda x: x[:, 0], jax.vmap(plain.output)(state))
+
+    return Method(init, step, output, plain.batches)
+
+
+def _method(row: str, setup: build.Setup) -> Method:
+    config, settings = setup.config, setup.config.method
+    net = build.convnet(config, setup.dataset, config.pool.width)
+    rate = optax.cosine_decay_schedule(settings.rate, config.run.steps, settings.rate_decay)
+    make = functools.partial(
+        ncfm,
+        _real_path_in_bfloat16(net.features) if row == _BF16 else net.features,
+        net.logits,
+        optax.adam(rate),
+        prepare=setup.prepare,
+        feature_dim=net.feature_dim,
+        ipc=settings.ipc,
+        factor=settings.factor,
+        start=settings.start,
+        batch_real=settings.batch_real,
+        num_freqs=settings.num_freqs,
+        strategy=settings.strategy,
+        chunk=config.run.pass_size,
+    )
+    if row == _OWN:
+        return _own_frequencies(lambda law: make(sampler=law), settings.freq_scale)
+    return make(sampler=charfn.gaussian(settings.freq_scale))
+
+
+def _workdir(row: str, seed: int, args: argparse.Namespace) -> Path:
+    return args.workdir / f"{args.dataset}-{list(_ROWS).index(row)}-{seed}"
+
+
+def _judged(row: str, seed: int, args: argparse.Namespace) -> dict:
+    """Distils, trains on it, and returns the accuracies."""
+    config, workdir = _config(row, seed, args), _workdir(row, seed, args)
+    setup = train.set_up(config, workdir)
+    if not (workdir / "artifacts" / "distilled.npz").is_file():
+        data, method = setup.dataset, _method(row, setup)
+        state = runner.run(
+            method,
+            data=device.resident(data.train, data.num_classes),
+            frozen=build.extractors(setup),
+            key=jax.random.key(seed),
+            steps=config.run.steps,
+            chunk=config.run.chunk,
+            mesh=make_mesh(jax.devices()[:1]),
+            workdir=workdir,
+            checkpoint_every=config.run.checkpoint_every,
+            metadata={"config_hash": setup.hash, "row": row},
+            progress=row,
+        )
+        images = np.asarray(method.output(state)["images"])
+        labels = np.repeat(np.arange(len(images), dtype=np.int32), images.shape[1])
+        card = {
+            "dataset": data.name,
+            "class_names": list(data.class_names),
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "method": row,
+            "ipc": config.method.ipc,
+            "factor": config.method.factor,
+            "config_hash": setup.hash,
+            "seeds": {"condense": seed},
+            "accuracies": [],
+            "cost": {},
+            "provenance": {"source_sha256": data.fingerprint()},
+        }
+        images = images.reshape(-1, *data.image_shape)
+        artifact.save(workdir / "artifacts", artifact.Distilled(images, labels, None, card))
+    accuracies = [record["accuracy"] for record in train.evaluate(config, workdir)]
+    settings = {key: config.method[key] for key in ("num_freqs", "batch_real", "rate")}
+    return {"seed": seed, "accuracies": accuracies, **settings}
+
+
+def _time(row: str, args: argparse.Namespace) -> dict:
+    """Seconds of steps of a method whose extractors are there, and the peak of the memory."""
+    config = _config(row, args.seeds[0], args)
+    setup = train.set_up(config, _workdir(row, args.seeds[0], args))
+    data = device.resident(setup.dataset.train, setup.dataset.num_classes)
+    mesh = make_mesh(jax.devices()[:1])
+    arguments = jax.random.key(0), build.extractors(setup), data
+    program = runner.programs(
+        _method(row, setup),
+        data=data,
+        frozen=arguments[1],
+        key=arguments[0],
+        chunk=args.timed,
+        mesh=mesh,
+        backend="jit",
+    )
+    placed = put(arguments, mesh)
+    state = program.init(*placed)
+    record = {"wall_seconds": [], "cpu_seconds": []}
+    for i in range(args.timed + 1):
+        start = time.perf_counter(), time.process_time()
+        state, _ = jax.block_until_ready(program.chunk(state, np.int32(1), *placed[1:]))
+        if i:  # the first compiles
+            record["wall_seconds"].append(time.perf_counter() - start[0])
+            record["cpu_seconds"].append(time.process_time() - start[1])
+    # Not getrusage: what it says of a process is at least what its parent had.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
+    return record | {"peak_rss_bytes": int(status["VmHWM"].split()[0]) * 1024}
+
+
+def _timed_alone(row: str, args: argparse.Namespace) -> dict:
+    """`_time` in a process of its own, whose memory is its own too."""
+    command = [sys.executable, __file__, *sys.argv[1:], f"--time={row}"]
+    return json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+
+
+def table(record: dict) -> str:
+    """Markdown: accuracy over all seeds; medians of a step over all rounds; the range of wall."""
+    lines = [
+        "| row | frequencies | real images | accuracy % | step, wall s | step, CPU s | peak GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row, found in record["rows"].items():
+        runs, timed = found["runs"], found["timed"]
+        values = [100 * a for run in runs for a in run["accuracies"]]
+        wall, cpu = ([x for t in timed for x in t[f"{k}_seconds"]] for k in ("wall", "cpu"))
+        cells = [f"{np.mean(values):.1f} ± {np.std(values):.1f}", "–", "–", "–"]
+        if timed:
+            peak = statistics.median(t["peak_rss_bytes"] for t in timed)
+            middle = statistics.median(wall)
+            cells[1] = f"{middle:.3f} ({min(wall):.3f} to {max(wall):.3f})"
+            cells[2:] = f"{statistics.median(cpu):.3f}", f"{peak / 1e9:.2f}"
+        sizes = runs[0]["num_freqs"], runs[0]["batch_real"]
+        lines.append("| " + " | ".join(map(str, [row, *sizes, *cells])) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs what is missing, writes the record after each part, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", choices=("fashion_mnist", "digits"), default="fashion_mnist")
+    parser.add_argument("--ipc", type=int, default=1)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/shortcuts"))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--timed", type=int, default=10, help="steps timed in a round")
+    parser.add_argument("--set", nargs="*", default=[], help="config overrides, a.b=value")
+    parser.add_argument("--record", type=Path, help="instead of the one in records/")
+    parser.add_argument("--table", action="store_true", help="print and run nothing")
+    parser.add_argument("--time", choices=_ROWS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.time:
+        print(json.dumps(_time(args.time, args)))
+        return
+    path = args.record or _RECORDS / f"shortcuts_{args.dataset}.json"
+    asked = {"dataset": args.dataset, "ipc": args.ipc, "steps": args.steps}
+    record = json.loads(path.read_text()) if path.is_file() else {**asked, "rows": {}}
+    if asked != {key: record[key] for key in asked}:
+        parser.error(f"{path} is of another data set, ipc or number of steps; give --record")
+
+    def write():
+        record.update(platform=platform.platform(), cores=os.cpu_count())
+        record["versions"] = artifact.versions()
+        write_files({path: functools.partial(dump, record)})
+
+    if not args.table:
+        for seed, row in itertools.product(args.seeds, _ROWS):
+            runs = record["rows"].setdefault(row, {"runs": [], "timed": []})["runs"]
+            if seed not in [run["seed"] for run in runs]:
+                runs.append(_judged(row, seed, args))
+                write()
+        for number, row in itertools.product(range(args.rounds), _ROWS):  # alternated
+            timed = record["rows"][row]["timed"]
+            if len(timed) <= number:
+                timed.append(_timed_alone(row, args))
+                write()
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()
