@@ -88,7 +88,7 @@ def evaluate(setup: Any, frozen: PyTree, students: Mapping[str, PyTree]) -> list
     return [{"row": name} | rows[name] for name in generators]
 
 
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown of the rows, with the columns of the first."""
     columns = list(next(iter(rows.values())))
     lines = [f"| row | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]

@@ -213,7 +213,7 @@ def test_parts_are_built_without_being_run():
 
 def test_flags_and_configs_stay_at_the_edge():
     assert not breaches(but=inside("main"), forbidden=["absl.flags", "absl.app"])
-    edge = inside("main", "train", "plan", "build", "config")
+    edge = inside("main", "train", "plan", "build", "config", "flow_build", "flow_train")
     assert not breaches(but=edge, forbidden=["ml_collections"])
 
 

@@ -280,7 +280,7 @@ def student_method(
             state.average, trainable, state.step, power=ema_power, begin=ema_from
         )
         total = state.queries + queries.sum().astype(jnp.int32)
-        metrics = {"loss": losses.sum(), "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": losses.sum(), "grad_norm": optax.tree.norm(grads)}
         metrics["queries"] = total.astype(jnp.float32)
         return StudentState(trainable, opt, average, state.step + 1, total), metrics
 

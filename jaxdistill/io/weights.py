@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.flax
@@ -24,6 +25,16 @@ from jaxdistill.io.files import dump, write_files
 
 FORMAT = "jaxdistill.weights/1"
 _MAX_CARD = 64 << 20  # bytes
+# NumPy has no bfloat16 of its own, and safetensors' reader for NumPy knows none.
+_DTYPES = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I32": np.int32,
+    "U32": np.uint32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "F32": np.float32,
+}
 
 
 def save(
@@ -70,7 +81,7 @@ def load(folder: str | os.PathLike[str], name: str) -> tuple[dict, dict]:
     """Reads parameters and their card.
 
     Returns:
-        Nested dictionaries of arrays, and the card.
+        Nested dictionaries of NumPy arrays, and the card.
 
     Raises:
         InputError: If there are none, they are damaged, or the card is that of others.
@@ -92,10 +103,15 @@ def load(folder: str | os.PathLike[str], name: str) -> tuple[dict, dict]:
             f"{described} is not the card of {path.name}: their checksums differ; copy both again"
         )
     try:
-        flat = safetensors.flax.load(content)
+        flat = {name: _array(record) for name, record in safetensors.deserialize(content)}
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} cannot be read ({_one_line(error)})") from error
     return traverse_util.unflatten_dict(flat, sep="/"), card
+
+
+def _array(record: Mapping[str, Any]) -> np.ndarray:
+    array = np.frombuffer(record["data"], _DTYPES[record["dtype"]])
+    return array.reshape(record["shape"])
 
 
 def check_shapes(what: str, params: PyTree, shapes: PyTree) -> None:

@@ -1,0 +1,213 @@
+"""Flow runs from the command line, small: teacher, students, artefacts, resumption, bad input."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxdistill import config as configs
+from jaxdistill import flow_build, flow_eval, flow_train, main
+from jaxdistill.errors import InputError, Interrupted
+from jaxdistill.io import weights
+from jaxdistill.nn import lora
+
+POINTS = "flow:dataset=soft4,smoke"
+IMAGES = "flow:dataset=digits,smoke"
+ALL = f"--config.eval.baselines={tuple(s for s in flow_build.STUDENTS if s != 'arcflow')}"
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("flow") / "points"
+    main.run([f"--config={POINTS}", f"--workdir={workdir}", "--config.eval.calls=(1,2)"])
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("flow") / "images"
+    # Two levels at a time: labels, adapters and guidance on top of what points have.
+    main.run([f"--config={IMAGES}", f"--workdir={workdir}", "--config.teacher.guidance=1.5"])
+    return workdir
+
+
+def rows_of(workdir):
+    return json.loads((workdir / "results.json").read_text())["rows"]
+
+
+def test_a_run_leaves_what_it_promises(points):
+    params, card = weights.load(points / "artifacts", "student")
+    teacher, teacher_card = weights.load(points / "teacher", "teacher")
+    assert set(params) == {"trunk", "head"}
+    assert card["parameters"] == lora.count(params)
+    assert card["teacher_sha256"] == teacher_card["sha256"]
+    assert card["calls"] == 2 and card["shift"] == 3.2 and "licence" in card
+    # 8 steps of 8 examples, 2 segments with 4 queries each.
+    assert card["cost"]["teacher_queries"] == 8 * 8 * 2 * 4
+    for name in ("samples.png", "trajectories.png"):
+        assert np.asarray(Image.open(points / "artifacts" / name)).std() > 1
+    rows = rows_of(points)
+    assert {"arcflow, 1", "arcflow, 2", "linear, 2", "teacher, Euler, 2"} <= set(rows)
+    assert rows["teacher, midpoint, 2"]["calls"] == 2
+    assert rows["teacher, Euler, 4"]["endpoint RMSE"] < rows["teacher, Euler, 2"]["endpoint RMSE"]
+    assert lora.count(teacher) > 0
+
+
+def test_images_have_all_the_measures(images):
+    rows = rows_of(images)
+    student = rows["arcflow, 2"]
+    assert student["calls"] == 2
+    assert rows["teacher, Euler, 2"]["calls"] == 4  # guidance takes two
+    assert {"FD to data", "FD to teacher", "recall", "class accuracy", "diversity"} <= set(student)
+    assert all(np.isfinite(value) for row in rows.values() for value in row.values())
+    trained, _ = weights.load(images / "artifacts", "student")
+    leaves = {"/".join(k) for k in _paths(trained["trunk"])}
+    assert leaves == {f"blocks/{n}/lora_{x}" for n in ("up", "down") for x in "ab"}
+
+
+def _paths(tree, prefix=()):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _paths(value, (*prefix, key))
+        else:
+            yield (*prefix, key)
+
+
+def test_the_same_command_does_nothing_twice(points, capsys):
+    before = {p: p.stat().st_mtime_ns for p in points.rglob("*.safetensors")}
+    args = [f"--config={POINTS}", f"--workdir={points}", "--config.eval.calls=(1,2)"]
+    main.run(args)
+    assert before == {p: p.stat().st_mtime_ns for p in points.rglob("*.safetensors")}
+    assert "| arcflow, 2 |" in capsys.readouterr().out
+    main.run([*args, "--mode=eval"])
+    with pytest.raises(InputError, match="was started with another config"):
+        main.run([*args, "--config.method.queries=3"])
+
+
+def test_stopped_anywhere_it_ends_the_same(points, tmp_path):
+    calls, workdir = 0, tmp_path / "run"
+
+    def every_third():
+        nonlocal calls
+        calls += 1
+        return calls % 3 == 0
+
+    config = configs.load(POINTS)
+    configs.override(config, "eval.calls", "(1,2)")
+    for _ in range(60):
+        try:
+            flow_train.train(config, workdir, every_third)
+            break
+        except Interrupted:
+            pass
+    assert calls > 6
+    for part in ("teacher/teacher", "artifacts/student", "baselines/linear/artifacts/student"):
+        assert (workdir / f"{part}.safetensors").read_bytes() == (
+            points / f"{part}.safetensors"
+        ).read_bytes()
+    timeless = lambda rows: {  # noqa: E731
+        name: {k: v for k, v in row.items() if not k.endswith(" s")} for name, row in rows.items()
+    }
+    assert timeless(rows_of(workdir)) == timeless(rows_of(points))
+
+
+@pytest.mark.slow
+def test_every_student_runs(tmp_path, points):
+    config = configs.load(POINTS)
+    configs.override(config, "eval.baselines", ALL.partition("=")[2])
+    configs.override(config, "teacher.dir", str(points / "teacher"))
+    rows = flow_train.train(config, tmp_path / "run")
+    made = {row["row"]: row for row in rows}
+    assert {f"{name}, 2" for name in flow_build.STUDENTS} <= set(made)
+    cards = {
+        name: json.loads((tmp_path / "run/baselines" / name / "artifacts/student.json").read_text())
+        for name in config.eval.baselines
+    }
+    queries = {name: card["cost"]["teacher_queries"] for name, card in cards.items()}
+    assert queries["endpoint_8x"] == 8 * queries["endpoint"] == 8 * queries["straight"]
+
+
+def test_trained_weights_stay_few(monkeypatch):
+    for dataset in ("digits", "latents_imagenet", "latents_1mp", "cifar10"):
+        config = configs.load(f"flow:dataset={dataset}")
+        if dataset == "cifar10":  # which need not be there
+            shapes = flow_build.Problem(dataset, (32, 32, 3), 10)
+        else:
+            shapes = flow_build.problem_shapes(config)
+        module = flow_build.network(config, shapes)
+        teacher = jax.eval_shape(
+            lambda key, m=module, p=shapes: flow_build.init_network(m, p, key), jax.random.key(0)
+        )
+        student = flow_build.student(config, shapes, "arcflow")
+        trained = jax.eval_shape(student.init, jax.random.key(0), {"teacher": teacher})
+        share = lora.count(trained) / (lora.count(teacher) + lora.count(trained["head"]))
+        assert share < 0.05, dataset
+
+
+def test_a_student_starts_as_its_teacher(points):
+    # One straight mode without noise: the student's first call is the teacher's velocity.
+    config = configs.load(POINTS)
+    problem = flow_build.load_problem(config)
+    frozen = {"teacher": weights.load(points / "teacher", "teacher")[0]}
+    student = flow_build.student(config, problem, "linear")
+    x = jax.random.normal(jax.random.key(0), (5, 1, 1, 2))
+    t, label = np.full(5, 0.7, np.float32), np.zeros(5, np.int32)
+    made = student.apply(student.init(jax.random.key(1), frozen), frozen, x, t, label)
+    field = student.policy.begin(made, x, jax.numpy.asarray(t), jax.numpy.zeros(5))
+    module = flow_build.network(config, problem)
+    teachers = module.apply({"params": frozen["teacher"]}, x, jax.numpy.asarray(t), label)
+    np.testing.assert_allclose(
+        student.policy.velocity(field, x, jax.numpy.asarray(t)), teachers, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "overrides", "message"),
+    [
+        (POINTS, ["method.name=magic"], "unknown student 'magic'"),
+        (POINTS, ["model.network=rnn"], "unknown network 'rnn'"),
+        (POINTS, ["method.modes=0"], r"method\.modes is 0"),
+        (POINTS, ["method.calls=0"], r"method\.calls is 0"),
+        (POINTS, ["eval.calls=(2,0)"], "at least 1 each"),
+        (POINTS, ["teacher.guidance=2.0"], "needs a teacher that knows the null"),
+        (POINTS, ["teacher.label_drop=0.1"], "soft4 has no labels to drop"),
+        (POINTS, ["model.network=dit"], r"model\.network=mlp goes with points"),
+        (IMAGES, ["teacher.exact=True"], "exact velocity of digits is not known"),
+        (IMAGES, ["model.patch=3"], "do not divide into patches of 3"),
+        (IMAGES, ["model.width=30"], r"model\.width is 30; it must be a multiple of 4"),
+        (IMAGES, ["method.targets=('nowhere',)"], "'nowhere' fits no layer"),
+        (IMAGES, ["method.name=progressive", "method.first_calls=5"], "power of two"),
+        (POINTS, ["teacher.dir=/nowhere"], r"/nowhere has no teacher\.safetensors"),
+        ("flow:dataset=latents_1mp", [], "a shape without data"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(spec, overrides, message, tmp_path):
+    args = [f"--config.{o}" for o in overrides]
+    with pytest.raises(InputError, match=message) as caught:
+        main.run([f"--config={spec}", f"--workdir={tmp_path / 'run'}", *args])
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path).rglob("*.safetensors"))
+
+
+def test_a_teacher_of_another_network_is_refused(points, tmp_path):
+    args = [f"--config.teacher.dir={points / 'teacher'}", "--config.model.width=64"]
+    with pytest.raises(InputError, match="the config's network"):
+        main.run([f"--config={POINTS}", f"--workdir={tmp_path / 'run'}", *args])
+
+
+def test_evaluating_nothing_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"holds no student\.safetensors"):
+        main.run([f"--config={POINTS}", f"--workdir={tmp_path}", "--mode=eval"])
+
+
+def test_damaged_results_are_named(points):
+    path = points / "results.json"
+    before = path.read_bytes()
+    try:
+        path.write_text('{"rows": 3}')
+        with pytest.raises(InputError, match=r"results\.json is not a table of results"):
+            flow_eval._read(path, "x")
+    finally:
+        path.write_bytes(before)
