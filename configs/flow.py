@@ -69,6 +69,7 @@ def get_config(argument=None):
     config.model.depth = 4 if points else shape["depth"]
     config.model.heads = 1 if points else shape["heads"]
     config.model.widths = (32, 64, 96)  # of the UNet's levels
+    config.model.unroll = 1 if large else config.model.depth  # blocks compiled side by side
     config.model.remat = large
     config.model.dtype = "bfloat16" if large else "float32"
     huge = dataset == "latents_1mp"
@@ -136,6 +137,7 @@ def get_config(argument=None):
 
     if arg["smoke"]:
         config.model.width, config.model.depth, config.model.heads = 32, 1, 2
+        config.model.unroll = 1
         config.teacher.steps, config.teacher.batch = 20, 16
         config.method.modes, config.method.batch = 2, 8
         config.method.elastic = ()

@@ -56,6 +56,7 @@ _RANGES = {
     "model.patch": (1, 256),
     "model.width": (4, 2**16),
     "model.depth": (1, 1000),
+    "model.unroll": (1, 1000),
     "model.heads": (1, 1000),
     "teacher.steps": (1, 10**9),
     "teacher.batch": (1, 10**6),
@@ -238,6 +239,7 @@ def network(config: ml_collections.ConfigDict, problem: Problem) -> Any:
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
+        unroll=model.unroll,
         place=collective.by_example,
     )
 

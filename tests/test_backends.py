@@ -264,6 +264,36 @@ def test_a_network_split_over_the_devices_learns_the_same():
     assert eight["params"]["bias"].is_fully_replicated
 
 
+def test_a_teacher_split_over_the_devices_teaches_the_same():
+    layouts = []
+
+    def step(state, frozen, batch, key):
+        x = jax.vmap(lambda k: jax.random.normal(k, (128,)))(batch["keys"])
+        target = jnp.tanh(x @ frozen)
+        guess = collective.by_example(jnp.tanh(x @ state))
+        jax.debug.inspect_array_sharding(guess, callback=layouts.append)
+        slope = collective.mean(x.T @ (guess - target) / len(x))
+        return state - 0.1 * slope, {"loss": collective.mean(jnp.square(guess - target).mean())}
+
+    def method(specs):
+        init = lambda key, frozen, batch: jnp.zeros_like(frozen)  # noqa: E731
+        return Method(init, step, lambda s: s, BatchSpec("keys", 16), specs, specs)
+
+    teacher = jax.random.normal(jax.random.key(1), (128, 256)) / 11
+    small = lambda tree, mesh: fully_sharded(tree, mesh, smallest=1000)  # noqa: E731
+    records, one = run_on(1, "jit", method(replicated), (), teacher, 3)
+    others, eight = run_on(8, "jit", method(small), (), teacher, 3)
+    assert not differences([v for _, v in others], [v for _, v in records], 1e-4)
+    assert not differences(eight, one, 1e-4)
+    assert eight.addressable_shards[0].data.shape == (128, 32)
+    assert layouts[-1].shard_shape((16, 256)) == (2, 256)
+    with pytest.raises(InputError, match="keeps state and teacher whole"):
+        run_on(8, "pmap", method(small), (), teacher, 1)
+    with pytest.raises(InputError, match="sees what is frozen whole"):
+        data, _ = toy_data()
+        run_on(8, "jit", min_max()._replace(frozen_specs=small), data, jnp.ones((64, 1024)), 1)
+
+
 def test_classes_are_split_with_all_that_belongs_to_them():
     data, frozen = toy_data()
     _, state = run_on(8, "jit", min_max(), data, frozen, 1, by_class=8)
