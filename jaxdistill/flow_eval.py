@@ -159,9 +159,9 @@ def _noise(setup: Any, number: int, stream: int) -> tuple[np.ndarray, np.ndarray
 
 
 def generate(setup: Any, generator: Generator, number: int, stream: int) -> np.ndarray:
-    """Examples of a row, in batches; the last is filled up so that all have one shape."""
+    """Examples of a row, in batches of one shape, so that each row is compiled once."""
     noise, label = _noise(setup, number, stream)
-    size, parts = min(setup.config.eval.batch, number), []
+    size, parts = setup.config.eval.batch, []
     for first in range(0, number, size):
         if setup.should_stop():
             raise Interrupted("stopped while evaluating; rows already measured are kept")

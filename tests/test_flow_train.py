@@ -18,6 +18,14 @@ IMAGES = "flow:dataset=digits,smoke"
 ALL = f"--config.eval.baselines={tuple(s for s in flow_build.STUDENTS if s != 'arcflow')}"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    """The programs are large and run for milliseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def points(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("flow") / "points"
@@ -28,8 +36,9 @@ def points(tmp_path_factory):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("flow") / "images"
-    # Two levels at a time: labels, adapters and guidance on top of what points have.
-    main.run([f"--config={IMAGES}", f"--workdir={workdir}", "--config.teacher.guidance=1.5"])
+    # Labels, adapters and guidance on top of what points have.
+    options = ["--config.teacher.guidance=1.5", "--config.eval.baselines=()"]
+    main.run([f"--config={IMAGES}", f"--workdir={workdir}", *options])
     return workdir
 
 
@@ -64,7 +73,8 @@ def test_images_have_all_the_measures(images):
     assert all(np.isfinite(value) for row in rows.values() for value in row.values())
     trained, _ = weights.load(images / "artifacts", "student")
     leaves = {"/".join(k) for k in _paths(trained["trunk"])}
-    assert leaves == {f"blocks/{n}/lora_{x}" for n in ("up", "down") for x in "ab"}
+    layers = [f"{room}/{name}" for room in ("blocks", "condition") for name in ("up", "down")]
+    assert leaves == {f"{layer}/lora_{x}" for layer in layers for x in "ab"}
 
 
 def _paths(tree, prefix=()):
@@ -129,7 +139,7 @@ def test_every_student_runs(tmp_path, points):
     assert queries["endpoint_8x"] == 8 * queries["endpoint"] == 8 * queries["straight"]
 
 
-def test_trained_weights_stay_few(monkeypatch):
+def test_trained_weights_stay_few():
     for dataset in ("digits", "latents_imagenet", "latents_1mp", "cifar10"):
         config = configs.load(f"flow:dataset={dataset}")
         if dataset == "cifar10":  # which need not be there
