@@ -33,7 +33,13 @@ _VARIANTS = {
 }
 _BUDGET = {
     "points": {"run.steps": "2000"},
-    "images": {"run.steps": "400", "method.batch": "32", "eval.examples": "5000"},
+    "images": {
+        "run.steps": "300",
+        "method.batch": "32",
+        "eval.examples": "2500",
+        "eval.paired": "500",
+        "eval.reference_steps": "32",
+    },
 }
 
 
