@@ -1,5 +1,6 @@
 """The programs that the documentation shows, run as they stand."""
 
+import contextlib
 import json
 import runpy
 from pathlib import Path
@@ -62,6 +63,37 @@ def test_the_library_example_closes_the_gap(tmp_path, monkeypatch, capsys):
 def test_the_library_example_is_short():
     lines = (EXAMPLES / "library.py").read_text("utf-8").splitlines()[1:]
     assert len([line for line in lines if line]) <= 15
+
+
+@pytest.fixture(scope="module")
+def student_example(tmp_path_factory):
+    """The names that the example of a student leaves, and its folder."""
+    folder = tmp_path_factory.mktemp("student")
+    with contextlib.chdir(folder):
+        return runpy.run_path(str(EXAMPLES / "student.py")), folder
+
+
+def test_the_student_example_beats_euler(student_example):
+    names, folder = student_example
+    assert names["ours"] < 0.25 * names["euler"]
+    assert int(names["state"].queries) == 600 * 2 * 4  # steps, segments, queries
+    assert not list(folder.iterdir())
+
+
+def test_the_teacher_of_the_student_example_is_the_velocity_of_its_data(student_example):
+    names, _ = student_example
+
+    def log_density(x, t):
+        variance = ((1 - t) * names["STD"]) ** 2 + t**2
+        away = x - (1 - t) * names["corners"]
+        return jax.nn.logsumexp(-(away**2).sum(-1) / (2 * variance))
+
+    x = jax.random.normal(jax.random.key(0), (50, 2))
+    t = jax.random.uniform(jax.random.key(1), (50,), minval=0.1, maxval=0.9)
+    noise = -t[:, None] * jax.vmap(jax.grad(log_density))(x, t)
+    data = (x - t[:, None] * noise) / (1 - t[:, None])
+    made = names["teacher"]((), x, t, np.zeros(50, np.int32))
+    np.testing.assert_allclose(made, noise - data, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 """Flow runs from the command line, small: teacher, students, artefacts, resumption, bad input."""
 
 import json
+import runpy
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from jaxdistill import config as configs
@@ -15,6 +18,7 @@ from jaxdistill.nn import lora
 
 POINTS = "flow:dataset=soft4,smoke"
 IMAGES = "flow:dataset=digits,smoke"
+EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
 ALL = f"--config.eval.baselines={tuple(s for s in flow_build.STUDENTS if s != 'arcflow')}"
 
 
@@ -75,6 +79,20 @@ def test_images_have_all_the_measures(images):
     leaves = {"/".join(k) for k in _paths(trained["trunk"])}
     layers = [f"{room}/{name}" for room in ("blocks", "condition") for name in ("up", "down")]
     assert leaves == {f"{layer}/lora_{x}" for layer in layers for x in "ab"}
+
+
+@pytest.mark.parametrize("kind", ["points", "images"])
+def test_the_example_of_the_documentation_samples_from_what_a_run_left(kind, request, monkeypatch):
+    workdir = request.getfixturevalue(kind)
+    monkeypatch.chdir(workdir)
+    names = runpy.run_path(str(EXAMPLES / "use_student.py"))
+    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    setup = flow_train.Setup(config, "", workdir, names["problem"])
+    frozen, students = {"teacher": names["teacher"]}, {"arcflow": names["trained"]}
+    rows = flow_eval._generators(setup, frozen, students)
+    wanted = rows["arcflow, 2"].sample(names["noise"], names["label"])
+    assert np.isfinite(wanted).all()
+    np.testing.assert_allclose(names["examples"], wanted, rtol=1e-4, atol=1e-5)
 
 
 def _paths(tree, prefix=()):
