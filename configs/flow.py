@@ -126,7 +126,7 @@ def get_config(argument=None):
 
     config.eval = ml_collections.ConfigDict()
     config.eval.baselines = ("linear",)
-    config.eval.calls = (2,)  # of the students; others than method.calls show how elastic they are
+    config.eval.calls = (arg["calls"],)  # of the students; others show how elastic they are
     config.eval.teacher_calls = (2, 4, 8, 16, 100)
     config.eval.examples = 8192 if points else (10_000 if dataset != "digits" else 1000)
     config.eval.paired = 8192 if points else 1000  # examples with the reference's noise

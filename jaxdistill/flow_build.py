@@ -250,6 +250,12 @@ def init_network(module: Any, problem: Problem, key: Array) -> PyTree:
     return module.init(key, x, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
 
 
+def teacher_shapes(config: ml_collections.ConfigDict, problem: Problem) -> PyTree:
+    """What the teacher's parameters look like."""
+    init = functools.partial(init_network, network(config, problem), problem)
+    return jax.eval_shape(init, jax.random.key(0))
+
+
 def teacher_method(config: ml_collections.ConfigDict, problem: Problem) -> Method:
     """The training of the teacher."""
     module, teacher = network(config, problem), config.teacher

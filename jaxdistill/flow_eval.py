@@ -62,7 +62,7 @@ def evaluate(setup: Any, frozen: PyTree, students: Mapping[str, PyTree]) -> list
     """
     config, problem = setup.config, setup.problem
     generators = _generators(setup, frozen, students)
-    protocol = build.digest([config.eval.to_dict(), config.data.holdout_per_class])
+    protocol = _protocol(config)
     path = setup.workdir / "results.json"
     measured = _read(path, protocol)
     if processes.is_first():
@@ -79,6 +79,7 @@ def evaluate(setup: Any, frozen: PyTree, students: Mapping[str, PyTree]) -> list
                 write_files({path: functools.partial(dump, _record(protocol, measured))})
                 bar.update(done + 1, {k: v for k, v in measured[name].items() if k != "calls"})
             bar.close()
+        if missing or not (setup.workdir / "artifacts" / "samples.png").is_file():
             _draw(setup, frozen, students, generators)
         rows = {name: measured[name] for name in generators}
         print(f"{problem.name}: {config.eval.examples} examples a row, one seed")
@@ -96,6 +97,13 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         cells = ["–" if values.get(c) is None else f"{values[c]:.4g}" for c in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _protocol(config) -> str:
+    """Identifies what decides a row beside its generator."""
+    names = ("examples", "paired", "reference_steps", "judge_epochs")
+    same = {name: config.eval[name] for name in names}
+    return build.digest([same, max(config.eval.teacher_calls), config.data.holdout_per_class])
 
 
 def _read(path: Path, protocol: str) -> dict[str, dict]:
@@ -171,6 +179,7 @@ def generate(setup: Any, generator: Generator, number: int, stream: int) -> np.n
 
 
 def _timed(setup: Any, generator: Generator, number: int, stream: int) -> tuple[np.ndarray, dict]:
+    generate(setup, generator, 1, stream)  # compiles
     began = time.perf_counter(), time.process_time()
     made = generate(setup, generator, number, stream)
     return made, {

@@ -4,7 +4,6 @@
 config. Every stage finds what an earlier start left in the workdir and goes on from there.
 """
 
-import functools
 import os
 import time
 from pathlib import Path
@@ -101,8 +100,10 @@ def set_up(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -
     workdir, settings = Path(workdir), build.plain(config)
     run_folder.check(workdir, settings, flow_build.identity)
     problem = flow_build.load_problem(config)
-    for name in build.rows(config):
-        flow_build.build_method(config, problem, name)  # says what is wrong before anything is run
+    shapes = flow_build.teacher_shapes(config, problem)
+    for name in build.rows(config):  # what is wrong is said before anything is run
+        _, student = flow_build.build_method(config, problem, name)
+        jax.eval_shape(student.init, jax.random.key(0), {"teacher": shapes})
     run_folder.make(workdir, settings)
     return Setup(config, build.digest(flow_build.identity(settings)), workdir, problem)
 
@@ -142,10 +143,6 @@ def _run(setup: Setup, name: str, method: Method, folder: Path, steps: int, froz
 def _teacher(setup: Setup) -> tuple[PyTree, str]:
     """The teacher's parameters, read or trained first, and their checksum."""
     config, problem = setup.config, setup.problem
-    module = flow_build.network(config, problem)
-    shapes = jax.eval_shape(
-        functools.partial(flow_build.init_network, module, problem), jax.random.key(0)
-    )
     folder = Path(config.teacher.dir) if config.teacher.dir else setup.workdir / "teacher"
     done = (folder / "teacher.safetensors").is_file()
     processes.wait("the teacher is looked for")
@@ -161,6 +158,7 @@ def _teacher(setup: Setup) -> tuple[PyTree, str]:
             weights.save(folder, "teacher", params, _card(setup, "teacher", cost))
         processes.wait("the teacher is trained")
     params, card = weights.load(folder, "teacher")
+    shapes = flow_build.teacher_shapes(config, problem)
     weights.check_shapes(f"{folder / 'teacher.safetensors'}", params, shapes)
     return params, card["sha256"]
 

@@ -122,9 +122,7 @@ def _flow(config, devices) -> _Parts:
             "only students that start from noise can be compiled or exported; "
             "set method.from_data=False and take no progressive distillation"
         )
-    module = flow_build.network(config, problem)
-    init = functools.partial(flow_build.init_network, module, problem)
-    frozen = {"teacher": jax.eval_shape(init, jax.random.key(0))}
+    frozen = {"teacher": flow_build.teacher_shapes(config, problem)}
     return _Parts(method, (), frozen, make_mesh(devices))
 
 

@@ -281,7 +281,7 @@ def student_method(
         )
         total = state.queries + queries.sum().astype(jnp.int32)
         metrics = {"loss": losses.sum(), "grad_norm": optax.tree.norm(grads)}
-        metrics["queries"] = total.astype(jnp.float32)
+        metrics["queries"] = queries.sum().astype(jnp.float32)
         return StudentState(trainable, opt, average, state.step + 1, total), metrics
 
     return Method(init, step, lambda state: state.average, source.batches)

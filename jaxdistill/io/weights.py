@@ -42,16 +42,14 @@ def save(
     name: str,
     params: PyTree,
     card: Mapping[str, Any],
-    pictures: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes parameters, their card and pictures, each whole or not at all.
+    """Writes parameters and their card, each whole or not at all.
 
     Args:
         folder: Made if missing.
         name: Of the files.
         params: Nested dictionaries of arrays.
         card: What JSON can hold; `format`, `sha256` and `parameters` are added.
-        pictures: File name -> function that writes to an open file.
 
     Raises:
         InputError: If the files cannot be written.
@@ -68,11 +66,14 @@ def save(
     def write(file: BinaryIO) -> None:
         file.write(content)
 
-    files = {folder / f"{name}.safetensors": write}
-    files |= {folder / file: draw for file, draw in (pictures or {}).items()}
+    # The parameters come last: where they are, the card is.
+    files = {
+        folder / f"{name}.json": functools.partial(dump, card),
+        folder / f"{name}.safetensors": write,
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_files(files | {folder / f"{name}.json": functools.partial(dump, card)})
+        write_files(files)
     except OSError as error:
         raise InputError(f"cannot write {name} to {folder}: {error.strerror or error}") from error
 
