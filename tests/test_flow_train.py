@@ -121,7 +121,7 @@ def test_stopped_anywhere_it_ends_the_same(points, tmp_path):
     configs.override(config, "eval.calls", "(1,2)")
     for _ in range(60):
         try:
-            flow_train.train(config, workdir, lambda: numbers.random() < 0.25)
+            flow_train.train(config, workdir, lambda: numbers.random() < 0.1)
             break
         except Interrupted:
             stops += 1
