@@ -86,7 +86,7 @@ def table(records: list[dict]) -> str:
     for record in records:
         for row in record["rows"]:
             name = row["row"]
-            teacher = name.startswith("teacher")
+            teacher = name.startswith(("teacher", "real"))
             if teacher and record["variant"]:
                 continue
             if not teacher:
@@ -94,7 +94,7 @@ def table(records: list[dict]) -> str:
                 name = f"{student}{', ' if record['variant'] else ''}{record['variant']}, {calls}"
                 cost = record["costs"][student]
                 row = row | {
-                    "train CPU s": cost["cpu_seconds"],
+                    "train CPU s": None if cost.get("resumed") else cost["cpu_seconds"],
                     "teacher queries": cost["teacher_queries"],
                 }
             if not teacher or record["seed"] == 0:  # all follow the same

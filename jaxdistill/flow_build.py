@@ -4,6 +4,7 @@ The counterpart of `jaxdistill.build`, which does this for data-set distillation
 """
 
 import functools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ from jaxdistill.flow.students import (
     from_noise,
 )
 from jaxdistill.flow.targets import TARGETS, Target
+from jaxdistill.interrupt import ShouldStop, never
 from jaxdistill.method import Batch, BatchSpec, Method
 from jaxdistill.nn import lora
 from jaxdistill.nn.dit import DiT
@@ -49,10 +51,23 @@ STUDENTS = (
     "progressive",
 )
 NETWORKS = ("dit", "unet", "mlp")
+_DTYPES = ("float32", "bfloat16")
 # Shape and classes of what no data set here holds: latents of images of 256 and 1024 pixels.
 _LATENTS = {"latents_imagenet": ((32, 32, 4), 1000), "latents_1mp": ((128, 128, 16), 0)}
 _RANGES = {
     "shift": (1e-3, 1e3),
+    "teacher.rate": (0, 1e3),
+    "teacher.decay": (0, 1),
+    "method.rate": (0, 1e3),
+    "method.gamma_rate": (0, 1e3),
+    "method.rate_decay": (0, 1),
+    "method.alpha": (0, 1e6),
+    "method.clip": (1e-6, 1e12),
+    "method.ema_power": (0, 1e3),
+    "method.last": (1e-3, 1),
+    "method.window": (0, 0.99),
+    "method.drop": (0, 0.99),
+    "method.first_calls": (2, 10**6),
     "model.patch": (1, 256),
     "model.width": (4, 2**16),
     "model.depth": (1, 1000),
@@ -79,6 +94,24 @@ _RANGES = {
     "eval.reference_steps": (2, 10**6),
     "eval.judge_epochs": (1, 10**6),
 }
+
+
+class Setup(NamedTuple):
+    """What the stages share.
+
+    Attributes:
+        config: The resolved config.
+        hash: Identifies it.
+        workdir: Where everything goes.
+        problem: What flows.
+        should_stop: Asked by everything that takes long.
+    """
+
+    config: ml_collections.ConfigDict
+    hash: str
+    workdir: Path
+    problem: "Problem"
+    should_stop: ShouldStop = never
 
 
 class Problem(NamedTuple):
@@ -142,12 +175,47 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"unknown backend {config.parallel.backend!r}; choose from {', '.join(BACKENDS)}"
         )
     calls = (*config.eval.calls, *config.eval.teacher_calls, *config.method.elastic)
-    if not config.eval.calls or min(calls) < 1:
-        raise InputError("eval.calls, eval.teacher_calls and method.elastic are at least 1 each")
+    if not config.eval.calls or not all(isinstance(n, int) and n >= 1 for n in calls):
+        raise InputError(
+            "eval.calls, eval.teacher_calls and method.elastic are whole numbers, at least 1 each"
+        )
+    if config.data.placement not in build.PLACEMENTS:
+        raise InputError(
+            f"data.placement is {config.data.placement!r}; choose {' or '.join(build.PLACEMENTS)}"
+        )
+    for name in ("dtype", "param_dtype"):
+        if config.model[name] not in _DTYPES:
+            raise InputError(
+                f"model.{name} is {config.model[name]!r}; choose {' or '.join(_DTYPES)}"
+            )
+    spread = config.method.log_gamma
+    if len(spread) != 2 or not all(isinstance(x, int | float) for x in spread):
+        raise InputError(f"method.log_gamma is {tuple(spread)}; give the lowest and the highest")
+    _check_method(config)
     if config.teacher.guidance != 1.0 and not config.teacher.label_drop:
         raise InputError(
             f"teacher.guidance={config.teacher.guidance} needs a teacher that knows the null "
             "label; set teacher.label_drop above 0"
+        )
+
+
+def _check_method(config) -> None:
+    """Refuses settings of the method that exclude each other."""
+    method = config.method
+    several = bool(method.elastic)
+    if several and (method.from_data or method.unit == "step"):
+        raise InputError(
+            "method.elastic goes with segments from noise, and with gammas of a unit of time: one "
+            "output serves segments of several lengths; set from_data=False and unit=time"
+        )
+    if method.last != 1.0 and (several or "progressive" in build.rows(config)):
+        raise InputError(
+            f"method.last={method.last}: elastic and progressive students have even segments; set "
+            "method.last=1.0"
+        )
+    if config.model.network == "unet" and method.rank:
+        raise InputError(
+            "adapters go on dense layers, and a UNet does its work in others; set method.rank=0"
         )
 
 
@@ -347,14 +415,15 @@ def modes_of(config: ml_collections.ConfigDict, name: str) -> int:
     return config.method.modes if name in ("arcflow", "straight", "gaussian") else 1
 
 
-def student_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+def student_optimizer(
+    config: ml_collections.ConfigDict, steps: int
+) -> optax.GradientTransformation:
     """AdamW after clipping; the layer of the gammas, which is stiff, at a rate of its own."""
     method = config.method
 
     def adam(rate):
-        warmup = min(method.warmup, config.run.steps // 2)
         schedule = optax.warmup_cosine_decay_schedule(
-            1e-3 * rate, rate, warmup, config.run.steps, rate * method.rate_decay
+            1e-3 * rate, rate, _warmup(config, steps), steps, rate * method.rate_decay
         )
         return optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0)
 
@@ -378,6 +447,11 @@ def student_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransf
 _PLAIN, _SLOW = "plain", "gammas"
 
 
+def _warmup(config, steps: int) -> int:
+    """Steps in which the rate rises, and after which the moving average begins."""
+    return min(config.method.warmup, steps // 2)
+
+
 def build_method(
     config: ml_collections.ConfigDict, problem: Problem, name: str
 ) -> tuple[Method, Student]:
@@ -387,9 +461,16 @@ def build_method(
         InputError: If the settings do not go together.
     """
     method = config.method
-    made, (teacher, _) = student(config, problem, name), teacher_velocity(config, problem)
-    tx = student_optimizer(config)
-    options = {"shift": config.shift, "ema_power": method.ema_power, "ema_from": method.warmup}
+    made, (teacher, per_query) = student(config, problem, name), teacher_velocity(config, problem)
+    steps = config.run.steps
+    if name == "progressive":  # the rate falls in each round anew
+        steps = -(-steps // max((method.first_calls // method.calls).bit_length() - 1, 1))
+    tx = student_optimizer(config, steps)
+    options = {
+        "shift": config.shift,
+        "ema_power": method.ema_power,
+        "ema_from": _warmup(config, steps),
+    }
     if name == "progressive":
         built = progressive(
             made,
@@ -400,6 +481,7 @@ def build_method(
             steps=config.run.steps,
             calls=method.calls,
             first_calls=method.first_calls,
+            teacher_calls=per_query,
             **options,
         )
         return _placed(config, built), made
@@ -417,7 +499,6 @@ def build_method(
             made,
             teacher,
             tx,
-            modes=modes_of(config, name),
             queries=method.queries,
             window=method.window,
             teacher_steps=int(method.teacher_share * config.run.steps),

@@ -25,6 +25,7 @@ from jaxdistill.eval import generative, train_on
 from jaxdistill.flow import samplers
 from jaxdistill.flow.paths import boundaries, shifted
 from jaxdistill.flow.students import sample
+from jaxdistill.flow_build import Setup
 from jaxdistill.io import artifact, pictures
 from jaxdistill.io.files import dump, write_files
 from jaxdistill.io.writers import Progress
@@ -32,6 +33,7 @@ from jaxdistill.nn.judge import Judge
 from jaxdistill.parallel import processes
 
 _SHOWN = 20  # examples of each row in the picture
+_REAL = "real, training images"
 
 
 class Generator(NamedTuple):
@@ -46,13 +48,18 @@ class Generator(NamedTuple):
     calls: int
 
 
-def evaluate(setup: Any, frozen: PyTree, students: Mapping[str, PyTree]) -> list[dict]:
+def evaluate(
+    setup: Setup, frozen: PyTree, students: Mapping[str, PyTree], teacher_hash: str
+) -> list[dict]:
     """Measures every row that is not measured yet, draws the pictures and prints the table.
 
+    Of several processes the first does it.
+
     Args:
-        setup: Of `flow_train`.
+        setup: What the stages share.
         frozen: What the students' methods were given.
         students: Name -> what it has learned.
+        teacher_hash: Of the teacher that they follow.
 
     Returns:
         A record for each row.
@@ -61,37 +68,49 @@ def evaluate(setup: Any, frozen: PyTree, students: Mapping[str, PyTree]) -> list
         Interrupted: If it is stopped; what is measured by then is kept.
     """
     config, problem = setup.config, setup.problem
+    frozen, students = jax.device_put((frozen, students))
     generators = _generators(setup, frozen, students)
-    protocol = _protocol(config)
-    path = setup.workdir / "results.json"
+    path, protocol = setup.workdir / "results.json", _protocol(config, teacher_hash)
     measured = _read(path, protocol)
-    if processes.is_first():
-        missing = [name for name in generators if name not in measured]
-        if missing:
-            measure = (_Points if problem.target is not None else _Images)(setup, frozen)
-            bar = Progress(len(missing), 0, "evaluating")
-            for done, name in enumerate(missing):
-                if setup.should_stop():
-                    raise Interrupted(
-                        f"stopped while evaluating; {done} of {len(missing)} rows are measured"
-                    )
-                measured[name] = measure.row(generators[name])
-                write_files({path: functools.partial(dump, _record(protocol, measured))})
-                bar.update(done + 1, {k: v for k, v in measured[name].items() if k != "calls"})
-            bar.close()
-        if missing or not (setup.workdir / "artifacts" / "samples.png").is_file():
-            _draw(setup, frozen, students, generators)
-        rows = {name: measured[name] for name in generators}
-        print(f"{problem.name}: {config.eval.examples} examples a row, one seed")
-        print(table(rows))
-    processes.wait("results are written")
-    rows = _read(path, protocol)
-    return [{"row": name} | rows[name] for name in generators]
+    names = list(generators) if problem.target is not None else [_REAL, *generators]
+    missing = [name for name in names if name not in measured]
+    # In all processes, each of which waits for the others in it.
+    judge = _judge(setup) if missing and problem.target is None else None
+    failure = None
+    try:
+        if processes.is_first():
+            if missing:
+                measure = _Points(setup, frozen) if judge is None else _Images(setup, frozen, judge)
+                _measure(setup, measure, generators, missing, measured, path, protocol)
+            if missing or not (setup.workdir / "artifacts" / "samples.png").is_file():
+                _draw(setup, frozen, students, generators)
+            print(f"{problem.name}: {config.eval.examples} examples a row, one seed")
+            print(table({name: measured[name] for name in names}))
+    except (InputError, Interrupted, OSError) as error:
+        failure = error
+    # The others wait here, and must not for ever.
+    if processes.any_says(failure is not None):
+        raise failure or Interrupted("the evaluation in the first process ended")
+    measured = _read(path, protocol)
+    return [{"row": name} | measured[name] for name in names]
+
+
+def _measure(setup, measure, generators, missing, measured, path, protocol) -> None:
+    bar = Progress(len(missing), 0, "evaluating")
+    for done, name in enumerate(missing):
+        if setup.should_stop():
+            raise Interrupted(
+                f"stopped while evaluating; {done} of {len(missing)} rows are measured"
+            )
+        measured[name] = measure.real() if name == _REAL else measure.row(generators[name])
+        write_files({path: functools.partial(dump, {"protocol": protocol, "rows": measured})})
+        bar.update(done + 1, {k: v for k, v in measured[name].items() if k != "calls" and v})
+    bar.close()
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown of the rows, with the columns of the first."""
-    columns = list(next(iter(rows.values())))
+    """Markdown of the rows, with the columns of all."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [f"| row | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, values in rows.items():
         cells = ["–" if values.get(c) is None else f"{values[c]:.4g}" for c in columns]
@@ -99,11 +118,11 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _protocol(config) -> str:
+def _protocol(config, teacher_hash: str) -> str:
     """Identifies what decides a row beside its generator."""
     names = ("examples", "paired", "reference_steps", "judge_epochs")
     same = {name: config.eval[name] for name in names}
-    return build.digest([same, max(config.eval.teacher_calls), config.data.holdout_per_class])
+    return build.digest([same, teacher_hash, config.data.holdout_per_class])
 
 
 def _read(path: Path, protocol: str) -> dict[str, dict]:
@@ -116,14 +135,12 @@ def _read(path: Path, protocol: str) -> dict[str, dict]:
         raise InputError(f"{path} is not a table of results ({error}); delete it") from error
 
 
-def _record(protocol: str, rows: dict) -> dict:
-    return {"protocol": protocol, "rows": rows}
-
-
 # ---------------------------------------------------------------------------- rows
 
 
-def _generators(setup: Any, frozen: PyTree, students: Mapping[str, PyTree]) -> dict[str, Generator]:
+def _generators(
+    setup: Setup, frozen: PyTree, students: Mapping[str, PyTree]
+) -> dict[str, Generator]:
     config, problem = setup.config, setup.problem
     rows = {}
     for calls in config.eval.teacher_calls:
@@ -146,7 +163,7 @@ def _generators(setup: Any, frozen: PyTree, students: Mapping[str, PyTree]) -> d
     return rows
 
 
-def teacher_sampler(setup: Any, frozen: PyTree, name: str, steps: int) -> Generator:
+def teacher_sampler(setup: Setup, frozen: PyTree, name: str, steps: int) -> Generator:
     """The teacher under a sampler with some steps, even in raw time."""
     velocity, calls = flow_build.teacher_velocity(setup.config, setup.problem)
     sampler, per_step = samplers.SAMPLERS[name]
@@ -159,14 +176,14 @@ def teacher_sampler(setup: Any, frozen: PyTree, name: str, steps: int) -> Genera
     return Generator(functools.partial(run, frozen), steps * per_step * calls)
 
 
-def _noise(setup: Any, number: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
+def _noise(setup: Setup, number: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
     """Noise and labels that every row starts from, the classes one after another."""
     key = jax.random.fold_in(jax.random.key(0), stream)
     noise = jax.random.normal(key, (number, *setup.problem.shape))
     return np.asarray(noise), np.arange(number, dtype=np.int32) % max(setup.problem.num_classes, 1)
 
 
-def generate(setup: Any, generator: Generator, number: int, stream: int) -> np.ndarray:
+def generate(setup: Setup, generator: Generator, number: int, stream: int) -> np.ndarray:
     """Examples of a row, in batches of one shape, so that each row is compiled once."""
     noise, label = _noise(setup, number, stream)
     size, parts = setup.config.eval.batch, []
@@ -178,7 +195,7 @@ def generate(setup: Any, generator: Generator, number: int, stream: int) -> np.n
     return np.concatenate(parts)[:number]
 
 
-def _timed(setup: Any, generator: Generator, number: int, stream: int) -> tuple[np.ndarray, dict]:
+def _timed(setup: Setup, generator: Generator, number: int, stream: int) -> tuple[np.ndarray, dict]:
     generate(setup, generator, 1, stream)  # compiles
     began = time.perf_counter(), time.process_time()
     made = generate(setup, generator, number, stream)
@@ -188,13 +205,14 @@ def _timed(setup: Any, generator: Generator, number: int, stream: int) -> tuple[
     }
 
 
-_MAIN, _OTHER, _PAIRED = 1, 2, 3  # streams of noise
+# Streams of noise, far from the numbers that splitting a key folds into it.
+_MAIN, _OTHER, _PAIRED = 0x6D61696E, 0x6F746865, 0x70616972
 
 
 class _Points:
     """Points in the plane: against the ends of the teacher's exact paths, and the law itself."""
 
-    def __init__(self, setup: Any, frozen: PyTree):
+    def __init__(self, setup: Setup, frozen: PyTree):
         config = setup.config
         self.setup = setup
         reference = teacher_sampler(setup, frozen, "rk4", config.eval.reference_steps)
@@ -218,52 +236,61 @@ class _Points:
         }
 
 
+def _judge(setup: Setup) -> Callable[[Any], tuple[Any, Any]]:
+    """Images in [0, 1] to features and logits, by a classifier trained on the real ones."""
+    config, data = setup.config, setup.problem.dataset
+    module, prepare = Judge(data.num_classes), normalizer(data.mean, data.std)
+    blank = jnp.zeros((1, *data.image_shape))
+    network = train_on.Network(
+        lambda key: module.init(key, blank)["params"],
+        lambda params, x: module.apply({"params": params}, x),
+    )
+    protocol = train_on.Protocol(
+        config.eval.judge_epochs, 128, 0.05, strategy="none", decay_at=(0.6,)
+    )
+    many = pool.load_or_train(
+        Path(config.eval.judge_dir) if config.eval.judge_dir else setup.workdir / "judge",
+        1,
+        network,
+        data,
+        prepare=prepare,
+        protocol=protocol,
+        chunk=128,
+        identity=build.digest([*protocol, data.fingerprint()]),
+        should_stop=setup.should_stop,
+    )
+
+    @jax.jit
+    def judge(params, images):
+        features = module.apply({"params": params}, prepare(images), method="features")
+        return features, module.apply({"params": params}, features, method="classify")
+
+    return functools.partial(judge, jax.tree.map(lambda x: x[0], many["trained"]))
+
+
 class _Images:
-    """Images: by features of a classifier trained on the real ones."""
+    """Images: by the features of a judge."""
 
-    def __init__(self, setup: Any, frozen: PyTree):
-        config, data = setup.config, setup.problem.dataset
-        self.setup, self.data = setup, data
-        self.prepare = normalizer(data.mean, data.std)
-        module = Judge(data.num_classes)
-        blank = jnp.zeros((1, *data.image_shape))
-        network = train_on.Network(
-            lambda key: module.init(key, blank)["params"],
-            lambda params, x: module.apply({"params": params}, x),
-        )
-        protocol = train_on.Protocol(
-            config.eval.judge_epochs, 128, 0.05, strategy="none", decay_at=(0.6,)
-        )
-        many = pool.load_or_train(
-            Path(config.eval.judge_dir) if config.eval.judge_dir else setup.workdir / "judge",
-            1,
-            network,
-            data,
-            prepare=self.prepare,
-            protocol=protocol,
-            chunk=128,
-            identity=build.digest([*protocol, data.fingerprint()]),
-            should_stop=setup.should_stop,
-        )
-        params = jax.tree.map(lambda x: x[0], many["trained"])
-
-        @jax.jit
-        def judge(params, images):
-            features = module.apply({"params": params}, self.prepare(images), method="features")
-            return features, module.apply({"params": params}, features, method="classify")
-
-        self.judge = functools.partial(judge, params)
-        self.real, _ = self.judged(data.test.images[: config.eval.examples])
-        self.real_labels = data.test.labels[: config.eval.examples]
-        self.real_moments = generative.moments(self.real)
-        self.real_diversity = generative.diversity(self.real, self.real_labels)
-        self.train = self.judged(data.train.images[: config.eval.examples])
-        calls = max(config.eval.teacher_calls)
-        teacher = teacher_sampler(setup, frozen, "euler", calls)
-        other = generate(setup, teacher, config.eval.examples, _OTHER)
+    def __init__(self, setup: Setup, frozen: PyTree, judge: Callable):
+        config, data = setup.config.eval, setup.problem.dataset
+        self.setup, self.judge = setup, judge
+        # Test images may lie class by class, and only some are used.
+        order = np.random.default_rng(0).permutation(len(data.test.labels))[: config.examples]
+        self.labels = data.test.labels[order]
+        self.features, _ = self.judged(data.test.images[order])
+        self.moments = generative.moments(self.features)
+        self.diversity = generative.diversity(self.features, self.labels)
+        # The training images as the nearest ones are looked for among, and a part as a row.
+        order = np.random.default_rng(1).permutation(len(data.train.labels))
+        self.train = data.train.images[order], data.train.labels[order]
+        self.test_distances = self._nearest(data.test.images[: config.paired] / np.float32(255))
+        reference = teacher_sampler(setup, frozen, "heun", config.reference_steps)
+        other = generate(setup, reference, config.examples, _OTHER)
         self.teacher_moments = generative.moments(self.judged(pixels(other))[0])
-        reference = teacher_sampler(setup, frozen, "heun", config.eval.reference_steps)
-        self.ends = generate(setup, reference, config.eval.paired, _PAIRED)
+        self.ends = generate(setup, reference, config.paired, _PAIRED)
+
+    def _nearest(self, images: np.ndarray) -> np.ndarray:
+        return generative.nearest(images, self.train[0] / np.float32(255))
 
     def judged(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Features and logits."""
@@ -274,25 +301,38 @@ class _Images:
             parts.append(jax.device_get(self.judge(images[index])))
         return tuple(np.concatenate(x)[: len(images)] for x in zip(*parts, strict=True))
 
+    def real(self) -> dict:
+        """Training images in the place of generated ones: what no generator can beat by much."""
+        number = self.setup.config.eval.examples
+        images, labels = (x[:number] for x in self.train)
+        return {"calls": 0, **self._against(images, labels), "endpoint RMSE": None}
+
     def row(self, generator: Generator) -> dict:
         config = self.setup.config.eval
         made, cost = _timed(self.setup, generator, config.examples, _MAIN)
-        features, logits = self.judged(pixels(made))
         labels = _noise(self.setup, config.examples, _MAIN)[1]
-        moments = generative.moments(features)
-        some = min(config.examples, 5000)
-        support = generative.precision_recall(self.real[:some], features[:some])
         paired = generate(self.setup, generator, config.paired, _PAIRED)
+        distances = self._nearest(pixels(made[: config.paired]))
         return {
             "calls": generator.calls,
-            "FD to data": generative.frechet(moments, self.real_moments),
+            **self._against(pixels(made), labels),
+            "endpoint RMSE": generative.endpoint_rmse(paired, self.ends),
+            "copies": generative.leakage(distances, self.test_distances).copies,
+            **cost,
+        }
+
+    def _against(self, images: np.ndarray, labels: np.ndarray) -> dict:
+        features, logits = self.judged(images)
+        moments = generative.moments(features)
+        some = min(len(features), len(self.features), 5000)
+        support = generative.precision_recall(self.features[:some], features[:some])
+        return {
+            "FD to data": generative.frechet(moments, self.moments),
             "FD to teacher": generative.frechet(moments, self.teacher_moments),
             "precision": support.precision,
             "recall": support.recall,
             "class accuracy": generative.class_accuracy(logits, labels),
-            "diversity": generative.diversity(features, labels) / self.real_diversity,
-            "endpoint RMSE": generative.endpoint_rmse(paired, self.ends),
-            **cost,
+            "diversity": generative.diversity(features, labels) / self.diversity,
         }
 
 
@@ -304,7 +344,7 @@ def pixels(examples: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------- pictures
 
 
-def _draw(setup: Any, frozen: PyTree, students: Mapping[str, PyTree], generators: dict) -> None:
+def _draw(setup: Setup, frozen: PyTree, students: Mapping[str, PyTree], generators: dict) -> None:
     """Samples of all rows from the same noise, and for points the ways there."""
     folder = setup.workdir / "artifacts"
     few = {name: g for name, g in generators.items() if "midpoint" not in name}
@@ -323,23 +363,22 @@ def _draw(setup: Any, frozen: PyTree, students: Mapping[str, PyTree], generators
     _write(folder / "samples.png", picture)
 
 
-def trajectories(setup: Any, frozen: PyTree, trained: PyTree, student: Any) -> dict:
+def trajectories(setup: Setup, frozen: PyTree, trained: PyTree, student: Any) -> dict:
     """The ways of some points under the teacher and under a student, (times, points, 2)."""
     noise, label = (jnp.asarray(x) for x in _noise(setup, 40, _MAIN))
     config, parts = setup.config, 16
     velocity, _ = flow_build.teacher_velocity(config, setup.problem)
     raw = np.asarray(boundaries(config.method.calls, config.method.last))
     teacher, own, x, y = [noise], [noise], noise, noise
+    at = functools.partial(jnp.full, len(noise))
     for start, end in itertools.pairwise(raw):
         fine = shifted(jnp.linspace(start, end, parts + 1), config.shift)
-        at = lambda t: jnp.full(len(noise), t)  # noqa: E731
         outputs = student.apply(trained, frozen, y, at(fine[0]), label)
         field = student.policy.begin(outputs, y, at(fine[0]), at(fine[-1]))
         own += [student.policy.transition(field, y, at(fine[0]), at(t)) for t in fine[1:]]
         y = own[-1]
         for pair in itertools.pairwise(fine):
-            u = lambda x, t: velocity(frozen, x, t, label)  # noqa: E731
-            x = samplers.rk4(u, x, jnp.stack(pair))
+            x = samplers.rk4(lambda x, t: velocity(frozen, x, t, label), x, jnp.stack(pair))
             teacher.append(x)
     both = {"teacher": teacher, f"student, {config.method.calls} calls": own}
     return {name: np.stack(way).reshape(len(way), -1, 2) for name, way in both.items()}

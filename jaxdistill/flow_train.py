@@ -7,7 +7,6 @@ config. Every stage finds what an earlier start left in the workdir and goes on 
 import os
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -15,31 +14,13 @@ from jaxtyping import PyTree
 
 from jaxdistill import build, flow_build, flow_eval, run_folder, runner
 from jaxdistill.errors import InputError
-from jaxdistill.flow_build import Problem
+from jaxdistill.flow_build import Setup
 from jaxdistill.interrupt import ShouldStop, never
-from jaxdistill.io import weights
+from jaxdistill.io import checkpoint, weights
 from jaxdistill.method import Method
 from jaxdistill.nn import lora
 from jaxdistill.parallel import processes
 from jaxdistill.parallel.mesh import make_mesh
-
-
-class Setup(NamedTuple):
-    """What the stages share.
-
-    Attributes:
-        config: The resolved config.
-        hash: Identifies it.
-        workdir: Where everything goes.
-        problem: What flows.
-        should_stop: Asked by everything that takes long.
-    """
-
-    config: ml_collections.ConfigDict
-    hash: str
-    workdir: Path
-    problem: Problem
-    should_stop: ShouldStop = never
 
 
 def train(
@@ -67,7 +48,7 @@ def train(
     teacher, teacher_hash = _teacher(setup)
     frozen = {"teacher": teacher}
     students = {n: _student(setup, n, frozen, teacher_hash) for n in build.rows(config)}
-    return flow_eval.evaluate(setup, frozen, students)
+    return flow_eval.evaluate(setup, frozen, students, teacher_hash)
 
 
 def evaluate(
@@ -75,7 +56,7 @@ def evaluate(
     workdir: str | os.PathLike[str],
     should_stop: ShouldStop = never,
 ) -> list[dict]:
-    """Judges what `train` left in the workdir; only what is not measured yet is run.
+    """Judges what `train` left in the workdir, and trains baselines that are asked for anew.
 
     Raises:
         InputError: If the workdir holds no student, or other settings than `eval` differ.
@@ -108,12 +89,16 @@ def set_up(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -
     return Setup(config, build.digest(flow_build.identity(settings)), workdir, problem)
 
 
-def _run(setup: Setup, name: str, method: Method, folder: Path, steps: int, frozen: PyTree):
+def _run(
+    setup: Setup, name: str, method: Method, folder: Path, steps: int, frozen: PyTree, identity: str
+) -> tuple[PyTree, dict]:
     """One run of the loop, and what it cost."""
     config, data = setup.config, ()
     if method.batches.kind == "uniform":
         split = setup.problem.dataset.train
         data = build.PLACEMENTS[config.data.placement](split, setup.problem.num_classes)
+    resumed = bool(checkpoint.newest_metadata(folder / "checkpoints"))
+    processes.wait(f"{name} is started")
     began = time.perf_counter(), time.process_time()
     state = runner.run(
         method,
@@ -126,7 +111,7 @@ def _run(setup: Setup, name: str, method: Method, folder: Path, steps: int, froz
         backend=config.parallel.backend,
         workdir=folder,
         checkpoint_every=config.run.checkpoint_every,
-        metadata={"config_hash": setup.hash, "method": name},
+        metadata={"config_hash": identity, "method": name},
         tensorboard=config.run.tensorboard,
         progress=name,
         should_stop=setup.should_stop,
@@ -134,7 +119,8 @@ def _run(setup: Setup, name: str, method: Method, folder: Path, steps: int, froz
     jax.block_until_ready(state)
     return state, {
         "steps": steps,
-        # Of this process: a run that went on after an interruption shows its last part.
+        # Of this start, compilation included: if resumed, of the last part alone.
+        "resumed": resumed,
         "wall_seconds": round(time.perf_counter() - began[0], 2),
         "cpu_seconds": round(time.process_time() - began[1], 2),
     }
@@ -151,8 +137,13 @@ def _teacher(setup: Setup) -> tuple[PyTree, str]:
             raise InputError(
                 f"{folder} holds no teacher.safetensors; leave teacher.dir out to train"
             )
+        if config.model.param_dtype != "float32":
+            raise InputError(
+                "a teacher is trained with model.param_dtype=float32, or its moving average would "
+                "stand still; give the folder of a trained one as teacher.dir"
+            )
         method = flow_build.teacher_method(config, problem)
-        state, cost = _run(setup, "teacher", method, folder, config.teacher.steps, ())
+        state, cost = _run(setup, "teacher", method, folder, config.teacher.steps, (), setup.hash)
         params = jax.tree.map(processes.whole, method.output(state))
         if processes.is_first():
             weights.save(folder, "teacher", params, _card(setup, "teacher", cost))
@@ -160,7 +151,31 @@ def _teacher(setup: Setup) -> tuple[PyTree, str]:
     params, card = weights.load(folder, "teacher")
     shapes = flow_build.teacher_shapes(config, problem)
     weights.check_shapes(f"{folder / 'teacher.safetensors'}", params, shapes)
+    _check_teacher(setup, folder, card)
     return params, card["sha256"]
+
+
+def _check_teacher(setup: Setup, folder: Path, card: dict) -> None:
+    """Refuses a teacher of other data or times: its parameters may fit all the same."""
+    try:
+        theirs = card["config"]
+        known = {
+            "data.name": theirs["data"]["name"],
+            "shift": theirs["shift"],
+            "model.network": theirs["model"]["network"],
+            "model.heads": theirs["model"]["heads"],
+            "teacher.label_drop": theirs["teacher"]["label_drop"],
+        }
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'teacher.json'} does not say how it was trained") from error
+    settings = build.plain(setup.config)
+    for path, value in known.items():
+        own = functools.reduce(lambda node, name: node[name], path.split("."), settings)
+        if own != value:
+            raise InputError(
+                f"the teacher in {folder} was trained with {path}={value}, this run has {own}; "
+                "use the same, or another teacher"
+            )
 
 
 def folder_of(setup: Setup, name: str) -> Path:
@@ -179,13 +194,18 @@ def _student(setup: Setup, name: str, frozen: PyTree, teacher_hash: str) -> PyTr
     shapes = jax.eval_shape(student.init, jax.random.key(0), frozen)
     if not done:
         trained, whole = lora.count(shapes), lora.count(frozen["teacher"])
-        head = lora.count(shapes["head"])
-        print(
-            f"{name}: {trained:,} of {whole + head:,} parameters are trained, "
-            f"{100 * trained / (whole + head):.1f} %"
-        )
-        state, cost = _run(setup, name, method, folder, config.run.steps, frozen)
-        cost |= {"trained_parameters": trained, "teacher_queries": _queries(setup, state, name)}
+        whole += lora.count(shapes["head"])
+        if processes.is_first():
+            share = f"{100 * trained / whole:.1f} %"
+            print(f"{name}: {trained:,} of {whole:,} parameters are trained, {share}")
+        # Half trained it goes on under the same teacher only.
+        identity = build.digest([setup.hash, teacher_hash])
+        state, cost = _run(setup, name, method, folder, config.run.steps, frozen, identity)
+        calls = 1  # which the progressive method knows itself
+        if name != "progressive":
+            calls = flow_build.teacher_velocity(config, setup.problem)[1]
+        queries = int(state.queries) * config.method.batch * calls
+        cost |= {"trained_parameters": trained, "teacher_queries": queries}
         card = _card(setup, name, cost) | {
             "calls": config.method.calls,
             "shift": config.shift,
@@ -202,12 +222,6 @@ def _student(setup: Setup, name: str, frozen: PyTree, teacher_hash: str) -> PyTr
     if card["teacher_sha256"] != teacher_hash:
         raise InputError(f"the student in {artifacts} is of another teacher; use another workdir")
     return params
-
-
-def _queries(setup: Setup, state: PyTree, name: str) -> int:
-    """Network calls of the teacher in all, as the program counted them for one example."""
-    calls = flow_build.teacher_velocity(setup.config, setup.problem)[1]
-    return int(state.queries) * setup.config.method.batch * calls
 
 
 def _card(setup: Setup, name: str, cost: dict) -> dict:

@@ -56,8 +56,8 @@ def make(workdir: Path, settings: dict) -> None:
         except OSError as error:
             raise InputError(f"cannot make the workdir {workdir}: {error.strerror}") from error
         for part in (workdir, *workdir.glob("baselines/*")):
-            remove_leftovers(part)
-            remove_leftovers(part / "artifacts")
+            for folder in (part, part / "artifacts", part / "teacher", part / "judge"):
+                remove_leftovers(folder)
         write_files(
             {
                 workdir / "config.json": functools.partial(dump, settings),

@@ -195,6 +195,15 @@ def test_a_student_starts_as_its_teacher(points):
         (POINTS, ["teacher.guidance=2.0"], "needs a teacher that knows the null"),
         (POINTS, ["teacher.label_drop=0.1"], "soft4 has no labels to drop"),
         (POINTS, ["model.network=dit"], r"model\.network=mlp goes with points"),
+        (POINTS, ["method.elastic=(1,2)", "method.from_data=True"], "elastic goes with segments"),
+        (POINTS, ["method.elastic=(1,2)", "method.unit=step"], "elastic goes with segments"),
+        (POINTS, ["method.elastic=(1,2)", "method.last=0.5"], "have even segments"),
+        (POINTS, ["method.log_gamma=(1.0,)"], "give the lowest and the highest"),
+        (POINTS, ["model.dtype=float33"], "choose float32 or bfloat16"),
+        (POINTS, ["data.placement=moon"], "choose resident or streamed"),
+        (POINTS, ["eval.calls=(2.5,)"], "whole numbers"),
+        (POINTS, ["method.clip=0.0"], r"method\.clip is 0"),
+        (IMAGES, ["model.network=unet"], "set method.rank=0"),
         (IMAGES, ["teacher.exact=True"], "exact velocity of digits is not known"),
         (IMAGES, ["model.patch=3"], "do not divide into patches of 3"),
         (IMAGES, ["model.width=30"], r"model\.width is 30; it must be a multiple of 4"),
@@ -210,6 +219,25 @@ def test_bad_input_is_told_in_one_line(spec, overrides, message, tmp_path):
         main.run([f"--config={spec}", f"--workdir={tmp_path / 'run'}", *args])
     assert "\n" not in str(caught.value)
     assert not list((tmp_path).rglob("*.safetensors"))
+
+
+def test_a_teacher_of_other_data_is_refused(points, tmp_path):
+    args = [f"--config.teacher.dir={points / 'teacher'}", f"--workdir={tmp_path / 'run'}"]
+    with pytest.raises(InputError, match=r"trained with data\.name=soft4, this run has ring8"):
+        main.run(["--config=flow:dataset=ring8,smoke", *args])
+
+
+def test_a_half_trained_student_goes_on_under_its_own_teacher_alone(points, tmp_path):
+    other, workdir = tmp_path / "teacher", tmp_path / "run"
+    params, card = weights.load(points / "teacher", "teacher")
+    weights.save(other, "teacher", jax.tree.map(lambda x: 1.01 * x, params), card)
+    config = configs.load(POINTS)
+    configs.override(config, "teacher.dir", str(points / "teacher"))
+    with pytest.raises(Interrupted, match="stopped after step 4 of 8"):
+        flow_train.train(config, workdir, lambda: True)
+    configs.override(config, "teacher.dir", str(other))
+    with pytest.raises(InputError, match="another config"):
+        flow_train.train(config, workdir)
 
 
 def test_a_teacher_of_another_network_is_refused(points, tmp_path):

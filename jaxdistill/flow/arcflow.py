@@ -26,7 +26,6 @@ def arcflow(
     tx: optax.GradientTransformation,
     *,
     source: Source,
-    modes: int,
     queries: int = 4,
     shift: float = 1.0,
     window: float = 3 / 128,
@@ -43,7 +42,6 @@ def arcflow(
         teacher: The velocity to follow.
         tx: Optimiser of what is trained.
         source: Where examples come from.
-        modes: Of the policy, of which `drop` leaves out some.
         queries: Teacher calls in a segment, for each example.
         shift: See `paths.shifted`.
         window: Raw time beyond the teacher's step over which the student's velocity is averaged;
@@ -69,8 +67,7 @@ def arcflow(
         own, teachers = _gaps(keys, queries, start - end - ahead, share)
         curve = jax.lax.stop_gradient(field)
         if drop:
-            marks = jax.vmap(lambda k: jax.random.uniform(k, (modes,)))(streams(keys, 3)[2])
-            curve = policy.drop(curve, marks, drop)
+            curve = policy.drop(curve, streams(keys, 3)[2], drop)
 
         def ask(carry, gaps):
             x, raw = carry

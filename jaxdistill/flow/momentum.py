@@ -93,11 +93,6 @@ def transition(
     return x - length * average_velocity(mixture, t_a, t_b)
 
 
-def drop_modes(mixture: Momentum, marks: Float[Array, "n K"], fraction: float) -> Momentum:
-    """Leaves out whole modes, and lets the others share their weight; see `thinned`."""
-    return mixture._replace(logits=thinned(mixture.logits, marks, fraction))
-
-
 def thinned(
     logits: Float[Array, "n *grid K"], marks: Float[Array, "n K"], fraction: float
 ) -> Float[Array, "n *grid K"]:

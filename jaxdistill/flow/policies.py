@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
 from jaxdistill.errors import InputError
 from jaxdistill.flow import momentum
@@ -20,6 +20,7 @@ Outputs = tuple[Array, ...]
 Field = Any
 """The arrays that a policy keeps of a step."""
 UNITS = ("time", "step")
+_LEAST = 1e-4  # of the times that a Gaussian policy divides by
 
 
 class Policy(NamedTuple):
@@ -30,15 +31,15 @@ class Policy(NamedTuple):
         velocity: `(field, x, t) -> u`.
         average: `(field, x, t_a, t_b) -> u`, the mean from x at t_a to t_b <= t_a.
         transition: `(field, x, t_a, t_b) -> x`.
-        drop: `(field, marks, fraction) -> field` leaves out a share of the modes, by marks (n, K)
-            drawn uniformly from [0, 1).
+        drop: `(field, keys, fraction) -> field` leaves out a share of the modes of each example,
+            by its key.
     """
 
     begin: Callable[[Outputs, Examples, Times, Times], Field]
     velocity: Callable[[Field, Examples, Times], Examples]
     average: Callable[[Field, Examples, Times, Times], Examples]
     transition: Callable[[Field, Examples, Times, Times], Examples]
-    drop: Callable[[Field, Array, float], Field]
+    drop: Callable[[Field, Key[Array, " n"], float], Field]
 
 
 def momentum_policy(unit: str = "time") -> Policy:
@@ -67,8 +68,13 @@ def momentum_policy(unit: str = "time") -> Policy:
         lambda field, x, t: momentum.velocity(field, t),
         lambda field, x, t_a, t_b: momentum.average_velocity(field, t_a, t_b),
         momentum.transition,
-        momentum.drop_modes,
+        lambda field, keys, fraction: field._replace(logits=_thin(field.logits, keys, fraction)),
     )
+
+
+def _thin(logits: Array, keys: Key[Array, " n"], fraction: float) -> Array:
+    marks = jax.vmap(lambda key: jax.random.uniform(key, logits.shape[-1:]))(keys)
+    return momentum.thinned(logits, marks, fraction)
 
 
 class Gaussians(NamedTuple):
@@ -107,11 +113,13 @@ def gaussian_policy(substeps: int = 16) -> Policy:
         del end
         velocities, logits, log_std = outputs
         means = x[..., None] - expand(start, velocities) * velocities
+        # Nothing starts at 0 but segments of no length, which must not be infinite either.
+        start = jnp.maximum(start, _LEAST)
         return Gaussians(means, logits, jnp.square(jnp.exp(log_std) * start), x, start)
 
     def velocity(field, x, t):
         # The posterior of the data at (x, t), by the ratio of two Gaussian likelihoods.
-        t = jnp.maximum(t, 1e-4)
+        t = jnp.maximum(t, _LEAST)
         signal, before = (1 - t) / jnp.square(t), (1 - field.start) / jnp.square(field.start)
         precision = signal * (1 - t) - before * (1 - field.start)
         pull = expand(signal, x) * x - expand(before, x) * field.x
@@ -134,13 +142,10 @@ def gaussian_policy(substeps: int = 16) -> Policy:
         parts = jnp.arange(substeps, dtype=x.dtype)
         return jax.lax.scan(step, (x, jnp.zeros_like(x)), parts)[0]
 
-    def drop(field, marks, fraction):
-        return field._replace(logits=momentum.thinned(field.logits, marks, fraction))
-
     return Policy(
         begin,
         velocity,
         lambda *args: move(*args)[1],
         lambda *args: move(*args)[0],
-        drop,
+        lambda field, keys, fraction: field._replace(logits=_thin(field.logits, keys, fraction)),
     )

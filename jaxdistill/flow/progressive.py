@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int32, PyTree
 
@@ -46,6 +47,7 @@ def progressive(
     steps: int,
     calls: int = 2,
     first_calls: int = 16,
+    teacher_calls: int = 1,
     shift: float = 1.0,
     ema_power: float = 7.0,
     ema_from: int = 100,
@@ -64,6 +66,7 @@ def progressive(
         steps: Of all rounds together, which share them evenly.
         calls: Of the last student.
         first_calls: Of the teacher; `calls` times a power of two.
+        teacher_calls: Network calls of one of its velocities, for the count of queries.
         shift: See `paths.shifted`.
         ema_power: See `students.power_average`.
         ema_from: Steps of a round before its average begins.
@@ -78,7 +81,8 @@ def progressive(
         )
     if steps < rounds:
         raise InputError(f"{steps} steps for {rounds} rounds; give each one at least")
-    length = -(-steps // rounds)
+    # Evenly shared: as many steps a round, or one more.
+    starts = np.array([-(-i * steps // rounds) for i in range(rounds)])
     policy = student.policy
 
     def init(key, frozen, batch):
@@ -95,7 +99,8 @@ def progressive(
 
     def step(state, frozen, batch, key):
         del key
-        done, within = jnp.divmod(state.step, length)
+        done = jnp.sum(state.step >= starts[1:])
+        within = state.step - jnp.asarray(starts)[done]
         state = jax.lax.cond((within == 0) & (done > 0), next_round, lambda s: s, state)
         x0, label = data(batch)
         k_noise, k_place = streams(batch["keys"], 2)
@@ -127,9 +132,12 @@ def progressive(
         updates, opt = tx.update(grads, state.opt, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         average = power_average(state.average, trainable, within, power=ema_power, begin=ema_from)
-        queries = state.queries + 2  # of the round before, whose student is a teacher too
-        metrics = {"loss": value, "calls": count, "queries": jnp.float32(2)}
-        state = ProgressiveState(trainable, state.teacher, opt, average, state.step + 1, queries)
+        # Of the round before, whose student is a teacher too.
+        queries = jnp.where(done == 0, 2 * teacher_calls, 2)
+        metrics = {"loss": value, "calls": count, "queries": queries.astype(jnp.float32)}
+        state = ProgressiveState(
+            trainable, state.teacher, opt, average, state.step + 1, state.queries + queries
+        )
         return state, metrics
 
     def next_round(state):

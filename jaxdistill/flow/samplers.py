@@ -107,8 +107,8 @@ def rk4(velocity: Velocity, x: Examples, times: Float[Array, "..."]) -> Examples
 def dpm_solver_2m(velocity: Velocity, x: Examples, times: Float[Array, "..."]) -> Examples:
     """DPM-Solver++(2M) (Lu et al. 2022) on the straight path, one call a step.
 
-    The first and the last step are of first order, where half the logarithm of the signal-to-noise
-    ratio is infinite. For the arguments see `euler`.
+    Half the logarithm of the signal-to-noise ratio is infinite at 1 and 0, so from noise to data
+    the first, the second and the last step are of first order. For the arguments see `euler`.
     """
     times = _per_example(times, x)
 

@@ -48,7 +48,7 @@ def init_network(key, inputs=4):
     }
 
 
-def heads(out, shape, modes=MODES):
+def heads(out, shape):
     n, size = len(out), int(np.prod(shape))
     v, logits, rates = jnp.split(out, [size * modes, size * modes + modes], 1)
     grid = shape[:-1]
@@ -84,7 +84,7 @@ def noise_source(size=16, schedule=None):
     return from_noise(SHAPE, size, fixed(2) if schedule is None else schedule, 3)
 
 
-OPTIONS = {"modes": MODES, "shift": 3.2, "teacher_steps": 4, "ema_from": 1}
+OPTIONS = {"shift": 3.2, "teacher_steps": 4, "ema_from": 1}
 
 
 def methods():
@@ -156,7 +156,7 @@ def trained(curved, kind="arcflow", schedule=None, steps=600):
     source = noise_source(256, elastic(schedule) if schedule else None)
     tx = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
     if kind == "arcflow":
-        options = {"modes": MODES, "shift": 3.2, "teacher_steps": steps // 3}
+        options = {"shift": 3.2, "teacher_steps": steps // 3}
         method = arcflow(made, exact, tx, source=source, **options)
     else:
         method = endpoint_regression(made, exact, tx, source=source, shift=3.2, queries=16)
@@ -209,7 +209,7 @@ def test_teacher_calls_are_counted_by_the_program():
         return exact(frozen, x, t, label)
 
     for method, each in (
-        (arcflow(student(), counted, optax.sgd(0.1), source=noise_source(), modes=MODES), 2 * 4),
+        (arcflow(student(), counted, optax.sgd(0.1), source=noise_source()), 2 * 4),
         (endpoint_regression(student(), counted, optax.sgd(0.1), source=noise_source()), 2 * 4),
     ):
         calls.clear()
@@ -227,7 +227,6 @@ def test_the_loss_reaches_every_parameter_and_no_teacher():
         lambda frozen, x, t, label: frozen["scale"] * soft4().velocity(x, t),
         optax.sgd(1.0),
         source=noise_source(64),
-        modes=MODES,
     )
     batch = {"keys": jax.random.split(jax.random.key(0), 64)}
     state = method.init(jax.random.key(1), frozen, batch)
@@ -283,9 +282,9 @@ def test_the_average_forgets_at_the_pace_of_its_power():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: arcflow(student(), exact, optax.sgd(1.0), source=noise_source(), modes=4,
+        (lambda: arcflow(student(), exact, optax.sgd(1.0), source=noise_source(),
                          queries=0), "queries=0"),
-        (lambda: arcflow(student(), exact, optax.sgd(1.0), source=noise_source(), modes=4,
+        (lambda: arcflow(student(), exact, optax.sgd(1.0), source=noise_source(),
                          drop=1.0), r"drop=1\.0"),
         (lambda: endpoint_regression(student(), exact, optax.sgd(1.0), source=noise_source(),
                                      queries=0), "at least once"),
@@ -320,7 +319,41 @@ def test_rounds_that_do_not_fit_are_refused(numbers, message):
 
 def test_a_teacher_of_another_shape_is_refused():
     method = arcflow(
-        student(), lambda *_: jnp.zeros((16, 3)), optax.sgd(1.0), source=noise_source(), modes=MODES
+        student(), lambda *_: jnp.zeros((16, 3)), optax.sgd(1.0), source=noise_source()
     )
     with pytest.raises(InputError, match=r"makes \(16, 3\) of examples \(16, 1, 1, 2\)"):
         run_on(1, "jit", method, (), (), 1)
+
+
+@pytest.mark.parametrize("policy", [None, "step", "gaussian"])
+def test_segments_of_no_length_count_for_nothing(policy):
+    made = {"step": momentum_policy("step"), "gaussian": gaussian_policy(3)}.get(policy)
+    built = student(policy=gaussian_policy(3)) if policy == "gaussian" else student()
+    built = built._replace(policy=made or built.policy)
+    for calls in ((1,), (1, 2)):
+        source = noise_source(8, elastic(calls))
+        method = arcflow(built, exact, optax.sgd(0.1), source=source, shift=3.2)
+        batch = {"keys": jax.random.split(jax.random.key(0), 8)}
+        state = method.init(jax.random.key(1), (), batch)
+        after, metrics = method.step(state, (), batch, jax.random.key(2))
+        assert all(np.isfinite(x) for x in metrics.values())
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.trainable))
+
+
+@pytest.mark.parametrize(("steps", "rounds"), [(9, 4), (4, 3), (16, 5), (6, 1)])
+def test_rounds_share_the_steps_evenly(steps, rounds):
+    method = progressive(
+        student((8, 8, 1)),
+        lambda frozen, x, t, label: x,
+        optax.sgd(0.0),
+        batches=BatchSpec("uniform", 16),
+        data=lambda b: (b["images"].astype(jnp.float32), b["labels"]),
+        steps=steps,
+        calls=1,
+        first_calls=2**rounds,
+    )
+    records, _ = run_on(1, "jit", method, toy_data()[0], (), steps)
+    calls = [int(values["calls"]) for _, values in records]
+    wanted = [2 ** (rounds - 1 - i) for i in range(rounds)]
+    assert list(dict.fromkeys(calls)) == wanted
+    assert max(map(calls.count, wanted)) - min(map(calls.count, wanted)) <= 1
