@@ -4,6 +4,7 @@
 config. Every stage finds what an earlier start left in the workdir and goes on from there.
 """
 
+import functools
 import os
 import time
 from pathlib import Path

@@ -43,7 +43,7 @@ def apply(trainable, frozen, x, t, label):
 student = Student(init, apply, momentum_policy())
 source = from_noise((2,), 256, fixed(2), num_classes=0)
 tx = optax.adam(optax.cosine_decay_schedule(3e-3, 600))
-method = arcflow(student, teacher, tx, source=source, modes=MODES, shift=SHIFT, teacher_steps=200)
+method = arcflow(student, teacher, tx, source=source, shift=SHIFT, teacher_steps=200)
 state = runner.run(method, key=jax.random.key(0), steps=600, chunk=100)
 
 noise, label = jax.random.normal(jax.random.key(1), (2000, 2)), jnp.zeros(2000, jnp.int32)

@@ -5,8 +5,8 @@ and reduces with `jaxdistill.collective`. Under `jit` this is a `shard_map` over
 mesh, under `pmap` the same with the data axis alone. So nothing is left to the compiler's guess:
 what one device computes and what crosses between devices is what the method says.
 
-A program on `uniform` batches, on keys, or on none, sees whole arrays under `jit`, and the compiler splits
-the work, following the sharding of the batch and of the state. That is what large networks want.
+A program on `uniform` batches, on keys, or on none, sees whole arrays under `jit`, and the compiler
+splits the work, following the sharding of the batch and of the state, as large networks want it.
 
 Both take and return the same arrays on the same mesh, so a state moves between them freely.
 """

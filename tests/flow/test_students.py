@@ -48,7 +48,7 @@ def init_network(key, inputs=4):
     }
 
 
-def heads(out, shape):
+def heads(out, shape, modes=MODES):
     n, size = len(out), int(np.prod(shape))
     v, logits, rates = jnp.split(out, [size * modes, size * modes + modes], 1)
     grid = shape[:-1]
