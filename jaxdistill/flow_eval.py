@@ -354,7 +354,8 @@ def _draw(setup: Setup, frozen: PyTree, students: Mapping[str, PyTree], generato
         images = pixels(np.concatenate(made))
         picture = artifact.grid(images, labels, list(few))
     else:
-        made = {n: generate(setup, g, 2000, _MAIN).reshape(-1, 2) for n, g in few.items()}
+        number = min(2000, setup.config.eval.examples)
+        made = {n: generate(setup, g, number, _MAIN).reshape(-1, 2) for n, g in few.items()}
         picture = pictures.scatter(made)
         name = setup.config.method.name
         _, student = flow_build.build_method(setup.config, setup.problem, name)
