@@ -151,7 +151,7 @@ def endpoint_error(trained, made, calls=2, shift=3.2):
 
 
 @functools.cache
-def trained(curved, kind="arcflow", schedule=None, steps=600):
+def trained(curved, kind="arcflow", schedule=None, steps=1500):
     made = student(curved=curved)
     source = noise_source(256, elastic(schedule) if schedule else None)
     tx = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
@@ -170,20 +170,21 @@ def test_curves_come_nearer_to_the_teachers_ends_than_lines():
     z = jax.random.normal(jax.random.key(9), (512, *SHAPE))
     truth = samplers.rk4(soft4().velocity, z, paths.shifted(paths.boundaries(256), 3.2))
     untrained = jnp.sqrt(jnp.square(samplers.euler(soft4().velocity, z, times) - truth).mean())
-    assert bent < 0.75 * straight < 0.75 * 0.5 * untrained
+    assert bent < 0.6 * straight < 0.6 * 0.5 * untrained
 
 
 def test_endpoint_regression_with_many_queries_beats_lines_on_the_way():
     # A line may meet the ends exactly; what biases it is to match velocities on its own way.
-    assert endpoint_error(*trained(False, "endpoint")) < 0.7 * endpoint_error(*trained(False))
+    assert endpoint_error(*trained(False, "endpoint")) < 0.5 * endpoint_error(*trained(False))
 
 
-def test_an_elastic_student_gets_better_with_more_calls():
-    made = trained(True, schedule=(1, 2, 4, 8))
-    errors = [endpoint_error(*made, calls=calls) for calls in (1, 2, 4, 8)]
-    assert errors[0] > errors[1] > errors[2] > errors[3]
-    rigid = trained(True)
-    assert errors[2] < endpoint_error(*rigid, calls=4)
+def test_an_elastic_student_serves_every_number_of_calls():
+    elastic_one, rigid = trained(True, schedule=(1, 2, 4, 8)), trained(True)
+    errors = [endpoint_error(*elastic_one, calls=calls) for calls in (1, 2, 4, 8)]
+    assert max(errors) < 0.7 * endpoint_error(*trained(False))
+    # The other one is good at the number of calls it was trained for alone.
+    assert errors[0] < 0.6 * endpoint_error(*rigid, calls=1)
+    assert errors[2] < 0.6 * endpoint_error(*rigid, calls=4)
 
 
 def test_a_sampler_calls_the_network_as_often_as_it_says():
@@ -293,7 +294,7 @@ def test_the_average_forgets_at_the_pace_of_its_power():
         (lambda: momentum_policy("hour"), "unknown unit"),
         (lambda: gaussian_policy(0), "at least one"),
         (lambda: fixed(0), "at least one"),
-        (lambda: flow_matching(None, None, optax.sgd(1.0), batches=BatchSpec("keys", 1), data=None,
+        (lambda: flow_matching(exact, exact, optax.sgd(1.0), batches=BatchSpec("keys", 1), data=exact,
                                label_drop=0.1), "needs a null label"),
     ],
 )  # fmt: skip
@@ -312,7 +313,7 @@ def test_settings_that_cannot_be_meant_are_refused(make, message):
     ],
 )
 def test_rounds_that_do_not_fit_are_refused(numbers, message):
-    options = {"batches": BatchSpec("keys", 1), "data": None, "steps": 8} | numbers
+    options = {"batches": BatchSpec("keys", 1), "data": lambda batch: batch, "steps": 8} | numbers
     with pytest.raises(InputError, match=message):
         progressive(student(), exact, optax.sgd(1.0), **options)
 
