@@ -31,6 +31,23 @@ _VARIANTS = {
     "mode dropout 0.1": {"method.drop": "0.1"},
     "elastic": {"method.elastic": _SEVERAL, "eval.calls": _SEVERAL},
 }
+# What the table shows of what the records hold.
+_COLUMNS = (
+    "calls",
+    "FD to data",
+    "FD to teacher",
+    "precision",
+    "recall",
+    "class accuracy",
+    "diversity",
+    "copies",
+    "endpoint RMSE",
+    "p90",
+    "sliced W2 to data",
+    "CPU s",
+    "train CPU s",
+    "teacher queries",
+)
 _BUDGET = {
     "points": {"run.steps": "2000"},
     "images": {
@@ -99,8 +116,8 @@ def table(records: list[dict]) -> str:
                 }
             if not teacher or record["seed"] == 0:  # all follow the same
                 cells.setdefault(name, []).append(row)
-    columns = list(dict.fromkeys(c for rows in cells.values() for row in rows for c in row))
-    columns = [c for c in columns if c != "row"]
+    there = {c for rows in cells.values() for row in rows for c in row}
+    columns = [c for c in _COLUMNS if c in there]
     lines = [f"| row | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for name, rows in cells.items():
         shown = []

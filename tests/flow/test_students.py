@@ -294,8 +294,8 @@ def test_the_average_forgets_at_the_pace_of_its_power():
         (lambda: momentum_policy("hour"), "unknown unit"),
         (lambda: gaussian_policy(0), "at least one"),
         (lambda: fixed(0), "at least one"),
-        (lambda: flow_matching(exact, exact, optax.sgd(1.0), batches=BatchSpec("keys", 1), data=exact,
-                               label_drop=0.1), "needs a null label"),
+        (lambda: flow_matching(exact, exact, optax.sgd(1.0), batches=BatchSpec("keys", 1),
+                               data=exact, label_drop=0.1), "needs a null label"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_meant_are_refused(make, message):
