@@ -100,7 +100,8 @@ def _run(name: str, variant: str, seed: int, args: argparse.Namespace) -> dict:
 def table(records: list[dict]) -> str:
     """Markdown: mean ± population standard deviation over the seeds of training."""
     cells: dict[str, list[dict]] = {}
-    for record in records:
+    order = list(_VARIANTS)
+    for record in sorted(records, key=lambda r: (order.index(r["variant"]), r["seed"])):
         for row in record["rows"]:
             name = row["row"]
             teacher = name.startswith(("teacher", "real"))
