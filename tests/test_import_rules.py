@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
+import jaxdistill
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "jaxdistill"
 
@@ -235,6 +237,12 @@ def test_importing_the_package_is_cheap():
     assert loaded(f"import {PACKAGE}", ["jax", "numpy", "flax", "optax", "PIL", "sklearn"]) == []
 
 
-def test_characteristic_functions_come_alone():
+@pytest.mark.parametrize("name", ["charfn", "momentum"])
+def test_pure_mathematics_comes_alone(name):
     heavy = ["flax", "optax", "orbax", "tensorflow_datasets", "sklearn", "PIL", "ml_collections"]
-    assert loaded(f"import {PACKAGE}.condense.charfn", heavy) == []
+    assert loaded(f"from {PACKAGE} import {name}", heavy) == []
+
+
+def test_what_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        jaxdistill.nothing  # noqa: B018
