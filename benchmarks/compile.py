@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from jaxdistill.io.files import write_files
+import recording
 
-_RECORD = Path(__file__).parent / "records" / "compile.json"
+_RECORD = recording.FOLDER / "compile.json"
 _SLICES = ("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:8x8", "v5e:16x16")
 ROWS = [
     *(("ncfm:dataset=cifar100,ipc=50", name) for name in _SLICES),
@@ -41,12 +41,11 @@ def _add(row: dict) -> None:
     """Puts a row into the record, which other processes may be writing too."""
     with open(_RECORD.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        rows = json.loads(_RECORD.read_text()) if _RECORD.is_file() else []
+        rows = recording.read(_RECORD)
         kept = [r for r in rows if (r["config"], r["topology"]) != (row["config"], row["topology"])]
         order = {key: i for i, key in enumerate(ROWS)}
         kept = sorted([*kept, row], key=lambda r: order[r["config"], r["topology"]])
-        text = json.dumps(kept, indent=1).encode() + b"\n"
-        write_files({_RECORD: lambda file: file.write(text)})
+        recording.write(_RECORD, kept)
     _RECORD.with_suffix(".lock").unlink(missing_ok=True)
 
 

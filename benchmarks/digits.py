@@ -9,12 +9,13 @@ import argparse
 import json
 from pathlib import Path
 
+import recording
+
 from jaxdistill import config as configs
 from jaxdistill import train
 from jaxdistill.eval import results
-from jaxdistill.io.files import write_files
 
-_RECORD = Path(__file__).parent / "records" / "digits.json"
+_RECORD = recording.FOLDER / "digits.json"
 _CONFIG = "ncfm:dataset=digits,ipc=1"
 _OTHERS = {"eval.architectures": "('convnet', 'resnet18', 'vgg11')"}
 
@@ -50,8 +51,7 @@ def main() -> None:
             "first command": _run(args.workdir, {}),
             "networks": _run(args.workdir, _OTHERS | {"eval.epochs": str(args.epochs)}),
         }
-        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-        write_files({_RECORD: lambda file: file.write(text.encode())})
+        recording.write(_RECORD, record)
     for name, run in json.loads(_RECORD.read_text()).items():
         print(f"\n{name}: {run['command']}\n{results.table(run['results'])}")
 

@@ -16,12 +16,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import recording
 
 from jaxdistill import config as configs
 from jaxdistill import train
-from jaxdistill.io.files import write_files
 
-_RECORDS = Path(__file__).parent / "records"
 # Row -> overrides of the shipped config. Each was chosen on images held out of the training set
 # (`data.holdout_per_class`), see docs/results.md.
 _ROWS = {
@@ -124,10 +123,6 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _read(path: Path) -> list[dict]:
-    return json.loads(path.read_text()) if path.is_file() else []
-
-
 def main() -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -140,18 +135,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print and run nothing")
     args = parser.parse_args()
     rows = list(_TUNING[args.ipc] if args.tune else _ROWS)
-    path = _RECORDS / f"fashion_mnist_{'tuning_' if args.tune else ''}ipc{args.ipc}.json"
+    path = recording.FOLDER / f"fashion_mnist_{'tuning_' if args.tune else ''}ipc{args.ipc}.json"
     for seed in [] if args.table else args.seeds:
         for row in args.rows or rows:
             record = _run(row, seed, args)
-            records = _read(path)  # again: another process may run other rows
-            same = (row, seed)
-            records = [r for r in records if (r["row"], r["condense_seed"]) != same] + [record]
-            text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
-            path.parent.mkdir(exist_ok=True)
-            write_files({path: lambda file, text=text: file.write(text.encode())})
+            recording.put(path, record, ("row", "condense_seed"))
     order = {row: i for i, row in enumerate(rows)}
-    print(table(sorted(_read(path), key=lambda r: (order[r["row"]], r["condense_seed"]))))
+    print(table(sorted(recording.read(path), key=lambda r: (order[r["row"]], r["condense_seed"]))))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import recording
 
 from jaxdistill import config as configs
 from jaxdistill import flow_train
-from jaxdistill.io.files import write_files
 
-_RECORDS = Path(__file__).parent / "records"
 _POINTS = ("ring8", "soft4", "checkerboard", "spirals")
 _ALL = "('linear', 'straight', 'endpoint', 'endpoint_8x', 'progressive', 'gaussian')"
 _SEVERAL = "(1, 2, 4, 8)"
@@ -141,16 +140,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print and run nothing")
     args = parser.parse_args()
     for name in args.datasets:
-        path = _RECORDS / f"flow_{name}.json"
+        path = recording.FOLDER / f"flow_{name}.json"
         for variant in args.variants:
             for seed in [] if args.table else args.seeds:
-                record = _run(name, variant, seed, args)
-                records = json.loads(path.read_text()) if path.is_file() else []
-                same = (variant, seed)
-                records = [r for r in records if (r["variant"], r["seed"]) != same] + [record]
-                text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
-                write_files({path: lambda file, text=text: file.write(text.encode())})
-        print(f"\n{name}\n\n{table(json.loads(path.read_text()))}")
+                recording.put(path, _run(name, variant, seed, args), ("variant", "seed"))
+        if not path.is_file():
+            parser.error(f"there is no record of {name} yet; leave --table out")
+        print(f"\n{name}\n\n{table(recording.read(path))}")
 
 
 if __name__ == "__main__":

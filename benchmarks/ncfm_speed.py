@@ -18,10 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from jaxdistill.io.files import write_files
+import recording
 
 _HERE = Path(__file__).parent
-_RECORD = _HERE / "records" / "ncfm_speed.json"
+_RECORD = recording.FOLDER / "ncfm_speed.json"
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
@@ -81,9 +81,7 @@ def main() -> None:
                 runs[name].append(_measure(python, script, extra, args.iterations))
                 print(name, runs[name][-1]["wall_seconds"]["all"], file=sys.stderr)
         record = {"platform": platform.platform(), "cores": os.cpu_count(), "runs": runs}
-        text = json.dumps(record, indent=1) + "\n"
-        _RECORD.parent.mkdir(exist_ok=True)
-        write_files({_RECORD: lambda file: file.write(text.encode())})
+        recording.write(_RECORD, record)
     print(table(json.loads(_RECORD.read_text())))
 
 

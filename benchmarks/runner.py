@@ -22,16 +22,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import recording
 
 from jaxdistill import build, runner, train
 from jaxdistill import config as configs
 from jaxdistill.data import device
 from jaxdistill.io.artifact import versions
-from jaxdistill.io.files import write_files
 from jaxdistill.io.writers import JsonlWriter
 from jaxdistill.parallel.mesh import make_mesh, put
 
-_RECORD = Path(__file__).parent / "records" / "runner.json"
+_RECORD = recording.FOLDER / "runner.json"
 _CONFIG = "ncfm:dataset=digits,ipc=1"
 
 
@@ -149,8 +149,7 @@ def main() -> None:
             "platform": platform.platform(),
             "cores": os.cpu_count(),
         }
-        text = json.dumps(record, indent=1) + "\n"
-        write_files({_RECORD: lambda file: file.write(text.encode())})
+        recording.write(_RECORD, record)
     print(table(json.loads(_RECORD.read_text())))
 
 

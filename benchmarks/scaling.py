@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import recording
 
 from jaxdistill.condense import charfn
 from jaxdistill.condense.ncfm import ncfm
@@ -28,11 +29,10 @@ from jaxdistill.data import device
 from jaxdistill.data.augment import normalizer
 from jaxdistill.data.sources import Split
 from jaxdistill.io.artifact import versions
-from jaxdistill.io.files import write_files
 from jaxdistill.nn.convnet import ConvNet
 
 _ROOT = Path(__file__).parent.parent
-_RECORD = _ROOT / "benchmarks" / "records" / "scaling.json"
+_RECORD = recording.FOLDER / "scaling.json"
 _PLOT = _ROOT / "docs" / "images" / "scaling.png"
 _BASE = {"classes": 4, "ipc": 4, "real": 64, "freqs": 1024, "size": 16, "width": 64}
 
@@ -153,8 +153,7 @@ def main() -> None:
             "platform": platform.platform(),
             "cores": os.cpu_count(),
         }
-        text = json.dumps(record, indent=1) + "\n"
-        write_files({_RECORD: lambda file: file.write(text.encode())})
+        recording.write(_RECORD, record)
     record = json.loads(_RECORD.read_text())
     plot(record)
     print(table(record))

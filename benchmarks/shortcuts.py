@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
+import recording
 
 from jaxdistill import build, runner, train
 from jaxdistill import config as configs
@@ -37,11 +37,9 @@ from jaxdistill.condense import charfn
 from jaxdistill.condense.ncfm import ncfm
 from jaxdistill.data import device
 from jaxdistill.io import artifact
-from jaxdistill.io.files import dump, write_files
 from jaxdistill.method import Method
 from jaxdistill.parallel.mesh import make_mesh, put
 
-_RECORDS = Path(__file__).parent / "records"
 _OWN, _BF16 = "frequencies of each class's own", "bfloat16 on the real path"
 # Row -> settings that are divided.
 _ROWS = {
@@ -118,21 +116,14 @@ def _own_frequencies(make: Callable[[charfn.FrequencySampler], Method], scale: f
 def _method(row: str, setup: build.Setup) -> Method:
     config, settings = setup.config, setup.config.method
     net = build.convnet(config, setup.dataset, config.pool.width)
-    rate = optax.cosine_decay_schedule(settings.rate, config.run.steps, settings.rate_decay)
     make = functools.partial(
         ncfm,
         _real_path_in_bfloat16(net.features) if row == _BF16 else net.features,
         net.logits,
-        optax.adam(rate),
-        prepare=setup.prepare,
+        build.images_optimizer(config),
         feature_dim=net.feature_dim,
-        ipc=settings.ipc,
-        factor=settings.factor,
-        start=settings.start,
-        batch_real=settings.batch_real,
         num_freqs=settings.num_freqs,
-        strategy=settings.strategy,
-        chunk=config.run.pass_size,
+        **build.image_options(config, setup.dataset, setup.prepare),
     )
     if row == _OWN:
         return _own_frequencies(lambda law: make(sampler=law), settings.freq_scale)
@@ -164,20 +155,7 @@ def _judged(row: str, seed: int, args: argparse.Namespace) -> dict:
         )
         images = np.asarray(method.output(state)["images"])
         labels = np.repeat(np.arange(len(images), dtype=np.int32), images.shape[1])
-        card = {
-            "dataset": data.name,
-            "class_names": list(data.class_names),
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "method": row,
-            "ipc": config.method.ipc,
-            "factor": config.method.factor,
-            "config_hash": setup.hash,
-            "seeds": {"condense": seed},
-            "accuracies": [],
-            "cost": {},
-            "provenance": {"source_sha256": data.fingerprint()},
-        }
+        card = train.card_of(setup, row, config.method.factor, cost={})
         images = images.reshape(-1, *data.image_shape)
         artifact.save(workdir / "artifacts", artifact.Distilled(images, labels, None, card))
     accuracies = [record["accuracy"] for record in train.evaluate(config, workdir)]
@@ -261,7 +239,7 @@ def main() -> None:
     if args.time:
         print(json.dumps(_time(args.time, args)))
         return
-    path = args.record or _RECORDS / f"shortcuts_{args.dataset}.json"
+    path = args.record or recording.FOLDER / f"shortcuts_{args.dataset}.json"
     asked = {"dataset": args.dataset, "ipc": args.ipc, "steps": args.steps}
     record = json.loads(path.read_text()) if path.is_file() else {**asked, "rows": {}}
     if asked != {key: record[key] for key in asked}:
@@ -270,7 +248,7 @@ def main() -> None:
     def write():
         record.update(platform=platform.platform(), cores=os.cpu_count())
         record["versions"] = artifact.versions()
-        write_files({path: functools.partial(dump, record)})
+        recording.write(path, record)
 
     if not args.table:
         for seed, row in itertools.product(args.seeds, _ROWS):

@@ -5,12 +5,10 @@ Everything here follows from a config, or from a config and its data; `train` ru
 """
 
 import functools
-import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +17,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxdistill import pool
+from jaxdistill import pool, settings
 from jaxdistill.condense import charfn, coreset
 from jaxdistill.condense.decode import check_factor, encode
 from jaxdistill.condense.dm import dm
 from jaxdistill.condense.ncfm import check_objective, ncfm
 from jaxdistill.condense.synthetic import real_needed
-from jaxdistill.data import device, sources, stream
+from jaxdistill.data import sources
 from jaxdistill.data.augment import parse
 from jaxdistill.errors import InputError
 from jaxdistill.eval import train_on
@@ -36,7 +34,6 @@ from jaxdistill.nn.convnet import ConvNet
 from jaxdistill.nn.frequency_net import ReleasedSampleNet, ScaleNet
 from jaxdistill.nn.resnet import ResNet18
 from jaxdistill.nn.vgg import VGG11
-from jaxdistill.parallel.backends import BACKENDS
 from jaxdistill.parallel.mesh import make_mesh
 
 # What settings may be. The upper ends only keep a slip of the keyboard from filling the memory.
@@ -64,11 +61,9 @@ _RANGES = {
 }
 METHODS = ("ncfm", "dm", *coreset.CORESETS, "start")
 ARCHITECTURES = ("convnet", "resnet18", "vgg11")
-PLACEMENTS = {"resident": device.resident, "streamed": stream.stream}
 
 #: Where only shapes are needed, the facts about a data set do as well as the data.
 Data = sources.Dataset | sources.Facts
-_Read = TypeVar("_Read", bound=Data)
 
 
 class Setup(NamedTuple):
@@ -109,24 +104,17 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
         InputError: in these cases.
     """
-    for name in rows(config):
+    for name in settings.rows(config):
         if name not in METHODS:
             raise InputError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
     for name in config.eval.architectures:
         if name not in ARCHITECTURES:
             raise InputError(f"unknown network {name!r}; choose from {', '.join(ARCHITECTURES)}")
-    check_ranges(config, _RANGES)
+    settings.check_ranges(config, _RANGES)
     if not config.eval.architectures:
         raise InputError("eval.architectures is empty; give at least one network")
     check_objective(config.method.objective, config.method.alpha, config.method.beta)
-    if config.parallel.backend not in BACKENDS:
-        raise InputError(
-            f"unknown backend {config.parallel.backend!r}; choose from {', '.join(BACKENDS)}"
-        )
-    if config.data.placement not in PLACEMENTS:
-        raise InputError(
-            f"data.placement is {config.data.placement!r}; choose {' or '.join(PLACEMENTS)}"
-        )
+    settings.check_places(config)
     _sampler(config.method)
     if config.run.restarts < 0 or not 0 < config.run.restart_factor < 1:
         raise InputError(
@@ -136,63 +124,17 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def check_ranges(config: ml_collections.ConfigDict, ranges: Mapping[str, tuple]) -> None:
-    """Refuses numbers outside their ranges, and seeds that are none.
-
-    Args:
-        config: With a `seed`.
-        ranges: Path of a setting -> least and largest value; None is always allowed.
-
-    Raises:
-        InputError: In these cases.
-    """
-    for path, (least, most) in {"seed": (0, 2**32 - 1), **ranges}.items():
-        value = functools.reduce(lambda node, name: node[name], path.split("."), config)
-        if value is not None and not least <= value <= most:
-            raise InputError(f"{path} is {value}; it must be between {least} and {most}")
-
-
-def rows(config: ml_collections.ConfigDict) -> list[str]:
-    """The methods of a run, its own and the baselines: each becomes a row of the table."""
-    names = [config.method.name, *config.eval.baselines]
-    return list(dict.fromkeys(names))
-
-
-def plain(config: ml_collections.ConfigDict) -> dict:
-    """The settings as JSON has them."""
-    return json.loads(json.dumps(config.to_dict(), default=list))
-
-
 def config_hash(config: ml_collections.ConfigDict) -> str:
     """Identifies what is distilled."""
-    return digest(identity(plain(config)))
+    return settings.digest(identity(settings.plain(config)))
 
 
-def identity(settings: dict) -> dict:
-    """The settings that decide what is distilled, of which a workdir holds one set.
-
-    The evaluation may be repeated with others, and how a run is carried out (`parallel`, and
-    `run` but for its length) and where data and extractors lie change nothing but the last bits.
-    """
-    kept = {k: v for k, v in settings.items() if k not in ("eval", "parallel")}
-    pool = {k: v for k, v in settings["pool"].items() if k != "dir"}
-    data = {k: v for k, v in settings["data"].items() if k != "placement"}
-    return kept | {"data": data, "pool": pool, "run": {"steps": settings["run"]["steps"]}}
-
-
-def digest(tree: Any) -> str:
-    """A short hash of what JSON can hold."""
-    text = json.dumps(tree, sort_keys=True, default=list)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def identity(stated: dict) -> dict:
+    """The settings that decide what is distilled; see `settings.identity`."""
+    return settings.identity(stated, "pool")
 
 
 # ---------------------------------------------------------------------------- data
-
-
-def read_source(config: ml_collections.ConfigDict, read: Callable[..., _Read]) -> _Read:
-    """What `sources.load`, or `sources.facts`, says of the config's data set."""
-    data = config.data
-    return read(data.name, data_dir=data.data_dir, image_size=data.image_size, pad_to=data.pad_to)
 
 
 def check_data(config: ml_collections.ConfigDict, dataset: sources.Dataset) -> None:
@@ -206,7 +148,7 @@ def check_data(config: ml_collections.ConfigDict, dataset: sources.Dataset) -> N
     for strategy in (method.strategy, config.pool.strategy, config.eval.strategy):
         parse(strategy)
     wanted = {f"method.ipc={method.ipc}": method.ipc}
-    if {"ncfm", "dm", "start"} & set(rows(config)):
+    if {"ncfm", "dm", "start"} & set(settings.rows(config)):
         wanted[f"method.batch_real={method.batch_real}"] = method.batch_real
         if _start_pixels(method, dataset) is None:
             start = f"a {method.start} start with ipc={method.ipc}, factor={method.factor}"
@@ -298,7 +240,7 @@ def extractors(setup: Setup) -> dict:
             decay_at=(2 / 3, 5 / 6),
         ),
         chunk=setup.config.run.pass_size,
-        identity=digest([spec, model.depth, model.norm, setup.dataset.fingerprint()]),
+        identity=settings.digest([spec, model.depth, model.norm, setup.dataset.fingerprint()]),
         should_stop=setup.should_stop,
     )
 
@@ -341,6 +283,27 @@ def _sampler(config) -> tuple[charfn.FrequencySampler, optax.GradientTransformat
     return charfn.scale_mixture(*functions, scale=config.freq_scale, spread=config.freq_spread), tx
 
 
+def images_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Of the pixels."""
+    method = config.method
+    return optax.adam(optax.cosine_decay_schedule(method.rate, config.run.steps, method.rate_decay))
+
+
+def image_options(config: ml_collections.ConfigDict, data: Data, prepare: Callable) -> dict:
+    """What the methods that learn pixels are told alike; see `build_method`."""
+    method = config.method
+    return {
+        "prepare": prepare,
+        "ipc": method.ipc,
+        "factor": method.factor,
+        "start": method.start,
+        "pixels": _start_pixels(method, data),
+        "batch_real": method.batch_real,
+        "strategy": method.strategy,
+        "chunk": config.run.pass_size,
+    }
+
+
 def build_method(
     config: ml_collections.ConfigDict, name: str, data: Data, prepare: Callable
 ) -> Method:
@@ -352,26 +315,14 @@ def build_method(
         data: What it is for.
         prepare: Images to normalised images.
     """
-    settings, run = config.method, config.run
+    method = config.method
     if name in coreset.CORESETS:
-        return coreset.CORESETS[name](settings.ipc)
+        return coreset.CORESETS[name](method.ipc)
     net = convnet(config, data, config.pool.width)
-    images_tx = optax.adam(
-        optax.cosine_decay_schedule(settings.rate, run.steps, settings.rate_decay)
-    )
-    common = {
-        "prepare": prepare,
-        "ipc": settings.ipc,
-        "factor": settings.factor,
-        "start": settings.start,
-        "pixels": _start_pixels(settings, data),
-        "batch_real": settings.batch_real,
-        "strategy": settings.strategy,
-        "chunk": run.pass_size,
-    }
+    images_tx, common = images_optimizer(config), image_options(config, data, prepare)
     if name == "dm":
         return dm(net.features, net.init, images_tx, **common)
-    sampler, sampler_tx = _sampler(settings)
+    sampler, sampler_tx = _sampler(method)
     return ncfm(
         net.features,
         net.logits,
@@ -379,14 +330,14 @@ def build_method(
         sampler,
         sampler_tx,
         feature_dim=net.feature_dim,
-        num_freqs=settings.num_freqs,
-        alpha=settings.alpha,
-        beta=settings.beta,
-        calibration=settings.calibration,
-        finetune_rate=settings.finetune_rate,
-        objective=settings.objective,
-        ascent_steps=settings.ascent_steps,
-        warmup=settings.warmup,
+        num_freqs=method.num_freqs,
+        alpha=method.alpha,
+        beta=method.beta,
+        calibration=method.calibration,
+        finetune_rate=method.finetune_rate,
+        objective=method.objective,
+        ascent_steps=method.ascent_steps,
+        warmup=method.warmup,
         **common,
     )
 

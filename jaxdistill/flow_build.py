@@ -13,7 +13,7 @@ import ml_collections
 import optax
 from jaxtyping import Array, PyTree
 
-from jaxdistill import build, collective
+from jaxdistill import collective, settings
 from jaxdistill.data import sources
 from jaxdistill.errors import InputError
 from jaxdistill.flow.arcflow import arcflow
@@ -38,7 +38,6 @@ from jaxdistill.nn.dit import DiT
 from jaxdistill.nn.flow_mlp import FlowMLP
 from jaxdistill.nn.momentum_head import GaussianHead, MomentumHead, from_output
 from jaxdistill.nn.unet import UNet
-from jaxdistill.parallel.backends import BACKENDS
 from jaxdistill.parallel.mesh import fully_sharded
 
 STUDENTS = (
@@ -56,8 +55,17 @@ _DTYPES = ("float32", "bfloat16")
 _LATENTS = {"latents_imagenet": ((32, 32, 4), 1000), "latents_1mp": ((128, 128, 16), 0)}
 _RANGES = {
     "shift": (1e-3, 1e3),
+    "model.patch": (1, 256),
+    "model.width": (4, 2**16),
+    "model.depth": (1, 1000),
+    "model.unroll": (1, 1000),
+    "model.heads": (1, 1000),
     "teacher.rate": (0, 1e3),
     "teacher.decay": (0, 1),
+    "teacher.steps": (1, 10**9),
+    "teacher.batch": (1, 10**6),
+    "teacher.label_drop": (0, 0.99),
+    "teacher.guidance": (0, 100),
     "method.rate": (0, 1e3),
     "method.gamma_rate": (0, 1e3),
     "method.rate_decay": (0, 1),
@@ -68,15 +76,6 @@ _RANGES = {
     "method.window": (0, 0.99),
     "method.drop": (0, 0.99),
     "method.first_calls": (2, 10**6),
-    "model.patch": (1, 256),
-    "model.width": (4, 2**16),
-    "model.depth": (1, 1000),
-    "model.unroll": (1, 1000),
-    "model.heads": (1, 1000),
-    "teacher.steps": (1, 10**9),
-    "teacher.batch": (1, 10**6),
-    "teacher.label_drop": (0, 0.99),
-    "teacher.guidance": (0, 100),
     "method.calls": (1, 1000),
     "method.modes": (1, 1000),
     "method.queries": (1, 1000),
@@ -94,24 +93,8 @@ _RANGES = {
     "eval.reference_steps": (2, 10**6),
     "eval.judge_epochs": (1, 10**6),
 }
-
-
-class Setup(NamedTuple):
-    """What the stages share.
-
-    Attributes:
-        config: The resolved config.
-        hash: Identifies it.
-        workdir: Where everything goes.
-        problem: What flows.
-        should_stop: Asked by everything that takes long.
-    """
-
-    config: ml_collections.ConfigDict
-    hash: str
-    workdir: Path
-    problem: "Problem"
-    should_stop: ShouldStop = never
+# Groups of what a student trains.
+_PLAIN, _SLOW = "plain", "gammas"
 
 
 class Problem(NamedTuple):
@@ -149,20 +132,38 @@ class Problem(NamedTuple):
         return jax.vmap(self.target.sample)(keys), jnp.zeros(keys.shape[0], jnp.int32)
 
 
+class Setup(NamedTuple):
+    """What the stages share.
+
+    Attributes:
+        config: The resolved config.
+        hash: Identifies it.
+        workdir: Where everything goes.
+        problem: What flows.
+        should_stop: Asked by everything that takes long.
+    """
+
+    config: ml_collections.ConfigDict
+    hash: str
+    workdir: Path
+    problem: Problem
+    should_stop: ShouldStop = never
+
+
 def check(config: ml_collections.ConfigDict) -> None:
     """Refuses what is wrong whatever the data.
 
     Raises:
         InputError: In these cases.
     """
-    for name in build.rows(config):
+    for name in settings.rows(config):
         if name not in STUDENTS:
             raise InputError(f"unknown student {name!r}; choose from {', '.join(STUDENTS)}")
     if config.model.network not in NETWORKS:
         raise InputError(
             f"unknown network {config.model.network!r}; choose from {', '.join(NETWORKS)}"
         )
-    build.check_ranges(config, _RANGES)
+    settings.check_ranges(config, _RANGES)
     if config.model.width % config.model.heads or config.model.width % 4:
         raise InputError(
             f"model.width is {config.model.width}; it must be a multiple of 4 and of "
@@ -170,18 +171,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
     if config.method.unit not in UNITS:
         raise InputError(f"method.unit is {config.method.unit!r}; choose {' or '.join(UNITS)}")
-    if config.parallel.backend not in BACKENDS:
-        raise InputError(
-            f"unknown backend {config.parallel.backend!r}; choose from {', '.join(BACKENDS)}"
-        )
+    settings.check_places(config)
     calls = (*config.eval.calls, *config.eval.teacher_calls, *config.method.elastic)
     if not config.eval.calls or not all(isinstance(n, int) and n >= 1 for n in calls):
         raise InputError(
             "eval.calls, eval.teacher_calls and method.elastic are whole numbers, at least 1 each"
-        )
-    if config.data.placement not in build.PLACEMENTS:
-        raise InputError(
-            f"data.placement is {config.data.placement!r}; choose {' or '.join(build.PLACEMENTS)}"
         )
     for name in ("dtype", "param_dtype"):
         if config.model[name] not in _DTYPES:
@@ -208,7 +202,7 @@ def _check_method(config) -> None:
             "method.elastic goes with segments from noise, and with gammas of a unit of time: one "
             "output serves segments of several lengths; set from_data=False and unit=time"
         )
-    if method.last != 1.0 and (several or "progressive" in build.rows(config)):
+    if method.last != 1.0 and (several or "progressive" in settings.rows(config)):
         raise InputError(
             f"method.last={method.last}: elastic and progressive students have even segments; set "
             "method.last=1.0"
@@ -219,12 +213,9 @@ def _check_method(config) -> None:
         )
 
 
-def identity(settings: dict) -> dict:
-    """The settings that decide what is trained; see `build.identity`."""
-    kept = {k: v for k, v in settings.items() if k not in ("eval", "parallel")}
-    teacher = {k: v for k, v in settings["teacher"].items() if k != "dir"}
-    data = {k: v for k, v in settings["data"].items() if k != "placement"}
-    return kept | {"data": data, "teacher": teacher, "run": {"steps": settings["run"]["steps"]}}
+def identity(stated: dict) -> dict:
+    """The settings that decide what is trained; see `settings.identity`."""
+    return settings.identity(stated, "teacher")
 
 
 def load_problem(config: ml_collections.ConfigDict) -> Problem:
@@ -239,9 +230,7 @@ def load_problem(config: ml_collections.ConfigDict) -> Problem:
     elif name in _LATENTS:
         raise InputError(f"{name} is a shape without data: use --mode=compile, or your own latents")
     else:
-        data = build.read_source(config, sources.load)
-        if config.data.holdout_per_class:
-            data = sources.holdout(data, config.data.holdout_per_class, seed=0)
+        data = settings.load_dataset(config)
         problem = Problem(data.name, data.image_shape, data.num_classes, dataset=data)
     check_problem(config, problem)
     return problem
@@ -259,7 +248,7 @@ def problem_shapes(config: ml_collections.ConfigDict) -> Problem:
     if name in _LATENTS:
         problem = Problem(name, *_LATENTS[name])
     else:
-        facts = build.read_source(config, sources.facts)
+        facts = settings.read_source(config, sources.facts)
         problem = Problem(name, facts.image_shape, facts.num_classes)
     check_problem(config, problem)
     return problem
@@ -371,7 +360,7 @@ def student(config: ml_collections.ConfigDict, problem: Problem, name: str) -> S
     """The student of that name: the teacher's trunk, adapters, and a head."""
     method, module = config.method, network(config, problem)
     channels, patch = problem.shape[-1], module.patch
-    modes = modes_of(config, name)
+    modes = method.modes if name in ("arcflow", "straight", "gaussian") else 1
     if name == "gaussian":
         policy, head = gaussian_policy(method.substeps), GaussianHead(modes, channels, patch)
     else:
@@ -410,11 +399,6 @@ def student(config: ml_collections.ConfigDict, problem: Problem, name: str) -> S
     return Student(init, apply, policy)
 
 
-def modes_of(config: ml_collections.ConfigDict, name: str) -> int:
-    """The modes of a student's policy."""
-    return config.method.modes if name in ("arcflow", "straight", "gaussian") else 1
-
-
 def student_optimizer(
     config: ml_collections.ConfigDict, steps: int
 ) -> optax.GradientTransformation:
@@ -442,9 +426,6 @@ def student_optimizer(
             {_PLAIN: adam(method.rate), _SLOW: adam(method.rate * method.gamma_rate)}, labels
         ),
     )
-
-
-_PLAIN, _SLOW = "plain", "gammas"
 
 
 def _warmup(config, steps: int) -> int:

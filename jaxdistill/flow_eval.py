@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import PyTree
 from PIL import Image
 
-from jaxdistill import build, flow_build, pool
+from jaxdistill import flow_build, pool, settings
 from jaxdistill.data.augment import normalizer
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import generative, train_on
@@ -122,7 +122,7 @@ def _protocol(config, teacher_hash: str) -> str:
     """Identifies what decides a row beside its generator."""
     names = ("examples", "paired", "reference_steps", "judge_epochs")
     same = {name: config.eval[name] for name in names}
-    return build.digest([same, teacher_hash, config.data.holdout_per_class])
+    return settings.digest([same, teacher_hash, config.data.holdout_per_class])
 
 
 def _read(path: Path, protocol: str) -> dict[str, dict]:
@@ -183,14 +183,18 @@ def _noise(setup: Setup, number: int, stream: int) -> tuple[np.ndarray, np.ndarr
     return np.asarray(noise), np.arange(number, dtype=np.int32) % max(setup.problem.num_classes, 1)
 
 
+def _batches(number: int, size: int) -> list[np.ndarray]:
+    """Indices in batches of one size; the last starts over where there are no more."""
+    return [np.arange(first, first + size) % number for first in range(0, number, size)]
+
+
 def generate(setup: Setup, generator: Generator, number: int, stream: int) -> np.ndarray:
     """Examples of a row, in batches of one shape, so that each row is compiled once."""
     noise, label = _noise(setup, number, stream)
-    size, parts = setup.config.eval.batch, []
-    for first in range(0, number, size):
+    parts = []
+    for index in _batches(number, setup.config.eval.batch):
         if setup.should_stop():
             raise Interrupted("stopped while evaluating; rows already measured are kept")
-        index = np.arange(first, first + size) % number
         parts.append(np.asarray(generator.sample(jnp.asarray(noise[index]), label[index])))
     return np.concatenate(parts)[:number]
 
@@ -256,7 +260,7 @@ def _judge(setup: Setup) -> Callable[[Any], tuple[Any, Any]]:
         prepare=prepare,
         protocol=protocol,
         chunk=128,
-        identity=build.digest([*protocol, data.fingerprint()]),
+        identity=settings.digest([*protocol, data.fingerprint()]),
         should_stop=setup.should_stop,
     )
 
@@ -294,11 +298,7 @@ class _Images:
 
     def judged(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Features and logits."""
-        size = 500
-        parts = []
-        for first in range(0, len(images), size):
-            index = np.arange(first, first + size) % len(images)
-            parts.append(jax.device_get(self.judge(images[index])))
+        parts = [jax.device_get(self.judge(images[i])) for i in _batches(len(images), 500)]
         return tuple(np.concatenate(x)[: len(images)] for x in zip(*parts, strict=True))
 
     def real(self) -> dict:

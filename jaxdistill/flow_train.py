@@ -4,7 +4,6 @@
 config. Every stage finds what an earlier start left in the workdir and goes on from there.
 """
 
-import functools
 import os
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ import jax
 import ml_collections
 from jaxtyping import PyTree
 
-from jaxdistill import build, flow_build, flow_eval, run_folder, runner
+from jaxdistill import flow_build, flow_eval, run_folder, runner, settings
 from jaxdistill.errors import InputError
 from jaxdistill.flow_build import Setup
 from jaxdistill.interrupt import ShouldStop, never
@@ -22,6 +21,9 @@ from jaxdistill.method import Method
 from jaxdistill.nn import lora
 from jaxdistill.parallel import processes
 from jaxdistill.parallel.mesh import make_mesh
+
+# Settings that a teacher's parameters do not show, and that must be those it was trained with.
+_OF_A_TEACHER = ("data.name", "shift", "model.network", "model.heads", "teacher.label_drop")
 
 
 def train(
@@ -48,7 +50,7 @@ def train(
     setup = set_up(config, workdir)._replace(should_stop=should_stop)
     teacher, teacher_hash = _teacher(setup)
     frozen = {"teacher": teacher}
-    students = {n: _student(setup, n, frozen, teacher_hash) for n in build.rows(config)}
+    students = {n: _student(setup, n, frozen, teacher_hash) for n in settings.rows(config)}
     return flow_eval.evaluate(setup, frozen, students, teacher_hash)
 
 
@@ -79,15 +81,16 @@ def set_up(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -
         InputError: As `train` does.
     """
     flow_build.check(config)
-    workdir, settings = Path(workdir), build.plain(config)
-    run_folder.check(workdir, settings, flow_build.identity)
+    workdir, stated = Path(workdir), settings.plain(config)
+    run_folder.check(workdir, stated, flow_build.identity)
     problem = flow_build.load_problem(config)
     shapes = flow_build.teacher_shapes(config, problem)
-    for name in build.rows(config):  # what is wrong is said before anything is run
+    for name in settings.rows(config):  # what is wrong is said before anything is run
         _, student = flow_build.build_method(config, problem, name)
         jax.eval_shape(student.init, jax.random.key(0), {"teacher": shapes})
-    run_folder.make(workdir, settings)
-    return Setup(config, build.digest(flow_build.identity(settings)), workdir, problem)
+    run_folder.make(workdir, stated)
+    identity = settings.digest(flow_build.identity(stated))
+    return Setup(config, identity, workdir, problem)
 
 
 def _run(
@@ -97,7 +100,7 @@ def _run(
     config, data = setup.config, ()
     if method.batches.kind == "uniform":
         split = setup.problem.dataset.train
-        data = build.PLACEMENTS[config.data.placement](split, setup.problem.num_classes)
+        data = settings.PLACEMENTS[config.data.placement](split, setup.problem.num_classes)
     resumed = bool(checkpoint.newest_metadata(folder / "checkpoints"))
     processes.wait(f"{name} is started")
     began = time.perf_counter(), time.process_time()
@@ -159,19 +162,11 @@ def _teacher(setup: Setup) -> tuple[PyTree, str]:
 def _check_teacher(setup: Setup, folder: Path, card: dict) -> None:
     """Refuses a teacher of other data or times: its parameters may fit all the same."""
     try:
-        theirs = card["config"]
-        known = {
-            "data.name": theirs["data"]["name"],
-            "shift": theirs["shift"],
-            "model.network": theirs["model"]["network"],
-            "model.heads": theirs["model"]["heads"],
-            "teacher.label_drop": theirs["teacher"]["label_drop"],
-        }
+        known = {path: settings.at(card["config"], path) for path in _OF_A_TEACHER}
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / 'teacher.json'} does not say how it was trained") from error
-    settings = build.plain(setup.config)
     for path, value in known.items():
-        own = functools.reduce(lambda node, name: node[name], path.split("."), settings)
+        own = settings.at(setup.config, path)
         if own != value:
             raise InputError(
                 f"the teacher in {folder} was trained with {path}={value}, this run has {own}; "
@@ -179,15 +174,9 @@ def _check_teacher(setup: Setup, folder: Path, card: dict) -> None:
             )
 
 
-def folder_of(setup: Setup, name: str) -> Path:
-    """Where a student lives."""
-    main = name == setup.config.method.name
-    return setup.workdir if main else setup.workdir / "baselines" / name
-
-
 def _student(setup: Setup, name: str, frozen: PyTree, teacher_hash: str) -> PyTree:
     """What a student has learned: read, or trained first."""
-    config, folder = setup.config, folder_of(setup, name)
+    config, folder = setup.config, run_folder.of(setup, name)
     method, student = flow_build.build_method(config, setup.problem, name)
     artifacts = folder / "artifacts"
     done = (artifacts / "student.safetensors").is_file()
@@ -200,7 +189,7 @@ def _student(setup: Setup, name: str, frozen: PyTree, teacher_hash: str) -> PyTr
             share = f"{100 * trained / whole:.1f} %"
             print(f"{name}: {trained:,} of {whole:,} parameters are trained, {share}")
         # Half trained it goes on under the same teacher only.
-        identity = build.digest([setup.hash, teacher_hash])
+        identity = settings.digest([setup.hash, teacher_hash])
         state, cost = _run(setup, name, method, folder, config.run.steps, frozen, identity)
         calls = 1  # which the progressive method knows itself
         if name != "progressive":
@@ -237,5 +226,5 @@ def _card(setup: Setup, name: str, cost: dict) -> dict:
             "source_sha256": None if data is None else data.fingerprint(),
             "versions": run_folder.versions(),
         },
-        "config": build.plain(setup.config),
+        "config": settings.plain(setup.config),
     }

@@ -16,7 +16,7 @@ import ml_collections
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdistill import build, flow_build, runner
+from jaxdistill import build, flow_build, runner, settings
 from jaxdistill.data import device, sources
 from jaxdistill.data.augment import normalizer
 from jaxdistill.errors import InputError
@@ -92,7 +92,7 @@ def _condensation(config, devices) -> _Parts:
             f"only {' and '.join(METHODS)} can be compiled or exported, not method {name!r}"
         )
     build.check(config)
-    data = build.read_source(config, sources.facts)
+    data = settings.read_source(config, sources.facts)
     per_class = data.largest_class - config.data.holdout_per_class
     channels = data.image_shape[-1]
     # The statistics are numbers in the program; which ones changes nothing.
@@ -165,7 +165,7 @@ def plan(
             **report.cost._asdict(),
             "collectives": {k: v._asdict() for k, v in report.cost.collectives.items()},
         },
-        "config": build.plain(config),
+        "config": settings.plain(config),
         "jax": jax.__version__,
     }
     print(table(record))

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -65,6 +66,17 @@ def make(workdir: Path, settings: dict) -> None:
             }
         )
     processes.wait("set up")
+
+
+def of(setup: Any, method: str) -> Path:
+    """Where a method of a run lives: the run's own in the workdir, a baseline below it.
+
+    Args:
+        setup: Of either family, with `workdir` and `config`.
+        method: One of `settings.rows`.
+    """
+    main = method == setup.config.method.name
+    return setup.workdir if main else setup.workdir / "baselines" / method
 
 
 def versions() -> dict:

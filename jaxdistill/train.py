@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxdistill import build, run_folder, runner
+from jaxdistill import build, run_folder, runner, settings
 from jaxdistill.condense import coreset
 from jaxdistill.condense.labels import soft_labels
-from jaxdistill.data import sources
 from jaxdistill.data.augment import normalizer
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import results, train_on
@@ -52,7 +51,7 @@ def train(
         OSError: if a file cannot be written.
     """
     setup = set_up(config, workdir)._replace(should_stop=should_stop)
-    for name in build.rows(config):
+    for name in settings.rows(config):
         _distil(setup, name)
     return _evaluate(setup)
 
@@ -75,7 +74,7 @@ def evaluate(
     if not (folder / "distilled.npz").is_file():
         raise InputError(f"{folder} holds no distilled.npz; run --mode=train in this workdir first")
     setup = set_up(config, workdir)._replace(should_stop=should_stop)
-    for name in build.rows(config):
+    for name in settings.rows(config):
         _distil(setup, name)
     return _evaluate(setup)
 
@@ -90,37 +89,28 @@ def set_up(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -
         InputError: as `train` does.
     """
     build.check(config)
-    workdir = Path(workdir)
-    settings = build.plain(config)
-    identity = build.identity(settings)
-    run_folder.check(workdir, settings, build.identity)
-    dataset = build.read_source(config, sources.load)
-    if config.data.holdout_per_class:
-        dataset = sources.holdout(dataset, config.data.holdout_per_class, seed=0)
+    workdir, stated = Path(workdir), settings.plain(config)
+    run_folder.check(workdir, stated, build.identity)
+    dataset = settings.load_dataset(config)
     build.check_data(config, dataset)
-    run_folder.make(workdir, settings)
+    run_folder.make(workdir, stated)
     prepare = normalizer(dataset.mean, dataset.std)
-    return build.Setup(config, build.digest(identity), workdir, dataset, prepare)
+    return build.Setup(config, build.config_hash(config), workdir, dataset, prepare)
 
 
 # ---------------------------------------------------------------------------- distillation
 
 
-def _folder(setup: build.Setup, name: str) -> Path:
-    main = name == setup.config.method.name
-    return setup.workdir if main else setup.workdir / "baselines" / name
-
-
 def _distil(setup: build.Setup, name: str) -> None:
     """Runs one method to its artefact; nothing is done when the artefact is there."""
-    folder = _folder(setup, name)
+    folder = run_folder.of(setup, name)
     done = (folder / "artifacts" / "distilled.npz").is_file()
     saved = {} if done else checkpoint.newest_metadata(folder / "checkpoints")
     processes.wait(f"{name} is looked for")  # before any process writes there
     if done:
         return
     config, data = setup.config, setup.dataset
-    placed = build.PLACEMENTS[config.data.placement](data.train, data.num_classes)
+    placed = settings.PLACEMENTS[config.data.placement](data.train, data.num_classes)
     # A coreset takes one image of each class a step.
     steps = config.method.ipc if name in coreset.CORESETS else config.run.steps
     restarts, rate_factor = saved.get("restarts", 0), saved.get("rate_factor", 1.0)
@@ -175,25 +165,31 @@ def _distil(setup: build.Setup, name: str) -> None:
     soft = None
     if config.eval.soft_labels:
         soft = _soft_labels(setup, build.extractors(setup), images)
-    card = {
-        "dataset": data.name,
-        "class_names": list(data.class_names),
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "method": name,
-        "ipc": config.method.ipc,
-        "factor": config.method.factor if name in ("ncfm", "dm", "start") else 1,
-        "config_hash": setup.hash,
-        "seeds": {"condense": config.seed},
-        "rate_factor": rate_factor,
-        "accuracies": [],
-        "cost": cost,
-        "provenance": {"source_sha256": data.fingerprint(), "versions": run_folder.versions()},
-    }
+    factor = config.method.factor if name in ("ncfm", "dm", "start") else 1
+    card = card_of(setup, name, factor, cost) | {"rate_factor": rate_factor}
     labels = np.repeat(np.arange(data.num_classes, dtype=np.int32), per_class)
     if processes.is_first():
         artifact.save(folder / "artifacts", artifact.Distilled(images, labels, soft, card))
     processes.wait(f"{name} is distilled")
+
+
+def card_of(setup: build.Setup, method: str, factor: int, cost: dict) -> dict:
+    """What the artefact of a run says of itself, before it is measured."""
+    config, data = setup.config, setup.dataset
+    return {
+        "dataset": data.name,
+        "class_names": list(data.class_names),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "method": method,
+        "ipc": config.method.ipc,
+        "factor": factor,
+        "config_hash": setup.hash,
+        "seeds": {"condense": config.seed},
+        "accuracies": [],
+        "cost": cost,
+        "provenance": {"source_sha256": data.fingerprint(), "versions": run_folder.versions()},
+    }
 
 
 def _slowed(config: ml_collections.ConfigDict, factor: float) -> ml_collections.ConfigDict:
@@ -225,8 +221,8 @@ def _evaluate(setup: build.Setup) -> list[dict]:
     """Trains fresh networks on every artefact, keeps the records, prints the table."""
     config, data = setup.config.eval, setup.dataset
     protocol = train_on.Protocol(config.epochs, config.batch, config.rate, strategy=config.strategy)
-    protocol_hash = build.digest([*protocol, setup.config.model.to_dict(), config.temperature])
-    methods = build.rows(setup.config)
+    protocol_hash = settings.digest([*protocol, setup.config.model.to_dict(), config.temperature])
+    methods = settings.rows(setup.config)
     wanted = [
         results.Cell(network, method, labels, seed, protocol_hash)
         for network in config.architectures
@@ -295,7 +291,7 @@ def _lacks_labels(setup: build.Setup, cell: results.Cell) -> bool:
     """Whether a measurement needs soft labels that the artefact does not have."""
     if cell.labels != "soft":
         return False
-    return artifact.load(_folder(setup, cell.method) / "artifacts").soft_labels is None
+    return artifact.load(run_folder.of(setup, cell.method) / "artifacts").soft_labels is None
 
 
 def _measure(
@@ -309,7 +305,7 @@ def _measure(
 ) -> None:
     """Trains the networks of some cells, which differ in the seed alone, and measures them."""
     data, (cell, *_) = setup.dataset, group
-    distilled = artifact.load(_folder(setup, cell.method) / "artifacts")
+    distilled = artifact.load(run_folder.of(setup, cell.method) / "artifacts")
     targets = train_on.one_hot(distilled.labels, data.num_classes)
     if cell.labels == "soft":
         soft = distilled.soft_labels
@@ -346,7 +342,7 @@ def _measure(
 
 
 def _record_in_card(setup: build.Setup, method: str, records: list[dict]) -> None:
-    folder = _folder(setup, method) / "artifacts"
+    folder = run_folder.of(setup, method) / "artifacts"
     distilled = artifact.load(folder)
     if distilled.card["accuracies"] != records:
         distilled.card["accuracies"] = records

@@ -98,6 +98,9 @@ def inside(*names):
 
 
 METHODS = inside("condense", "flow", "vlm")
+# The modules of a family that build its runs, and those that carry them out.
+BUILDERS = inside("settings", "build", "flow_build")
+STAGES = inside("train", "flow_train", "flow_eval", "run_folder")
 
 
 @pytest.mark.parametrize(
@@ -192,30 +195,37 @@ def test_networks_know_only_networks():
 
 @pytest.mark.parametrize("room", inside("io", "data"))
 def test_files_and_data_know_no_method(room):
-    above = [*METHODS, *inside("build", "eval", "runner", "train", "plan", "main")]
+    above = [*METHODS, *BUILDERS, *STAGES, *inside("eval", "runner", "plan", "main")]
     assert not breaches(where=(room,), forbidden=above)
 
 
 def test_evaluation_knows_neither_runner_nor_checkpoints():
-    above = inside("build", "runner", "train", "main", "io.checkpoint")
+    above = [*BUILDERS, *STAGES, *inside("runner", "main", "io.checkpoint")]
     assert not breaches(where=inside("eval"), forbidden=above)
 
 
 def test_the_runner_takes_any_method():
-    above = [*METHODS, *inside("build", "train", "main")]
+    above = [*METHODS, *BUILDERS, *STAGES, *inside("main")]
     assert not breaches(where=inside("runner"), forbidden=above)
 
 
 def test_parts_are_built_without_being_run():
-    above = inside("runner", "train", "plan", "main", "io.checkpoint")
-    assert not breaches(where=inside("build"), forbidden=above)
-    assert not breaches(where=inside("plan"), forbidden=inside("train"))
+    above = [*STAGES, *inside("runner", "plan", "main", "io.checkpoint")]
+    assert not breaches(where=BUILDERS, forbidden=above)
+    assert not breaches(where=inside("plan"), forbidden=STAGES)
     assert "jaxdistill.build" in {use.name for use in USES if use.module == "jaxdistill.plan"}
+
+
+def test_families_do_not_know_each_other():
+    condensation, flows = inside("build", "train", "condense"), ["flow_build", "flow_train"]
+    flows = inside(*flows, "flow_eval", "flow")
+    assert not breaches(where=condensation, forbidden=flows)
+    assert not breaches(where=flows, forbidden=condensation)
 
 
 def test_flags_and_configs_stay_at_the_edge():
     assert not breaches(but=inside("main"), forbidden=["absl.flags", "absl.app"])
-    edge = inside("main", "train", "plan", "build", "config", "flow_build", "flow_train")
+    edge = [*BUILDERS, *inside("main", "train", "plan", "config", "flow_train")]
     assert not breaches(but=edge, forbidden=["ml_collections"])
 
 

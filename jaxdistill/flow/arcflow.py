@@ -13,7 +13,15 @@ import optax
 
 from jaxdistill.errors import InputError
 from jaxdistill.flow.paths import expand, shifted
-from jaxdistill.flow.students import Segment, Source, Student, Teacher, streams, student_method
+from jaxdistill.flow.students import (
+    Segment,
+    Source,
+    Student,
+    Teacher,
+    mean_square,
+    streams,
+    student_method,
+)
 from jaxdistill.method import Method
 
 # Of the loss alone it only matters where gradients are clipped.
@@ -60,8 +68,7 @@ def arcflow(
         )
     policy = student.policy
 
-    def match(field, x, start, end, label, keys, query, step):
-        del label
+    def match(field, x, start, end, keys, query, step):
         share = jnp.maximum(1.0 - step / teacher_steps, 0.0) if teacher_steps else 0.0
         ahead = jnp.minimum(window, start - end)
         own, teachers = _gaps(keys, queries, start - end - ahead, share)
@@ -83,8 +90,7 @@ def arcflow(
         asked = jax.lax.stop_gradient(asked)
 
         def gap(x, u, t, far):
-            error = policy.average(field, x, t, far) - u
-            return jnp.square(error).reshape(error.shape[0], -1).mean(-1)
+            return mean_square(policy.average(field, x, t, far) - u)
 
         loss = _LOSS_SCALE * jax.vmap(gap)(*asked).mean(0)
         last = policy.transition(curve, last, shifted(raw, shift), shifted(end, shift))

@@ -9,7 +9,7 @@ import optax
 from jaxdistill.errors import InputError
 from jaxdistill.flow.paths import expand, shifted
 from jaxdistill.flow.samplers import euler
-from jaxdistill.flow.students import Segment, Source, Student, Teacher, student_method
+from jaxdistill.flow.students import Segment, Source, Student, Teacher, mean_square, student_method
 from jaxdistill.method import Method
 
 
@@ -44,15 +44,14 @@ def endpoint_regression(
         raise InputError(f"{queries} queries a segment; ask the teacher at least once")
     policy = student.policy
 
-    def match(field, x, start, end, label, keys, query, step):
-        del label, keys, step
+    def match(field, x, start, end, keys, query, step):
+        del keys, step
         parts = jnp.linspace(0.0, 1.0, queries + 1)[:, None]
         target = euler(query, x, shifted(start + parts * (end - start), shift))
         t, t_end = shifted(start, shift), shifted(end, shift)
         length = jnp.where(start > end, t - t_end, 1.0)
         wanted = jax.lax.stop_gradient((x - target) / expand(length, x))
-        error = policy.average(field, x, t, t_end) - wanted
-        loss = jnp.square(error).reshape(error.shape[0], -1).mean(-1)
+        loss = mean_square(policy.average(field, x, t, t_end) - wanted)
         after = jax.lax.stop_gradient(policy.transition(field, x, t, t_end))
         return Segment(loss, after, jnp.int32(queries))
 

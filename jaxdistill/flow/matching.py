@@ -11,7 +11,7 @@ from jaxtyping import Array, Int32, PRNGKeyArray, PyTree
 from jaxdistill import collective
 from jaxdistill.errors import InputError
 from jaxdistill.flow.paths import Examples, Times, interpolate, shifted
-from jaxdistill.flow.students import Labels, streams
+from jaxdistill.flow.students import Labels, noise_like, streams
 from jaxdistill.method import Batch, BatchSpec, Method
 
 
@@ -74,7 +74,7 @@ def flow_matching(
         del frozen, key
         x0, label = data(batch)
         k_noise, k_time, k_drop = streams(batch["keys"], 3)
-        noise = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:]))(k_noise)
+        noise = noise_like(x0, k_noise)
         t = shifted(jax.nn.sigmoid(jax.vmap(jax.random.normal)(k_time)), shift)
         x = interpolate(x0, noise, t)
         if null is not None:

@@ -68,13 +68,14 @@ def momentum_policy(unit: str = "time") -> Policy:
         lambda field, x, t: momentum.velocity(field, t),
         lambda field, x, t_a, t_b: momentum.average_velocity(field, t_a, t_b),
         momentum.transition,
-        lambda field, keys, fraction: field._replace(logits=_thin(field.logits, keys, fraction)),
+        _drop_modes,
     )
 
 
-def _thin(logits: Array, keys: Key[Array, " n"], fraction: float) -> Array:
-    marks = jax.vmap(lambda key: jax.random.uniform(key, logits.shape[-1:]))(keys)
-    return momentum.thinned(logits, marks, fraction)
+def _drop_modes(field: Field, keys: Key[Array, " n"], fraction: float) -> Field:
+    """`Policy.drop` of a field whose modes have logits."""
+    marks = jax.vmap(lambda key: jax.random.uniform(key, field.logits.shape[-1:]))(keys)
+    return field._replace(logits=momentum.thinned(field.logits, marks, fraction))
 
 
 class Gaussians(NamedTuple):
@@ -147,5 +148,5 @@ def gaussian_policy(substeps: int = 16) -> Policy:
         velocity,
         lambda *args: move(*args)[1],
         lambda *args: move(*args)[0],
-        lambda field, keys, fraction: field._replace(logits=_thin(field.logits, keys, fraction)),
+        _drop_modes,
     )

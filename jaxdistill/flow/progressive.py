@@ -13,7 +13,7 @@ from jaxdistill import collective
 from jaxdistill.errors import InputError
 from jaxdistill.flow.paths import Examples, expand, interpolate, shifted
 from jaxdistill.flow.samplers import euler
-from jaxdistill.flow.students import Labels, Student, Teacher, power_average, streams
+from jaxdistill.flow.students import Labels, Student, Teacher, noise_like, power_average, streams
 from jaxdistill.method import Batch, BatchSpec, Method
 
 
@@ -107,7 +107,7 @@ def progressive(
         count = first_calls / 2.0 ** (done + 1)
         start = jnp.ceil((1.0 - jax.vmap(jax.random.uniform)(k_place)) * count) / count
         middle, end = start - 0.5 / count, start - 1.0 / count
-        noise = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:]))(k_noise)
+        noise = noise_like(x0, k_noise)
         times = shifted(jnp.stack([start, middle, jnp.maximum(end, 0.0)]), shift)
         x = interpolate(x0, noise, times[0])
 

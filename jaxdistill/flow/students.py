@@ -149,7 +149,7 @@ def from_data(
         place = 1.0 - jax.vmap(jax.random.uniform)(k_place)
         row = jnp.sum(raw[1:] >= place, 0)
         raw = jnp.take_along_axis(raw, jnp.stack([row, row + 1]), 0)
-        noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(k_noise)
+        noise = noise_like(x, k_noise)
         return Start(interpolate(x, noise, shifted(raw[0], shift)), label, raw, k_rest)
 
     return Source(batches, start)
@@ -158,6 +158,16 @@ def from_data(
 def streams(keys: Key[Array, " n"], number: int) -> Key[Array, "number n"]:
     """Several keys for each example."""
     return jax.vmap(lambda k: jax.random.split(k, number), out_axes=1)(keys)
+
+
+def noise_like(x: Examples, keys: Key[Array, " n"]) -> Examples:
+    """Standard normal noise of the examples' shape, of each from its key."""
+    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
+
+
+def mean_square(x: Examples) -> Float[Array, " n"]:
+    """Of each example."""
+    return jnp.square(x).reshape(x.shape[0], -1).mean(-1)
 
 
 class Segment(NamedTuple):
@@ -193,7 +203,7 @@ class StudentState(NamedTuple):
 
 
 Match = Callable[..., Segment]
-"""`(field, x, raw_start, raw_end, label, keys, query, step) -> Segment`; `query(x, t) -> u` is the
+"""`(field, x, raw_start, raw_end, keys, query, step) -> Segment`; `query(x, t) -> u` asks the
 teacher, and the field carries the gradient."""
 
 
@@ -253,7 +263,7 @@ def student_method(
             x, t, t_end = collective.by_example((x, shifted(start, shift), shifted(end, shift)))
             outputs = student.apply(trainable, frozen, x, t, first.label)
             field = student.policy.begin(collective.by_example(outputs), x, t, t_end)
-            done = match(field, x, start, end, first.label, keys, query, state.step)
+            done = match(field, x, start, end, keys, query, state.step)
             weight = start - end if weight_by_length else (start > end).astype(start.dtype)
             loss = (weight * done.loss).mean()
             return loss, (loss, done.x, done.queries)

@@ -22,9 +22,16 @@ def _per_pixel(flat: Array, patch: int, modes: int) -> Array:
     return pixels.reshape(*pixels.shape[:3], -1, modes)
 
 
-def _check(modes: int) -> None:
+def _gated_velocities(
+    features: Array, modes: int, channels: int, patch: int
+) -> tuple[Array, Array]:
+    """The layers that both heads have: velocities of the modes, and logits of their gates."""
     if modes < 1:
         raise InputError(f"{modes} modes: a path needs at least one")
+    zeros, pixels = nn.initializers.zeros, patch**2
+    velocities = nn.Dense(pixels * channels * modes, name="velocities")(features)
+    gates = nn.Dense(pixels * modes, kernel_init=zeros, name="gates")(features)
+    return _per_pixel(velocities, patch, modes), _per_pixel(gates, patch, modes)[..., 0, :]
 
 
 def _spread(low: float, high: float, patch: int) -> nn.initializers.Initializer:
@@ -73,18 +80,16 @@ class MomentumHead(nn.Module):
         Raises:
             InputError: for fewer than one mode.
         """
-        _check(self.modes)
-        zeros, pixels = nn.initializers.zeros, self.patch**2
         features = features.astype(jnp.float32)
-        velocities = nn.Dense(pixels * self.channels * self.modes, name="velocities")(features)
-        gates = nn.Dense(pixels * self.modes, kernel_init=zeros, name="gates")(features)
-        velocities = _per_pixel(velocities, self.patch, self.modes)
-        logits = _per_pixel(gates, self.patch, self.modes)[..., 0, :]
+        velocities, logits = _gated_velocities(features, self.modes, self.channels, self.patch)
         if not self.curved or self.modes == 1:
             return velocities, logits, jnp.zeros((*logits.shape[:-1], self.modes - 1))
         spread = _spread(*self.log_range, self.patch)
         log_gammas = nn.Dense(
-            pixels * (self.modes - 1), kernel_init=zeros, bias_init=spread, name="log_gammas"
+            self.patch**2 * (self.modes - 1),
+            kernel_init=nn.initializers.zeros,
+            bias_init=spread,
+            name="log_gammas",
         )(features)
         return velocities, logits, _per_pixel(log_gammas, self.patch, self.modes - 1)[..., 0, :]
 
@@ -123,18 +128,13 @@ class GaussianHead(nn.Module):
         Raises:
             InputError: for fewer than one component.
         """
-        _check(self.modes)
-        zeros, pixels = nn.initializers.zeros, self.patch**2
         features = features.astype(jnp.float32)
-        velocities = nn.Dense(pixels * self.channels * self.modes, name="velocities")(features)
-        gates = nn.Dense(pixels * self.modes, kernel_init=zeros, name="gates")(features)
+        velocities, logits = _gated_velocities(features, self.modes, self.channels, self.patch)
         start = nn.initializers.constant(self.log_std)
-        log_std = nn.Dense(1, kernel_init=zeros, bias_init=start, name="log_std")
-        return (
-            _per_pixel(velocities, self.patch, self.modes),
-            _per_pixel(gates, self.patch, self.modes)[..., 0, :],
-            log_std(features.mean((1, 2)))[:, 0],
+        log_std = nn.Dense(1, kernel_init=nn.initializers.zeros, bias_init=start, name="log_std")(
+            features.mean((1, 2))
         )
+        return velocities, logits, log_std[:, 0]
 
 
 def from_output(

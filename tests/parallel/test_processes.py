@@ -18,6 +18,7 @@ from tests.test_backends import differences, min_max, toy_data
 
 _SCRIPT = Path(__file__).parent / "process.py"
 _ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+_ONE_DEVICE = _ENVIRONMENT | {"XLA_FLAGS": ""}
 
 
 def free_address():
@@ -72,17 +73,13 @@ def test_two_processes_train_save_and_one_goes_on(tmp_path):
     assert len(ours) == len(theirs) == 3  # one process wrote
 
 
-@pytest.mark.slow
-def test_the_command_line_runs_in_two_processes(tmp_path):
+def command_in_two_processes(command):
+    """What each of them prints."""
     address = free_address()
-    command = [sys.executable, "-m", "jaxdistill.main", "--config=ncfm:dataset=digits,ipc=1,smoke"]
-    command += ["--config.eval.baselines=('random',)", f"--workdir={tmp_path / 'run'}"]
-    command += ["--config.pool.size=2", "--config.pool.epochs=1", "--config.model.depth=1"]
-    one_device = _ENVIRONMENT | {"XLA_FLAGS": ""}
     started = [
         subprocess.Popen(
             [*command, f"--distributed={address},2,{i}"],
-            env=one_device,
+            env=_ONE_DEVICE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -92,15 +89,39 @@ def test_the_command_line_runs_in_two_processes(tmp_path):
     outputs = [process.communicate(timeout=400) for process in started]
     for process, (_, error) in zip(started, outputs, strict=True):
         assert process.returncode == 0, error
-    tables = [out.count("convnet, hard labels") for out, _ in outputs]
+    return [out for out, _ in outputs]
+
+
+@pytest.mark.slow
+def test_the_command_line_runs_in_two_processes(tmp_path):
+    command = [sys.executable, "-m", "jaxdistill.main", "--config=ncfm:dataset=digits,ipc=1,smoke"]
+    command += ["--config.eval.baselines=('random',)", f"--workdir={tmp_path / 'run'}"]
+    command += ["--config.pool.size=2", "--config.pool.epochs=1", "--config.model.depth=1"]
+    outputs = command_in_two_processes(command)
+    tables = [out.count("convnet, hard labels") for out in outputs]
     assert tables == [1, 0]  # the first process prints
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert not {name for name in names if name.startswith("results-")}
     assert len(json.loads((tmp_path / "run" / "results.json").read_text())) == 4
-    alone = subprocess.run(command, env=one_device, capture_output=True, text=True, timeout=300)
+    alone = subprocess.run(command, env=_ONE_DEVICE, capture_output=True, text=True, timeout=300)
     assert alone.returncode == 0, alone.stderr
     # One process finds everything done. What connects the two prints as well.
-    assert outputs[0][0].endswith(alone.stdout)
+    assert outputs[0].endswith(alone.stdout)
+
+
+@pytest.mark.slow
+def test_flows_run_in_two_processes(tmp_path):
+    command = [sys.executable, "-m", "jaxdistill.main", "--config=flow:dataset=digits,smoke"]
+    command += ["--config.eval.baselines=()", f"--workdir={tmp_path / 'run'}"]
+    first, second = command_in_two_processes(command)
+    assert first.count("| arcflow, 2 |") == 1 and "arcflow" not in second  # the first prints
+    folder = tmp_path / "run"
+    assert (folder / "artifacts" / "samples.png").is_file()
+    student = (folder / "artifacts" / "student.safetensors").read_bytes()
+    alone = subprocess.run(command, env=_ONE_DEVICE, capture_output=True, text=True, timeout=300)
+    assert alone.returncode == 0, alone.stderr
+    assert first.endswith(alone.stdout)  # which finds everything done
+    assert (folder / "artifacts" / "student.safetensors").read_bytes() == student
 
 
 @pytest.mark.parametrize("spec", ["10.0.0.1", "a:1,2", "a:1,2,2", "a:1,two,0", "a,2,0"])
