@@ -115,7 +115,7 @@ def table(records: list[dict]) -> str:
             ]
             cells.append(f"{np.mean(values):.1f} ± {np.std(values):.1f}" if values else "–")
         hard = sum(x["labels"] == "hard" for x in mine[0]["results"])
-        cpu = np.mean([r["cost"]["cpu_seconds"] for r in mine])
+        cpu = np.mean([r["cost"].get("cpu_seconds", 0) for r in mine])
         lines.append(
             f"| {row} | {cells[0]} | {cells[1]} | {len(mine)} × {hard} |"
             f" {mine[0]['cost']['steps']} | {cpu:.0f} |"

@@ -21,26 +21,36 @@ from jaxdistill import flow_train
 _POINTS = ("ring8", "soft4", "checkerboard", "spirals")
 _ALL = "('linear', 'straight', 'endpoint', 'endpoint_8x', 'progressive', 'gaussian')"
 _SEVERAL = "(1, 2, 4, 8)"
-# Variant -> overrides. The first holds the method beside all it is compared with; the others are
-# the method alone.
+# Kind of data -> variant -> overrides. The first variant holds the method beside all that it is
+# compared with; the others are the method alone, where they do not say otherwise.
 _VARIANTS = {
-    "": {"eval.baselines": _ALL},
-    "wide gammas": {"method.log_gamma": "(-9.2, 9.2)"},
-    "gammas per segment": {"method.unit": "step", "method.log_gamma": "(-4.0, 4.0)"},
-    "mode dropout 0.1": {"method.drop": "0.1"},
-    "elastic": {"method.elastic": _SEVERAL, "eval.calls": _SEVERAL},
+    "points": {
+        "": {"eval.baselines": _ALL},
+        "a quarter of the steps": {"run.steps": "500"},
+        "wide gammas": {"method.log_gamma": "(-9.2, 9.2)"},
+        "gammas per segment": {"method.unit": "step", "method.log_gamma": "(-4.0, 4.0)"},
+        "mode dropout 0.1": {"method.drop": "0.1"},
+        "elastic": {"method.elastic": _SEVERAL, "eval.calls": _SEVERAL},
+    },
+    "images": {
+        "": {"eval.baselines": _ALL},
+        "four times the steps": {"run.steps": "1200", "eval.baselines": "('linear',)"},
+    },
 }
 # What the table shows of what the records hold.
 _COLUMNS = (
     "calls",
     "FD to data",
     "FD to teacher",
+    "KID to data",
     "precision",
     "recall",
     "class accuracy",
+    "least class accuracy",
     "diversity",
     "copies",
     "endpoint RMSE",
+    "endpoint cosine",
     "p90",
     "sliced W2 to data",
     "CPU s",
@@ -59,18 +69,22 @@ _BUDGET = {
 }
 
 
+def _kind(name: str) -> str:
+    return "points" if name in _POINTS else "images"
+
+
 def _run(name: str, variant: str, seed: int, args: argparse.Namespace) -> dict:
-    kind = "points" if name in _POINTS else "images"
+    kind = _kind(name)
     slug = "-".join([name, *variant.split(), str(seed)])
     workdir, first = args.workdir / slug, args.workdir / f"{name}-0"
     config = configs.load(f"flow:dataset={name},seed={seed}")
-    overrides = {"eval.baselines": "()"} | _BUDGET[kind] | _VARIANTS[variant]
+    overrides = {"eval.baselines": "()"} | _BUDGET[kind] | _VARIANTS[kind][variant]
     overrides |= dict(o.split("=", 1) for o in args.set)
     if workdir != first:
         overrides |= {
             "teacher.dir": str(first / "teacher"),
             "eval.judge_dir": str(first / "judge"),
-            "eval.teacher_calls": "()",  # measured in the first run
+            "eval.teacher_rows": "()",  # measured in the first run
         }
     for path, value in overrides.items():
         configs.override(config, path, value)
@@ -96,10 +110,9 @@ def _run(name: str, variant: str, seed: int, args: argparse.Namespace) -> dict:
     }
 
 
-def table(records: list[dict]) -> str:
+def table(records: list[dict], order: list[str]) -> str:
     """Markdown: mean ± population standard deviation over the seeds of training."""
     cells: dict[str, list[dict]] = {}
-    order = list(_VARIANTS)
     for record in sorted(records, key=lambda r: (order.index(r["variant"]), r["seed"])):
         for row in record["rows"]:
             name = row["row"]
@@ -135,18 +148,19 @@ def main() -> None:
     parser.add_argument("datasets", nargs="+")
     parser.add_argument("--workdir", type=Path, default=Path("runs/flow"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="*", default=list(_VARIANTS))
+    parser.add_argument("--variants", nargs="*", help="all by default")
     parser.add_argument("--set", nargs="*", default=[], help="config overrides, a.b=value")
     parser.add_argument("--table", action="store_true", help="print and run nothing")
     args = parser.parse_args()
     for name in args.datasets:
         path = recording.FOLDER / f"flow_{name}.json"
-        for variant in args.variants:
+        variants = list(_VARIANTS[_kind(name)])
+        for variant in args.variants or variants:
             for seed in [] if args.table else args.seeds:
                 recording.put(path, _run(name, variant, seed, args), ("variant", "seed"))
         if not path.is_file():
             parser.error(f"there is no record of {name} yet; leave --table out")
-        print(f"\n{name}\n\n{table(recording.read(path))}")
+        print(f"\n{name}\n\n{table(recording.read(path), variants)}")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def _judged(row: str, seed: int, args: argparse.Namespace) -> dict:
         artifact.save(workdir / "artifacts", artifact.Distilled(images, labels, None, card))
     accuracies = [record["accuracy"] for record in train.evaluate(config, workdir)]
     settings = {key: config.method[key] for key in ("num_freqs", "batch_real", "rate")}
-    return {"seed": seed, "accuracies": accuracies, **settings}
+    return {"seed": seed, "accuracies": accuracies, "epochs": config.eval.epochs, **settings}
 
 
 def _time(row: str, args: argparse.Namespace) -> dict:

@@ -118,8 +118,8 @@ records = flow_train.train(config, workdir)
 # %% [markdown]
 # ## Look
 #
-# `teacher, Euler, 100` is what the student should come near to with two calls, and
-# `teacher, Euler, 2` what the same two calls give without distillation.
+# `teacher, euler, 100` is what the student should come near to with two calls, and
+# `teacher, euler, 2` what the same two calls give without distillation.
 
 # %%
 from IPython.display import Image, display

@@ -45,6 +45,7 @@ def get_config(argument=None):
     )
     dataset = arg["dataset"]
     points, large = dataset in _POINTS, dataset in _LARGE
+    sharp = dataset in ("checkerboard", "spirals")  # laws with edges, known by samples alone
     shape = _IMAGES.get(dataset, _IMAGES["fashion_mnist"])
 
     config = ml_collections.ConfigDict()
@@ -67,6 +68,7 @@ def get_config(argument=None):
     config.model.patch = 1 if points else shape["patch"]
     config.model.width = 128 if points else shape["width"]
     config.model.depth = 4 if points else shape["depth"]
+    config.model.bands = 4 if sharp else 0  # octaves of sines and cosines of a point's place
     config.model.heads = 1 if points else shape["heads"]
     config.model.widths = (32, 64, 96)  # of the UNet's levels
     config.model.unroll = 1 if large else config.model.depth  # blocks compiled side by side
@@ -80,8 +82,8 @@ def get_config(argument=None):
     config.teacher.dir = ml_collections.config_dict.placeholder(str)
     # Learn from the exact velocity, and follow it; only where it is known: soft4 and ring8.
     config.teacher.exact = dataset in ("soft4", "ring8")
-    config.teacher.steps = 200_000 if large else 4000
-    config.teacher.batch = 256 if points or large else 64
+    config.teacher.steps = 200_000 if large else (20_000 if sharp else 4000)
+    config.teacher.batch = 512 if sharp else (256 if points or large else 64)
     config.teacher.rate = 1e-4 if large else 1e-3
     config.teacher.decay = 0.9999 if large else 0.999  # of the moving average
     config.teacher.label_drop = 0.0 if points or huge else 0.1
@@ -119,6 +121,10 @@ def get_config(argument=None):
     config.run.chunk = 50 if points else 10
     config.run.checkpoint_every = 1000 if points or large else 100
     config.run.tensorboard = False
+    # A run that diverges goes back to its last checkpoint, this many times, and each time its
+    # rate is multiplied by the factor.
+    config.run.restarts = 0
+    config.run.restart_factor = 0.3
 
     config.parallel = ml_collections.ConfigDict()
     config.parallel.backend = "jit"  # or pmap
@@ -127,7 +133,10 @@ def get_config(argument=None):
     config.eval = ml_collections.ConfigDict()
     config.eval.baselines = ("linear",)
     config.eval.calls = (arg["calls"],)  # of the students; others show how elastic they are
-    config.eval.teacher_calls = (2, 4, 8, 16, 100)
+    config.eval.teacher_rows = (  # sampler and network calls, guidance left out
+        *(f"euler:{calls}" for calls in (2, 4, 8, 16, 100)),
+        *(f"{sampler}:{calls}" for sampler in ("midpoint", "dpm_solver_2m") for calls in (4, 8)),
+    )
     config.eval.examples = 8192 if points else (10_000 if dataset != "digits" else 1000)
     config.eval.paired = 8192 if points else 1000  # examples with the reference's noise
     config.eval.reference_steps = 1024 if points else 64  # rk4 on points, Heun on images
@@ -143,6 +152,7 @@ def get_config(argument=None):
         config.method.elastic = ()
         config.run.steps, config.run.chunk, config.run.checkpoint_every = 8, 4, 4
         config.eval.examples = config.eval.paired = config.eval.batch = 128
-        config.eval.reference_steps, config.eval.teacher_calls = 8, (2, 4)
+        config.eval.reference_steps = 8
+        config.eval.teacher_rows = ("euler:2", "euler:4", "midpoint:2")
         config.eval.judge_epochs = 1
     return config.lock()

@@ -116,12 +116,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_objective(config.method.objective, config.method.alpha, config.method.beta)
     settings.check_places(config)
     _sampler(config.method)
-    if config.run.restarts < 0 or not 0 < config.run.restart_factor < 1:
-        raise InputError(
-            f"run.restarts is {config.run.restarts} and run.restart_factor "
-            f"{config.run.restart_factor}; the first must not be negative, the second between "
-            "0 and 1"
-        )
 
 
 def config_hash(config: ml_collections.ConfigDict) -> str:

@@ -21,7 +21,7 @@ from jaxdistill.flow.endpoint import endpoint_regression
 from jaxdistill.flow.matching import flow_matching, uint8_data
 from jaxdistill.flow.policies import UNITS, gaussian_policy, momentum_policy
 from jaxdistill.flow.progressive import progressive
-from jaxdistill.flow.samplers import guided
+from jaxdistill.flow.samplers import SAMPLERS, guided
 from jaxdistill.flow.students import (
     Student,
     Teacher,
@@ -59,6 +59,7 @@ _RANGES = {
     "model.width": (4, 2**16),
     "model.depth": (1, 1000),
     "model.unroll": (1, 1000),
+    "model.bands": (0, 16),
     "model.heads": (1, 1000),
     "teacher.rate": (0, 1e3),
     "teacher.decay": (0, 1),
@@ -172,11 +173,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     if config.method.unit not in UNITS:
         raise InputError(f"method.unit is {config.method.unit!r}; choose {' or '.join(UNITS)}")
     settings.check_places(config)
-    calls = (*config.eval.calls, *config.eval.teacher_calls, *config.method.elastic)
+    calls = (*config.eval.calls, *config.method.elastic)
     if not config.eval.calls or not all(isinstance(n, int) and n >= 1 for n in calls):
-        raise InputError(
-            "eval.calls, eval.teacher_calls and method.elastic are whole numbers, at least 1 each"
-        )
+        raise InputError("eval.calls and method.elastic are whole numbers, at least 1 each")
+    for row in config.eval.teacher_rows:
+        teacher_row(row)
     for name in ("dtype", "param_dtype"):
         if config.model[name] not in _DTYPES:
             raise InputError(
@@ -191,6 +192,23 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"teacher.guidance={config.teacher.guidance} needs a teacher that knows the null "
             "label; set teacher.label_drop above 0"
         )
+
+
+def teacher_row(row: str) -> tuple[str, int]:
+    """The sampler and the steps of a row such as `heun:8`, of eight calls.
+
+    Raises:
+        InputError: If it is no such row.
+    """
+    name, _, calls = str(row).partition(":")
+    if name in SAMPLERS and calls.isdecimal() and int(calls):
+        steps, rest = divmod(int(calls), SAMPLERS[name][1])
+        if not rest:
+            return name, steps
+    raise InputError(
+        f"eval.teacher_rows has {row!r}; each is a sampler ({', '.join(SAMPLERS)}) and its calls, "
+        "a multiple of those of one step: heun:8"
+    )
 
 
 def _check_method(config) -> None:
@@ -283,7 +301,7 @@ def network(config: ml_collections.ConfigDict, problem: Problem) -> Any:
     """The module of the teacher, which is the student's trunk."""
     model, channels, classes = config.model, problem.shape[-1], problem.num_classes
     if model.network == "mlp":
-        return FlowMLP(channels, classes, width=model.width, depth=model.depth)
+        return FlowMLP(channels, classes, width=model.width, depth=model.depth, bands=model.bands)
     if model.network == "unet":
         return UNet(channels, classes, widths=tuple(model.widths))
     return DiT(

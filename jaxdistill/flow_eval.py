@@ -143,13 +143,9 @@ def _generators(
 ) -> dict[str, Generator]:
     config, problem = setup.config, setup.problem
     rows = {}
-    for calls in config.eval.teacher_calls:
-        rows[f"teacher, Euler, {calls}"] = teacher_sampler(setup, frozen, "euler", calls)
-    for calls in config.eval.calls:
-        if calls % 2 == 0:
-            rows[f"teacher, midpoint, {calls}"] = teacher_sampler(
-                setup, frozen, "midpoint", calls // 2
-            )
+    for row in config.eval.teacher_rows:
+        name = f"teacher, {row.replace(':', ', ')}"
+        rows[name] = teacher_sampler(setup, frozen, *flow_build.teacher_row(row))
     for name, trained in students.items():
         _, student = flow_build.build_method(config, problem, name)
         for calls in config.eval.calls:
@@ -317,6 +313,9 @@ class _Images:
             "calls": generator.calls,
             **self._against(pixels(made), labels),
             "endpoint RMSE": generative.endpoint_rmse(paired, self.ends),
+            "endpoint cosine": generative.endpoint_cosine(
+                self.judged(pixels(paired))[0], self.judged(pixels(self.ends))[0]
+            ),
             "copies": generative.leakage(distances, self.test_distances).copies,
             **cost,
         }
@@ -326,12 +325,21 @@ class _Images:
         moments = generative.moments(features)
         some = min(len(features), len(self.features), 5000)
         support = generative.precision_recall(self.features[:some], features[:some])
+        block = min(1000, some // 10)
+        kernel = generative.kid(
+            self.features, features, jax.random.key(3), blocks=10, block_size=block
+        )
         return {
             "FD to data": generative.frechet(moments, self.moments),
             "FD to teacher": generative.frechet(moments, self.teacher_moments),
+            "KID to data": kernel.mean,
             "precision": support.precision,
             "recall": support.recall,
             "class accuracy": generative.class_accuracy(logits, labels),
+            "least class accuracy": min(
+                generative.class_accuracy(logits[labels == c], labels[labels == c])
+                for c in np.unique(labels)
+            ),
             "diversity": generative.diversity(features, labels) / self.diversity,
         }
 
@@ -347,7 +355,7 @@ def pixels(examples: np.ndarray) -> np.ndarray:
 def _draw(setup: Setup, frozen: PyTree, students: Mapping[str, PyTree], generators: dict) -> None:
     """Samples of all rows from the same noise, and for points the ways there."""
     folder = setup.workdir / "artifacts"
-    few = {name: g for name, g in generators.items() if "midpoint" not in name}
+    few = {n: g for n, g in generators.items() if not n.startswith("teacher") or "euler" in n}
     if setup.problem.target is None:
         made = [generate(setup, g, _SHOWN, _MAIN) for g in few.values()]
         labels = np.repeat(np.arange(len(few), dtype=np.int32), _SHOWN)

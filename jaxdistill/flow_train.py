@@ -5,18 +5,18 @@ config. Every stage finds what an earlier start left in the workdir and goes on 
 """
 
 import os
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import ml_collections
 from jaxtyping import PyTree
 
-from jaxdistill import flow_build, flow_eval, run_folder, runner, settings
+from jaxdistill import flow_build, flow_eval, run_folder, settings, stage
 from jaxdistill.errors import InputError
 from jaxdistill.flow_build import Setup
 from jaxdistill.interrupt import ShouldStop, never
-from jaxdistill.io import checkpoint, weights
+from jaxdistill.io import weights
 from jaxdistill.method import Method
 from jaxdistill.nn import lora
 from jaxdistill.parallel import processes
@@ -94,40 +94,31 @@ def set_up(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -
 
 
 def _run(
-    setup: Setup, name: str, method: Method, folder: Path, steps: int, frozen: PyTree, identity: str
-) -> tuple[PyTree, dict]:
-    """One run of the loop, and what it cost."""
-    config, data = setup.config, ()
-    if method.batches.kind == "uniform":
-        split = setup.problem.dataset.train
-        data = settings.PLACEMENTS[config.data.placement](split, setup.problem.num_classes)
-    resumed = bool(checkpoint.newest_metadata(folder / "checkpoints"))
-    processes.wait(f"{name} is started")
-    began = time.perf_counter(), time.process_time()
-    state = runner.run(
-        method,
-        data=data,
+    setup: Setup,
+    name: str,
+    rate: str,
+    method_at: Callable[[ml_collections.ConfigDict], Method],
+    *,
+    folder: Path,
+    identity: str,
+    frozen: PyTree,
+    steps: int,
+) -> stage.Outcome:
+    """A stage whose restarts lower one rate."""
+    config, problem = setup.config, setup.problem
+    placement = settings.PLACEMENTS[config.data.placement]
+    return stage.run(
+        name,
+        lambda factor: method_at(settings.slowed(config, (rate,), factor)),
+        config,
+        folder=folder,
+        identity=identity,
+        place=lambda: placement(problem.dataset.train, problem.num_classes),
         frozen=frozen,
-        key=jax.random.key(config.seed),
         steps=steps,
-        chunk=config.run.chunk,
         mesh=make_mesh(),
-        backend=config.parallel.backend,
-        workdir=folder,
-        checkpoint_every=config.run.checkpoint_every,
-        metadata={"config_hash": identity, "method": name},
-        tensorboard=config.run.tensorboard,
-        progress=name,
         should_stop=setup.should_stop,
     )
-    jax.block_until_ready(state)
-    return state, {
-        "steps": steps,
-        # Of this start, compilation included: if resumed, of the last part alone.
-        "resumed": resumed,
-        "wall_seconds": round(time.perf_counter() - began[0], 2),
-        "cpu_seconds": round(time.process_time() - began[1], 2),
-    }
 
 
 def _teacher(setup: Setup) -> tuple[PyTree, str]:
@@ -146,11 +137,19 @@ def _teacher(setup: Setup) -> tuple[PyTree, str]:
                 "a teacher is trained with model.param_dtype=float32, or its moving average would "
                 "stand still; give the folder of a trained one as teacher.dir"
             )
-        method = flow_build.teacher_method(config, problem)
-        state, cost = _run(setup, "teacher", method, folder, config.teacher.steps, (), setup.hash)
-        params = jax.tree.map(processes.whole, method.output(state))
+        ended = _run(
+            setup,
+            "teacher",
+            "teacher.rate",
+            lambda config: flow_build.teacher_method(config, problem),
+            folder=folder,
+            identity=setup.hash,
+            frozen=(),
+            steps=config.teacher.steps,
+        )
+        params = jax.tree.map(processes.whole, ended.method.output(ended.state))
         if processes.is_first():
-            weights.save(folder, "teacher", params, _card(setup, "teacher", cost))
+            weights.save(folder, "teacher", params, _card(setup, "teacher", ended, {}))
         processes.wait("the teacher is trained")
     params, card = weights.load(folder, "teacher")
     shapes = flow_build.teacher_shapes(config, problem)
@@ -177,7 +176,7 @@ def _check_teacher(setup: Setup, folder: Path, card: dict) -> None:
 def _student(setup: Setup, name: str, frozen: PyTree, teacher_hash: str) -> PyTree:
     """What a student has learned: read, or trained first."""
     config, folder = setup.config, run_folder.of(setup, name)
-    method, student = flow_build.build_method(config, setup.problem, name)
+    _, student = flow_build.build_method(config, setup.problem, name)
     artifacts = folder / "artifacts"
     done = (artifacts / "student.safetensors").is_file()
     processes.wait(f"{name} is looked for")
@@ -190,20 +189,29 @@ def _student(setup: Setup, name: str, frozen: PyTree, teacher_hash: str) -> PyTr
             print(f"{name}: {trained:,} of {whole:,} parameters are trained, {share}")
         # Half trained it goes on under the same teacher only.
         identity = settings.digest([setup.hash, teacher_hash])
-        state, cost = _run(setup, name, method, folder, config.run.steps, frozen, identity)
+        ended = _run(
+            setup,
+            name,
+            "method.rate",
+            lambda config: flow_build.build_method(config, setup.problem, name)[0],
+            folder=folder,
+            identity=identity,
+            frozen=frozen,
+            steps=config.run.steps,
+        )
         calls = 1  # which the progressive method knows itself
         if name != "progressive":
             calls = flow_build.teacher_velocity(config, setup.problem)[1]
-        queries = int(state.queries) * config.method.batch * calls
-        cost |= {"trained_parameters": trained, "teacher_queries": queries}
-        card = _card(setup, name, cost) | {
+        queries = int(ended.state.queries) * config.method.batch * calls
+        cost = {"trained_parameters": trained, "teacher_queries": queries}
+        card = _card(setup, name, ended, cost) | {
             "calls": config.method.calls,
             "shift": config.shift,
             "last": config.method.last,
             "teacher_sha256": teacher_hash,
             "licence": "that of the teacher and its data",
         }
-        params = jax.tree.map(processes.whole, method.output(state))
+        params = jax.tree.map(processes.whole, ended.method.output(ended.state))
         if processes.is_first():
             weights.save(artifacts, "student", params, card)
         processes.wait(f"{name} is distilled")
@@ -214,14 +222,15 @@ def _student(setup: Setup, name: str, frozen: PyTree, teacher_hash: str) -> PyTr
     return params
 
 
-def _card(setup: Setup, name: str, cost: dict) -> dict:
+def _card(setup: Setup, name: str, ended: stage.Outcome, cost: dict) -> dict:
     data = setup.problem.dataset
     return {
         "dataset": setup.problem.name,
         "method": name,
         "config_hash": setup.hash,
         "seed": setup.config.seed,
-        "cost": cost,
+        "cost": ended.cost | cost,
+        "rate_factor": ended.rate_factor,
         "provenance": {
             "source_sha256": None if data is None else data.fingerprint(),
             "versions": run_folder.versions(),

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ml_collections
@@ -27,6 +27,17 @@ def at(tree: Mapping | ml_collections.ConfigDict, path: str) -> Any:
     return functools.reduce(lambda node, name: node[name], path.split("."), tree)
 
 
+def slowed(
+    config: ml_collections.ConfigDict, paths: Sequence[str], factor: float
+) -> ml_collections.ConfigDict:
+    """The config with some settings multiplied."""
+    config = config.copy_and_resolve_references()
+    for path in paths:
+        group, _, name = path.rpartition(".")
+        at(config, group)[name] *= factor
+    return config
+
+
 def check_ranges(config: ml_collections.ConfigDict, ranges: Mapping[str, tuple]) -> None:
     """Refuses numbers outside their ranges, and seeds that are none.
 
@@ -47,8 +58,14 @@ def check_places(config: ml_collections.ConfigDict) -> None:
     """Refuses ways of carrying out a run that do not exist.
 
     Raises:
-        InputError: In this case.
+        InputError: In these cases.
     """
+    if config.run.restarts < 0 or not 0 < config.run.restart_factor < 1:
+        raise InputError(
+            f"run.restarts is {config.run.restarts} and run.restart_factor "
+            f"{config.run.restart_factor}; the first must not be negative, the second between "
+            "0 and 1"
+        )
     if config.parallel.backend not in BACKENDS:
         raise InputError(
             f"unknown backend {config.parallel.backend!r}; choose from {', '.join(BACKENDS)}"

@@ -7,7 +7,6 @@ config. Every stage finds what an earlier start left in the workdir and goes on 
 import functools
 import itertools
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,16 +16,19 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxdistill import build, run_folder, runner, settings
+from jaxdistill import build, run_folder, runner, settings, stage
 from jaxdistill.condense import coreset
 from jaxdistill.condense.labels import soft_labels
 from jaxdistill.data.augment import normalizer
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import results, train_on
 from jaxdistill.interrupt import ShouldStop, never
-from jaxdistill.io import artifact, checkpoint
+from jaxdistill.io import artifact
 from jaxdistill.io.writers import Progress
 from jaxdistill.parallel import processes
+
+# What a restart lowers.
+_RATES = ("method.rate", "method.sampler_rate", "method.finetune_rate")
 
 
 def train(
@@ -105,68 +107,45 @@ def _distil(setup: build.Setup, name: str) -> None:
     """Runs one method to its artefact; nothing is done when the artefact is there."""
     folder = run_folder.of(setup, name)
     done = (folder / "artifacts" / "distilled.npz").is_file()
-    saved = {} if done else checkpoint.newest_metadata(folder / "checkpoints")
-    processes.wait(f"{name} is looked for")  # before any process writes there
+    processes.wait(f"{name} is looked for")
     if done:
         return
     config, data = setup.config, setup.dataset
-    placed = settings.PLACEMENTS[config.data.placement](data.train, data.num_classes)
-    # A coreset takes one image of each class a step.
-    steps = config.method.ipc if name in coreset.CORESETS else config.run.steps
-    restarts, rate_factor = saved.get("restarts", 0), saved.get("rate_factor", 1.0)
-    method = build.build_method(_slowed(config, rate_factor), name, data, setup.prepare)
+    placement = settings.PLACEMENTS[config.data.placement]
+    place = functools.partial(placement, data.train, data.num_classes)
+
+    def method_at(rate_factor):
+        slowed = settings.slowed(config, _RATES, rate_factor)
+        return build.build_method(slowed, name, data, setup.prepare)
+
     frozen = build.build_frozen(setup, name)
-    key = jax.random.key(config.seed)
-    began = time.perf_counter(), time.process_time()
-    state = None
     if name == "start":
         # The undistilled start of the same seed: what a run of NCFM has before its first step.
-        state = runner.initial_state(method, data=placed, frozen=frozen, key=key)
-    while state is None:
-        try:
-            state = runner.run(
-                method,
-                data=placed,
-                frozen=frozen,
-                key=key,
-                steps=steps,
-                chunk=config.run.chunk,
-                mesh=build.build_mesh(config, data),
-                backend=config.parallel.backend,
-                workdir=folder,
-                checkpoint_every=config.run.checkpoint_every,
-                metadata={
-                    "config_hash": setup.hash,
-                    "method": name,
-                    "restarts": restarts,
-                    "rate_factor": rate_factor,
-                },
-                tensorboard=config.run.tensorboard,
-                progress=name,
-                should_stop=setup.should_stop,
-            )
-        except runner.Diverged as error:
-            if restarts >= config.run.restarts:
-                raise
-            restarts, rate_factor = restarts + 1, rate_factor * config.run.restart_factor
-            told = f"restart {restarts} of {config.run.restarts} with the rates x {rate_factor:.3g}"
-            print(f"{name}: {error}; {told}", file=sys.stderr)
-            slower = _slowed(config, rate_factor)
-            method = build.build_method(slower, name, data, setup.prepare)
-    images = processes.whole(method.output(state)["images"])
-    cost = {
-        "steps": 0 if name == "start" else steps,
-        # Of this process: a run that went on after an interruption shows its last part.
-        "wall_seconds": round(time.perf_counter() - began[0], 2),
-        "cpu_seconds": round(time.process_time() - began[1], 2),
-    }
+        method, key = method_at(1.0), jax.random.key(config.seed)
+        state = runner.initial_state(method, data=place(), frozen=frozen, key=key)
+        ended = stage.Outcome(method, state, 1.0, {"steps": 0})
+    else:
+        ended = stage.run(
+            name,
+            method_at,
+            config,
+            folder=folder,
+            identity=setup.hash,
+            place=place,
+            frozen=frozen,
+            # A coreset takes one image of each class a step.
+            steps=config.method.ipc if name in coreset.CORESETS else config.run.steps,
+            mesh=build.build_mesh(config, data),
+            should_stop=setup.should_stop,
+        )
+    images = processes.whole(ended.method.output(ended.state)["images"])
     per_class = images.shape[1]
     images = images.reshape(-1, *data.image_shape)
     soft = None
     if config.eval.soft_labels:
         soft = _soft_labels(setup, build.extractors(setup), images)
     factor = config.method.factor if name in ("ncfm", "dm", "start") else 1
-    card = card_of(setup, name, factor, cost) | {"rate_factor": rate_factor}
+    card = card_of(setup, name, factor, ended.cost) | {"rate_factor": ended.rate_factor}
     labels = np.repeat(np.arange(data.num_classes, dtype=np.int32), per_class)
     if processes.is_first():
         artifact.save(folder / "artifacts", artifact.Distilled(images, labels, soft, card))
@@ -190,14 +169,6 @@ def card_of(setup: build.Setup, method: str, factor: int, cost: dict) -> dict:
         "cost": cost,
         "provenance": {"source_sha256": data.fingerprint(), "versions": run_folder.versions()},
     }
-
-
-def _slowed(config: ml_collections.ConfigDict, factor: float) -> ml_collections.ConfigDict:
-    """The config with all rates of the method multiplied."""
-    config = config.copy_and_resolve_references()
-    for name in ("rate", "sampler_rate", "finetune_rate"):
-        config.method[name] *= factor
-    return config
 
 
 def _soft_labels(setup: build.Setup, teachers: dict, images: np.ndarray) -> np.ndarray:

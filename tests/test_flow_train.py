@@ -63,9 +63,9 @@ def test_a_run_leaves_what_it_promises(points):
     for name in ("samples.png", "trajectories.png"):
         assert np.asarray(Image.open(points / "artifacts" / name)).std() > 1
     rows = rows_of(points)
-    assert {"arcflow, 1", "arcflow, 2", "linear, 2", "teacher, Euler, 2"} <= set(rows)
+    assert {"arcflow, 1", "arcflow, 2", "linear, 2", "teacher, euler, 2"} <= set(rows)
     assert rows["teacher, midpoint, 2"]["calls"] == 2
-    assert rows["teacher, Euler, 4"]["endpoint RMSE"] < rows["teacher, Euler, 2"]["endpoint RMSE"]
+    assert rows["teacher, euler, 4"]["endpoint RMSE"] < rows["teacher, euler, 2"]["endpoint RMSE"]
     assert lora.count(teacher) > 0
 
 
@@ -73,7 +73,7 @@ def test_images_have_all_the_measures(images):
     rows = rows_of(images)
     student = rows["arcflow, 2"]
     assert student["calls"] == 2
-    assert rows["teacher, Euler, 2"]["calls"] == 4  # guidance takes two
+    assert rows["teacher, euler, 2"]["calls"] == 4  # guidance takes two
     assert {"FD to data", "FD to teacher", "recall", "class accuracy", "diversity"} <= set(student)
     assert all(np.isfinite(value) for row in rows.values() for value in row.values())
     trained, _ = weights.load(images / "artifacts", "student")
@@ -202,6 +202,9 @@ def test_a_student_starts_as_its_teacher(points):
         (POINTS, ["model.dtype=float33"], "choose float32 or bfloat16"),
         (POINTS, ["data.placement=moon"], "choose resident or streamed"),
         (POINTS, ["eval.calls=(2.5,)"], "whole numbers"),
+        (POINTS, ["eval.teacher_rows=('midpoint:3',)"], "of those of one step: heun:8"),
+        (POINTS, ["eval.teacher_rows=('magic:4',)"], "each is a sampler .euler, midpoint"),
+        (POINTS, ["eval.teacher_rows=('euler:0',)"], r"eval\.teacher_rows has 'euler:0'"),
         (POINTS, ["method.clip=0.0"], r"method\.clip is 0"),
         (IMAGES, ["model.network=unet"], "set method.rank=0"),
         (IMAGES, ["teacher.exact=True"], "exact velocity of digits is not known"),

@@ -241,8 +241,9 @@ def test_dit_computes_in_half_precision_and_returns_single():
         (DiT(1, 4, 128, 6, 4, 10), (28, 28, 1), 1_869_072),
         (DiT(16, 2, 3072, 70, 24, 0, remat=True), (128, 128, 16), 11_923_584_064),
         (FlowMLP(2), (1, 1, 2), 70_786),
+        (FlowMLP(2, bands=4), (1, 1, 2), 70_786 + 4 * 4 * 128),
     ],
-    ids=["small", "12e9", "mlp"],
+    ids=["small", "12e9", "mlp", "mlp-bands"],
 )
 def test_parameter_counts(network, shape, expected):
     assert count(shapes_of(network, shape)) == expected

@@ -2,13 +2,14 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from jaxdistill import config as configs
-from jaxdistill import runner, train
+from jaxdistill import flow_train, runner, train
 from jaxdistill.errors import InputError
-from jaxdistill.io import artifact, checkpoint
+from jaxdistill.io import artifact, checkpoint, weights
 
 # The fourth step is the sampler's first, and takes it so far that the fifth is not finite.
 SETTINGS = {
@@ -74,6 +75,20 @@ def test_restarts_come_to_an_end(tmp_path, extractors, capfd):
     assert [line.rpartition("; ")[2] for line in lines] == ["restart 1 of 1 with the rates x 0.9"]
     assert steps(tmp_path) == [3]
     assert not (tmp_path / "artifacts").exists()
+
+
+@pytest.mark.slow
+def test_a_student_of_a_flow_goes_on_with_a_lower_rate_too(tmp_path, capfd):
+    config = configs.load("flow:dataset=soft4,smoke")
+    changes = {"method.rate": "1e3", "eval.baselines": "()", "eval.teacher_rows": "()"}
+    for path, value in {**changes, "run.restarts": "1", "run.restart_factor": "1e-6"}.items():
+        configs.override(config, path, value)
+    flow_train.train(config, tmp_path)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "restart" in line]
+    assert line.startswith("arcflow: step ") and line.endswith("with the rates x 1e-06")
+    params, card = weights.load(tmp_path / "artifacts", "student")
+    assert card["rate_factor"] == 1e-6
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("settings", [{"run.restarts": "-1"}, {"run.restart_factor": "1.0"}])

@@ -1,0 +1,112 @@
+"""One run of the loop as a config has it: with restarts, and with what it cost."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from jaxdistill import runner
+from jaxdistill.interrupt import ShouldStop
+from jaxdistill.io import checkpoint
+from jaxdistill.method import Frozen, Method, State
+from jaxdistill.parallel import processes
+
+
+class Outcome(NamedTuple):
+    """What a stage ends with.
+
+    Attributes:
+        method: What has run in the end.
+        state: Its state.
+        rate_factor: Of the rates at the end; 1 if the run never had to be restarted.
+        cost: For a card: steps, wall and CPU seconds.
+    """
+
+    method: Method
+    state: State
+    rate_factor: float
+    cost: dict[str, Any]
+
+
+def run(
+    name: str,
+    method_at: Callable[[float], Method],
+    config: ml_collections.ConfigDict,
+    *,
+    folder: Path,
+    identity: str,
+    place: Callable[[], PyTree],
+    frozen: Frozen,
+    steps: int,
+    mesh: Mesh,
+    should_stop: ShouldStop,
+) -> Outcome:
+    """Runs a method, or goes on with the run in the folder; again, with lower rates, if it may.
+
+    Args:
+        name: What to call it.
+        method_at: The method, given the factor of its rates.
+        config: With `seed`, `run` and `parallel`.
+        folder: Gets `metrics.jsonl` and `checkpoints/`.
+        identity: Of what is run; a checkpoint of another is refused.
+        place: Gives the data as the runner takes it, for a method that is fed examples.
+        frozen: As the runner takes it.
+        steps: Length of the whole run.
+        mesh: The devices.
+        should_stop: As the runner takes it.
+
+    Raises:
+        Diverged: When no restart is left.
+        InputError, Interrupted: As the runner does.
+    """
+    saved = checkpoint.newest_metadata(folder / "checkpoints")
+    processes.wait(f"{name} is started")  # before any process writes there
+    restarts, rate_factor = saved.get("restarts", 0), saved.get("rate_factor", 1.0)
+    began = time.perf_counter(), time.process_time()
+    state = None
+    while state is None:
+        method = method_at(rate_factor)
+        fed = method.batches.kind not in ("keys", "none")
+        try:
+            state = runner.run(
+                method,
+                data=place() if fed else (),
+                frozen=frozen,
+                key=jax.random.key(config.seed),
+                steps=steps,
+                chunk=config.run.chunk,
+                mesh=mesh,
+                backend=config.parallel.backend,
+                workdir=folder,
+                checkpoint_every=config.run.checkpoint_every,
+                metadata={
+                    "config_hash": identity,
+                    "method": name,
+                    "restarts": restarts,
+                    "rate_factor": rate_factor,
+                },
+                tensorboard=config.run.tensorboard,
+                progress=name,
+                should_stop=should_stop,
+            )
+        except runner.Diverged as error:
+            if restarts >= config.run.restarts:
+                raise
+            restarts, rate_factor = restarts + 1, rate_factor * config.run.restart_factor
+            told = f"restart {restarts} of {config.run.restarts} with the rates x {rate_factor:.3g}"
+            print(f"{name}: {error}; {told}", file=sys.stderr)
+    jax.block_until_ready(state)
+    cost = {
+        "steps": steps,
+        # Of this start, compilation included: if resumed, of the last part alone.
+        "resumed": bool(saved),
+        "wall_seconds": round(time.perf_counter() - began[0], 2),
+        "cpu_seconds": round(time.process_time() - began[1], 2),
+    }
+    return Outcome(method, state, rate_factor, cost)
