@@ -53,6 +53,8 @@ _TUNING = {
             f"NCFM, learned, spread {s}": _LEARNED | {"method.rate": "0.1", "method.freq_spread": s}
             for s in ("1.5", "4.0")
         },
+        "NCFM, learned, spread 4.0, slow ascent": _LEARNED
+        | {"method.rate": "0.1", "method.freq_spread": "4.0", "method.sampler_rate": "3e-5"},
         **{
             f"NCFM, calibration, fine-tuning {r}": {"method.finetune_rate": r}
             for r in ("0.001", "0.01")

@@ -5,7 +5,8 @@
 `--torch-python` is an interpreter that has torch and NumPy. Both sides run the configuration of
 `ncfm_torch.py`: 10 classes, 1024 real images each, 4096 frequencies, width 128, factor 2, ipc 10,
 32x32x3, calibration on, float32, two threads. PyTorch is also run with huge pages, which its
-allocator gains from. Writes `benchmarks/records/ncfm_speed.json`; `--table` prints that record.
+allocator gains from. Each round also measures plain matrix products, for the arithmetic floor.
+Writes `benchmarks/records/ncfm_speed.json`; `--table` prints that record.
 """
 
 import argparse
@@ -16,13 +17,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import recording
 
 _HERE = Path(__file__).parent
 _RECORD = recording.FOLDER / "ncfm_speed.json"
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# Of one iteration, its convolutions taken directly, and nothing computed twice that need not be.
+_TERAFLOPS = 1.39
 
 
 def _measure(python: str, script: str, extra: dict[str, str], iterations: int) -> dict:
@@ -33,6 +39,18 @@ def _measure(python: str, script: str, extra: dict[str, str], iterations: int) -
         record = json.loads(out.read_text())
         record["config"].pop("json", None)  # a place on this machine
         return record
+
+
+def _product_rate(side: int = 2048, seconds: float = 3.0) -> float:
+    """GFLOP/s of square float32 matrix products, one after another."""
+    product = jax.jit(jnp.matmul)
+    x = jax.random.normal(jax.random.key(0), (side, side))
+    product(x, x).block_until_ready()  # compiles
+    done, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        product(x, x).block_until_ready()
+        done += 1
+    return done * 2 * side**3 / (time.perf_counter() - begun) / 1e9
 
 
 def table(record: dict) -> str:
@@ -58,6 +76,14 @@ def table(record: dict) -> str:
         cells.append(f"{memory / 1e9:.2f}")
         cells += [f"{statistics.median(values[key]) / ours[key]:.2f}" for key in ours]
         lines.append("| " + " | ".join(cells) + " |")
+    rate = statistics.median(record["product_gflops"])
+    floor = 1000 * _TERAFLOPS / rate
+    lines += [
+        "",
+        f"Matrix products here: {rate:.0f} GFLOP/s. At that rate the {_TERAFLOPS} TFLOP of an "
+        f"iteration take {floor:.1f} s, of which jaxdistill takes "
+        f"{ours['wall_seconds'] / floor:.2f} times.",
+    ]
     return "\n".join(lines)
 
 
@@ -75,12 +101,14 @@ def main() -> None:
             "PyTorch": (args.torch_python, "ncfm_torch.py", {}),
             "PyTorch, huge pages": (args.torch_python, "ncfm_torch.py", _HUGE_PAGES),
         }
-        runs = {name: [] for name in sides}
+        runs, rates = {name: [] for name in sides}, []
         for _ in range(args.rounds):
+            rates.append(_product_rate())
             for name, (python, script, extra) in sides.items():
                 runs[name].append(_measure(python, script, extra, args.iterations))
                 print(name, runs[name][-1]["wall_seconds"]["all"], file=sys.stderr)
         record = {"platform": platform.platform(), "cores": os.cpu_count(), "runs": runs}
+        record["product_gflops"] = rates
         recording.write(_RECORD, record)
     print(table(json.loads(_RECORD.read_text())))
 

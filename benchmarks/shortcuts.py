@@ -40,15 +40,15 @@ from jaxdistill.io import artifact
 from jaxdistill.method import Method
 from jaxdistill.parallel.mesh import make_mesh, put
 
-_OWN, _BF16 = "frequencies of each class's own", "bfloat16 on the real path"
-# Row -> settings that are divided.
+_OWN = "frequencies of each class's own"
+# Row -> numbers that are divided, and other settings.
 _ROWS = {
     "NCFM": {},
     "a quarter of the frequencies": {"num_freqs": 4},
     "a sixteenth of the frequencies": {"num_freqs": 16},
     "half the real images": {"batch_real": 2},
     "a quarter of the real images": {"batch_real": 4},
-    _BF16: {},
+    "bfloat16 on the real path": {"real_dtype": "bfloat16"},
     _OWN: {},
 }
 # The rate that was chosen for this loss on images held out of the training set.
@@ -64,24 +64,9 @@ def _config(row: str, seed: int, args: argparse.Namespace) -> ml_collections.Con
     config.pool.dir = str(args.workdir / "pool")
     for setting in args.set:
         configs.override(config, *setting.split("=", 1))
-    for name, divisor in _ROWS[row].items():
-        config.method[name] //= divisor
+    for name, value in _ROWS[row].items():
+        config.method[name] = value if isinstance(value, str) else config.method[name] // value
     return config
-
-
-def _real_path_in_bfloat16(features: Callable) -> Callable:
-    """Features in bfloat16 where nothing is differentiated, as on the real path alone."""
-
-    @jax.custom_vjp
-    def mixed(params, images):
-        low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, images))
-        return features(*low).astype(jnp.float32)
-
-    mixed.defvjp(
-        lambda params, images: jax.vjp(features, params, images),
-        lambda pullback, cotangent: pullback(cotangent),
-    )
-    return mixed
 
 
 def _own_frequencies(make: Callable[[charfn.FrequencySampler], Method], scale: float) -> Method:
@@ -118,7 +103,7 @@ def _method(row: str, setup: build.Setup) -> Method:
     net = build.convnet(config, setup.dataset, config.pool.width)
     make = functools.partial(
         ncfm,
-        _real_path_in_bfloat16(net.features) if row == _BF16 else net.features,
+        net.features,
         net.logits,
         build.images_optimizer(config),
         feature_dim=net.feature_dim,

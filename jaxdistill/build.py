@@ -115,6 +115,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise InputError("eval.architectures is empty; give at least one network")
     check_objective(config.method.objective, config.method.alpha, config.method.beta)
     settings.check_places(config)
+    settings.check_dtypes(config, ("method.real_dtype",))
     _sampler(config.method)
 
 
@@ -295,6 +296,7 @@ def image_options(config: ml_collections.ConfigDict, data: Data, prepare: Callab
         "batch_real": method.batch_real,
         "strategy": method.strategy,
         "chunk": config.run.pass_size,
+        "real_dtype": method.real_dtype,
     }
 
 

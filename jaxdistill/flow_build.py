@@ -50,7 +50,6 @@ STUDENTS = (
     "progressive",
 )
 NETWORKS = ("dit", "unet", "mlp")
-_DTYPES = ("float32", "bfloat16")
 # Shape and classes of what no data set here holds: latents of images of 256 and 1024 pixels.
 _LATENTS = {"latents_imagenet": ((32, 32, 4), 1000), "latents_1mp": ((128, 128, 16), 0)}
 _RANGES = {
@@ -178,11 +177,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise InputError("eval.calls and method.elastic are whole numbers, at least 1 each")
     for row in config.eval.teacher_rows:
         teacher_row(row)
-    for name in ("dtype", "param_dtype"):
-        if config.model[name] not in _DTYPES:
-            raise InputError(
-                f"model.{name} is {config.model[name]!r}; choose {' or '.join(_DTYPES)}"
-            )
+    settings.check_dtypes(config, ("model.dtype", "model.param_dtype"))
     spread = config.method.log_gamma
     if len(spread) != 2 or not all(isinstance(x, int | float) for x in spread):
         raise InputError(f"method.log_gamma is {tuple(spread)}; give the lowest and the highest")

@@ -13,6 +13,7 @@ from jaxdistill.errors import InputError
 from jaxdistill.parallel.backends import BACKENDS
 
 PLACEMENTS = {"resident": device.resident, "streamed": stream.stream}
+_DTYPES = ("float32", "bfloat16")
 _Read = TypeVar("_Read", bound=sources.Dataset | sources.Facts)
 
 
@@ -52,6 +53,17 @@ def check_ranges(config: ml_collections.ConfigDict, ranges: Mapping[str, tuple])
         value = at(config, path)
         if value is not None and not least <= value <= most:
             raise InputError(f"{path} is {value}; it must be between {least} and {most}")
+
+
+def check_dtypes(config: ml_collections.ConfigDict, paths: Sequence[str]) -> None:
+    """Refuses settings that name no type to compute in.
+
+    Raises:
+        InputError: In this case.
+    """
+    for path in paths:
+        if at(config, path) not in _DTYPES:
+            raise InputError(f"{path} is {at(config, path)!r}; choose {' or '.join(_DTYPES)}")
 
 
 def check_places(config: ml_collections.ConfigDict) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxdistill import collective
@@ -45,6 +46,7 @@ def dm(
     batch_real: int = 256,
     strategy: str = "color_crop_cutout_flip_scale_rotate",
     chunk: int = 128,
+    real_dtype: DTypeLike = jnp.float32,
 ) -> Method:
     """Builds the DM method: every step draws a fresh random network. `frozen` is not used.
 
@@ -60,6 +62,8 @@ def dm(
         batch_real: Real images of each class per step.
         strategy: Siamese augmentation.
         chunk: Images in one pass of the network, on each device.
+        real_dtype: Of the network on the real images, which takes no gradient; bfloat16 halves
+            what its activations move. Features and all that follows are float32.
 
     Returns:
         A `Method`; its output is that of `ncfm`.
@@ -79,7 +83,14 @@ def dm(
         params = network_init(k_net)
         keys = collective.class_keys(k_augment, batch.shape[0])
         target = real_statistic(
-            lambda real: real.mean(1), features, params, batch, keys, chunk=chunk, **augmentation
+            lambda real: real.mean(1),
+            features,
+            params,
+            batch,
+            keys,
+            chunk=chunk,
+            dtype=real_dtype,
+            **augmentation,
         )
         target = collective.mean(target)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxdistill import collective
@@ -121,6 +122,7 @@ def ncfm(
     ascent_steps: int = 1,
     warmup: int = 0,
     chunk: int = 128,
+    real_dtype: DTypeLike = jnp.float32,
 ) -> Method:
     """Builds the NCFM method.
 
@@ -156,6 +158,8 @@ def ncfm(
         ascent_steps: Ascent steps of the sampler per descent step.
         warmup: Steps before the sampler begins to ascend.
         chunk: Images in one pass of the network, on each device.
+        real_dtype: Of the network on the real images, which takes no gradient; bfloat16 halves
+            what its activations move. Features and all that follows are float32.
 
     Returns:
         A `Method`. Its output is a dict with `images` (classes, m, H, W, C), decoded, and
@@ -236,7 +240,14 @@ def ncfm(
             return charfn.ecf(real, freqs), real if learned else ()
 
         real_ecf, real = real_statistic(
-            statistic, features, blend, batch, match_keys, chunk=chunk, **augmentation
+            statistic,
+            features,
+            blend,
+            batch,
+            match_keys,
+            chunk=chunk,
+            dtype=real_dtype,
+            **augmentation,
         )
         real_ecf = collective.mean(real_ecf)
 

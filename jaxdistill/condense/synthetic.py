@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree, UInt8
 
 from jaxdistill import collective
@@ -94,6 +95,7 @@ def real_statistic(
     prepare: Callable[[Array], Array],
     strategy: str,
     chunk: int,
+    dtype: DTypeLike = jnp.float32,
 ) -> PyTree:
     """A statistic of the features of augmented real images, class by class, without gradients.
 
@@ -109,6 +111,7 @@ def real_statistic(
         strategy: Augmentation, see `jaxdistill.data.augment`.
         chunk: Most images in one forward pass; bounds memory and, on CPU, keeps it in the cache.
             A pass takes several whole classes, or a part of one that divides it.
+        dtype: Of the network's parameters and activations; the statistic is taken of float32.
 
     Returns:
         The statistics of all classes.
@@ -116,6 +119,8 @@ def real_statistic(
     classes, n, *shape = images.shape
     group = next(g for g in range(max(1, min(classes, chunk // n)), 0, -1) if classes % g == 0)
     parts = next(p for p in range(-(-group * n // chunk), n + 1) if n % p == 0)
+
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
 
     def one_class(args):
         part, key = args
@@ -126,8 +131,8 @@ def real_statistic(
 
         def one_pass(part):
             batch = lax.map(one_class, (part, keys))
-            out = features(params, batch.reshape(-1, *shape))
-            return out.reshape(group, n // parts, -1)
+            out = features(params, batch.reshape(-1, *shape).astype(dtype))
+            return out.astype(jnp.float32).reshape(group, n // parts, -1)
 
         out = lax.map(one_pass, images.reshape(group, parts, n // parts, *shape).swapaxes(0, 1))
         return statistic(out.swapaxes(0, 1).reshape(group, n, -1))

@@ -87,6 +87,19 @@ def _transform_input(x: Array) -> list[Array]:
     ]
 
 
+def _in_float32(form: Callable[..., Array]) -> Callable[..., Array]:
+    """For forms that lose digits on the way, of which smaller types have none to spare."""
+
+    @functools.wraps(form)
+    def wide(x, *args, **options):
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        args = [array.astype(dtype) for array in args]
+        return form(x.astype(dtype), *args, **options).astype(x.dtype)
+
+    return wide
+
+
+@_in_float32
 def _winograd(x: Array, kernel: Array) -> Array:
     n, h, w, _ = x.shape
     th, tw = _tiles(h), _tiles(w)
@@ -101,6 +114,7 @@ def _winograd(x: Array, kernel: Array) -> Array:
     return out.reshape(n, th * _TILE, tw * _TILE, -1)[:, :h, :w]
 
 
+@_in_float32
 def _winograd_kernel_gradient(x: Array, dy: Array) -> Array:
     n, h, w, out_channels = dy.shape
     th, tw = _tiles(h), _tiles(w)
@@ -188,6 +202,7 @@ def _as_matrix_product(x: Array, kernel: Array, stride: int, padding: int) -> Ar
     return out.reshape(*patches.shape[:3], -1)
 
 
+@_in_float32
 def _folded_conv_norm(x: Array, kernel: Array, scale: Array, bias: Array, padding: int) -> Array:
     """Convolution and instance norm in one matrix product per image.
 

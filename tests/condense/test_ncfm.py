@@ -259,6 +259,23 @@ def test_real_and_synthetic_images_are_augmented_alike(impl, batch):
     np.testing.assert_allclose(weights, np.kron(np.eye(CLASSES), np.full((1, REAL), 1 / REAL)))
 
 
+def test_half_precision_on_the_real_path_changes_little_and_stays_there(pool, batch):
+    steps = {}
+    for dtype in ("float32", "bfloat16"):
+        method = make(images_tx=optax.sgd(1e-4), real_dtype=dtype)
+        state = method.init(key(0), pool, batch)
+        assert "bf16" in str(jax.make_jaxpr(method.step)(state, pool, batch, key(1))) or (
+            dtype == "float32"
+        )
+        steps[dtype] = fast_jit(method.step)(state, pool, batch, key(1))
+    (exact, told), (half, half_told) = steps["float32"], steps["bfloat16"]
+    assert {x.dtype for x in jax.tree.leaves(half) if jnp.issubdtype(x.dtype, jnp.inexact)} == {
+        jnp.dtype(jnp.float32)
+    }
+    assert 0 < abs(half_told["match"] - told["match"]) < 0.02 * told["match"]
+    assert jnp.abs(half.pixels - exact.pixels).max() > 0
+
+
 @pytest.mark.parametrize(("classes", "ipc", "factor"), [(6, 5, 1), (3, 1, 2), (2, 9, 1)])
 def test_shares_of_the_synthetic_images_make_up_the_whole(classes, ipc, factor):
     """Each device makes the images of the classes that its share touches, and no others."""

@@ -140,6 +140,21 @@ def test_conv_then_instance_norm(channels, padding):
     assert_close(actual, desired, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("side", "channels"), [(16, 16), (6, 16), (16, 3)], ids=str)
+def test_half_precision_stays_so_and_loses_no_more_than_its_digits(side, channels):
+    x, kernel = normal(4, side, side, channels), normal(3, 3, channels, 8, seed=1)
+    args = (x, kernel, jnp.ones(8), jnp.zeros(8))
+    half = [a.astype(jnp.bfloat16) for a in args]
+    for layer, count in ((conv2d, 2), (conv_instance_norm, 4)):
+        run = with_gradients(layer)
+        got, gradients = run(*half[:count])
+        assert {g.dtype for g in (got, *gradients)} == {jnp.dtype(jnp.bfloat16)}
+        # The same rounded inputs in float32: what is left is the rounding on the way.
+        exact, _ = run(*(a.astype(jnp.float32) for a in half[:count]))
+        off = np.abs(np.asarray(got, np.float32) - np.asarray(exact))
+        assert off.mean() < 0.01 * np.abs(exact).mean()
+
+
 def test_instance_norm_has_the_gradients_of_its_formula():
     args = (3 + normal(2, 5, 4, 6), 1 + 0.3 * normal(6, seed=2), normal(6, seed=3))
     mine, reference = with_gradients(instance_norm), with_gradients(plain_instance_norm)
