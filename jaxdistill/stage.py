@@ -100,7 +100,8 @@ def run(
                 raise
             restarts, rate_factor = restarts + 1, rate_factor * config.run.restart_factor
             told = f"restart {restarts} of {config.run.restarts} with the rates x {rate_factor:.3g}"
-            print(f"{name}: {error}; {told}", file=sys.stderr)
+            if processes.is_first():
+                print(f"{name}: {error}; {told}", file=sys.stderr)
     jax.block_until_ready(state)
     cost = {
         "steps": steps,
