@@ -20,7 +20,10 @@ import recording
 
 _RECORD = recording.FOLDER / "compile.json"
 _SLICES = ("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:8x8", "v5e:16x16")
+# A config, with overrides behind it as on the command line, and a slice.
 ROWS = [
+    ("ncfm:dataset=cifar10,ipc=10", "v5e:1x1"),
+    ("ncfm:dataset=cifar10,ipc=10 --config.method.real_dtype=float32", "v5e:1x1"),
     *(("ncfm:dataset=cifar100,ipc=50", name) for name in _SLICES),
     ("ncfm:dataset=tiny_imagenet,ipc=10", "v5e:1x1"),
     ("ncfm:dataset=imagenette,ipc=10", "v5e:1x1"),
@@ -30,7 +33,7 @@ ROWS = [
 
 def _compile(config: str, topology: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "jaxdistill.main", f"--config={config}"]
+        command = [sys.executable, "-m", "jaxdistill.main", *f"--config={config}".split()]
         command += ["--mode=compile", f"--topology={topology}", f"--workdir={folder}"]
         subprocess.run(command, check=True)
         record = json.loads((Path(folder) / "compile.json").read_text())
