@@ -43,7 +43,7 @@ _ROWS = {
 _DM = {"method.name": "dm"}
 _PLAIN = {"method.calibration": "0.0"}
 _LEARNED = {"method.calibration": "0.0", "method.sampler": "learned"}
-# Images per class -> setting -> overrides: the same number of settings for each method.
+# Images per class -> setting -> overrides.
 _TUNING = {
     1: {
         **{f"DM, rate {r}": _DM | {"method.rate": r} for r in ("0.03", "0.1", "0.3")},

@@ -27,7 +27,8 @@ import recording
 _HERE = Path(__file__).parent
 _RECORD = recording.FOLDER / "ncfm_speed.json"
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-# Of one iteration, its convolutions taken directly, and nothing computed twice that need not be.
+# Of one iteration with direct convolutions and nothing computed twice: 1.04 for the features of the
+# real images, 0.17 for their frequencies, 0.18 for the synthetic images and their gradients.
 _TERAFLOPS = 1.39
 
 

@@ -100,6 +100,8 @@ def _own_frequencies(make: Callable[[charfn.FrequencySampler], Method], scale: f
 
 def _method(row: str, setup: build.Setup) -> Method:
     config, settings = setup.config, setup.config.method
+    if row != _OWN:
+        return build.build_method(config, "ncfm", setup.dataset, setup.prepare)
     net = build.convnet(config, setup.dataset, config.pool.width)
     make = functools.partial(
         ncfm,
@@ -110,9 +112,7 @@ def _method(row: str, setup: build.Setup) -> Method:
         num_freqs=settings.num_freqs,
         **build.image_options(config, setup.dataset, setup.prepare),
     )
-    if row == _OWN:
-        return _own_frequencies(lambda law: make(sampler=law), settings.freq_scale)
-    return make(sampler=charfn.gaussian(settings.freq_scale))
+    return _own_frequencies(lambda law: make(sampler=law), settings.freq_scale)
 
 
 def _workdir(row: str, seed: int, args: argparse.Namespace) -> Path:

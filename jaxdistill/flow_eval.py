@@ -288,6 +288,7 @@ class _Images:
         other = generate(setup, reference, config.examples, _OTHER)
         self.teacher_moments = generative.moments(self.judged(pixels(other))[0])
         self.ends = generate(setup, reference, config.paired, _PAIRED)
+        self.ends_features, _ = self.judged(pixels(self.ends))
 
     def _nearest(self, images: np.ndarray) -> np.ndarray:
         return generative.nearest(images, self.train[0] / np.float32(255))
@@ -314,7 +315,7 @@ class _Images:
             **self._against(pixels(made), labels),
             "endpoint RMSE": generative.endpoint_rmse(paired, self.ends),
             "endpoint cosine": generative.endpoint_cosine(
-                self.judged(pixels(paired))[0], self.judged(pixels(self.ends))[0]
+                self.judged(pixels(paired))[0], self.ends_features
             ),
             "copies": generative.leakage(distances, self.test_distances).copies,
             **cost,

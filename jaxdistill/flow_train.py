@@ -96,9 +96,9 @@ def set_up(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -
 def _run(
     setup: Setup,
     name: str,
-    rate: str,
-    method_at: Callable[[ml_collections.ConfigDict], Method],
+    build: Callable[[ml_collections.ConfigDict], Method],
     *,
+    rate: str,
     folder: Path,
     identity: str,
     frozen: PyTree,
@@ -109,8 +109,9 @@ def _run(
     placement = settings.PLACEMENTS[config.data.placement]
     return stage.run(
         name,
-        lambda factor: method_at(settings.slowed(config, (rate,), factor)),
+        build,
         config,
+        rates=(rate,),
         folder=folder,
         identity=identity,
         place=lambda: placement(problem.dataset.train, problem.num_classes),
@@ -140,8 +141,8 @@ def _teacher(setup: Setup) -> tuple[PyTree, str]:
         ended = _run(
             setup,
             "teacher",
-            "teacher.rate",
             lambda config: flow_build.teacher_method(config, problem),
+            rate="teacher.rate",
             folder=folder,
             identity=setup.hash,
             frozen=(),
@@ -192,8 +193,8 @@ def _student(setup: Setup, name: str, frozen: PyTree, teacher_hash: str) -> PyTr
         ended = _run(
             setup,
             name,
-            "method.rate",
             lambda config: flow_build.build_method(config, setup.problem, name)[0],
+            rate="method.rate",
             folder=folder,
             identity=identity,
             frozen=frozen,

@@ -28,17 +28,6 @@ def at(tree: Mapping | ml_collections.ConfigDict, path: str) -> Any:
     return functools.reduce(lambda node, name: node[name], path.split("."), tree)
 
 
-def slowed(
-    config: ml_collections.ConfigDict, paths: Sequence[str], factor: float
-) -> ml_collections.ConfigDict:
-    """The config with some settings multiplied."""
-    config = config.copy_and_resolve_references()
-    for path in paths:
-        group, _, name = path.rpartition(".")
-        at(config, group)[name] *= factor
-    return config
-
-
 def check_ranges(config: ml_collections.ConfigDict, ranges: Mapping[str, tuple]) -> None:
     """Refuses numbers outside their ranges, and seeds that are none.
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import ml_collections
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdistill import runner
+from jaxdistill import runner, settings
 from jaxdistill.interrupt import ShouldStop
 from jaxdistill.io import checkpoint
 from jaxdistill.method import Frozen, Method, State
@@ -36,9 +36,10 @@ class Outcome(NamedTuple):
 
 def run(
     name: str,
-    method_at: Callable[[float], Method],
+    build: Callable[[ml_collections.ConfigDict], Method],
     config: ml_collections.ConfigDict,
     *,
+    rates: Sequence[str],
     folder: Path,
     identity: str,
     place: Callable[[], PyTree],
@@ -51,8 +52,9 @@ def run(
 
     Args:
         name: What to call it.
-        method_at: The method, given the factor of its rates.
+        build: The method that a config means.
         config: With `seed`, `run` and `parallel`.
+        rates: Paths of the settings that a restart lowers.
         folder: Gets `metrics.jsonl` and `checkpoints/`.
         identity: Of what is run; a checkpoint of another is refused.
         place: Gives the data as the runner takes it, for a method that is fed examples.
@@ -71,7 +73,7 @@ def run(
     began = time.perf_counter(), time.process_time()
     state = None
     while state is None:
-        method = method_at(rate_factor)
+        method = build(_slowed(config, rates, rate_factor))
         fed = method.batches.kind not in ("keys", "none")
         try:
             state = runner.run(
@@ -111,3 +113,13 @@ def run(
         "cpu_seconds": round(time.process_time() - began[1], 2),
     }
     return Outcome(method, state, rate_factor, cost)
+
+
+def _slowed(
+    config: ml_collections.ConfigDict, rates: Sequence[str], factor: float
+) -> ml_collections.ConfigDict:
+    config = config.copy_and_resolve_references()
+    for path in rates:
+        group, _, name = path.rpartition(".")
+        settings.at(config, group)[name] *= factor
+    return config

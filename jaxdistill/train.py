@@ -114,21 +114,21 @@ def _distil(setup: build.Setup, name: str) -> None:
     placement = settings.PLACEMENTS[config.data.placement]
     place = functools.partial(placement, data.train, data.num_classes)
 
-    def method_at(rate_factor):
-        slowed = settings.slowed(config, _RATES, rate_factor)
-        return build.build_method(slowed, name, data, setup.prepare)
+    def method_of(config):
+        return build.build_method(config, name, data, setup.prepare)
 
     frozen = build.build_frozen(setup, name)
     if name == "start":
         # The undistilled start of the same seed: what a run of NCFM has before its first step.
-        method, key = method_at(1.0), jax.random.key(config.seed)
+        method, key = method_of(config), jax.random.key(config.seed)
         state = runner.initial_state(method, data=place(), frozen=frozen, key=key)
         ended = stage.Outcome(method, state, 1.0, {"steps": 0})
     else:
         ended = stage.run(
             name,
-            method_at,
+            method_of,
             config,
+            rates=_RATES,
             folder=folder,
             identity=setup.hash,
             place=place,
