@@ -37,12 +37,13 @@ _ROWS = {
     },
     "NCFM, Gaussian, calibration": {"eval.soft_labels": "true"},
     "NCFM, Gaussian, calibration, fine-tuning": {"method.finetune_rate": "0.001"},
-    # Five times the budget of the rows above.
+    # Many times the budget of the rows above.
     "NCFM, Gaussian, calibration, long": {"run.steps": "2000", "eval.soft_labels": "true"},
 }
 _DM = {"method.name": "dm"}
 _PLAIN = {"method.calibration": "0.0"}
 _LEARNED = {"method.calibration": "0.0", "method.sampler": "learned"}
+_MORE_EXTRACTORS = {"method.calibration": "10.0", "pool.size": "12"}
 # Images per class -> setting -> overrides.
 _TUNING = {
     1: {
@@ -59,11 +60,13 @@ _TUNING = {
             f"NCFM, calibration, fine-tuning {r}": {"method.finetune_rate": r}
             for r in ("0.001", "0.01")
         },
+        "NCFM, calibration 10.0, 12 extractors": _MORE_EXTRACTORS,
     },
     10: {
         **{f"DM, rate {r}": _DM | {"method.rate": r} for r in ("0.05", "0.1", "0.2")},
         **{f"NCFM, rate {r}": _PLAIN | {"method.rate": r} for r in ("0.05", "0.1", "0.2")},
         **{f"NCFM, calibration {c}": {"method.calibration": c} for c in ("10.0", "30.0", "100.0")},
+        "NCFM, calibration 10.0, 12 extractors": _MORE_EXTRACTORS,
     },
 }
 # What the settings are judged by: shorter runs, a narrower network, never the test split.
