@@ -3,9 +3,10 @@
     python benchmarks/runner.py
 
 Overhead: `runner.run` (metrics to a file, progress, checks) against the same compiled chunk called
-in a bare loop, alternated, for NCFM on the digits. Start: the README's digits demo from the
-command to the end of its first chunk, with an empty and with a filled compilation cache, the
-extractors there. Writes `benchmarks/records/runner.json`; `--table` prints that record.
+in a bare loop, alternated, for NCFM on the digits, and for a method that does nothing, since the
+noise of the machine hides what the runner adds to a chunk of work. Start: the README's digits demo
+from the command to the end of its first chunk, with an empty and with a filled compilation cache,
+the extractors there. Writes `benchmarks/records/runner.json`; `--table` prints that record.
 """
 
 import argparse
@@ -21,34 +22,53 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import recording
+from jaxtyping import PyTree
 
 from jaxdistill import build, runner, train
 from jaxdistill import config as configs
 from jaxdistill.data import device
 from jaxdistill.io.artifact import versions
 from jaxdistill.io.writers import JsonlWriter
+from jaxdistill.method import Method
 from jaxdistill.parallel.mesh import make_mesh, put
 
 _RECORD = recording.FOLDER / "runner.json"
 _CONFIG = "ncfm:dataset=digits,ipc=1"
 
 
-def overhead(rounds: int, chunks: int) -> dict:
-    """Seconds a chunk takes in the runner and in a bare loop."""
+def _digits(folder: str) -> tuple[Method, dict]:
     config = configs.load(_CONFIG)
-    size = config.run.chunk
+    setup = train.set_up(config, folder)
+    method = build.build_method(config, "ncfm", setup.dataset, setup.prepare)
+    data = device.resident(setup.dataset.train, setup.dataset.num_classes)
+    return method, {"data": data, "frozen": build.build_frozen(setup, "ncfm")}
+
+
+def _nothing() -> Method:
+    """Two metrics and no work: what its chunk takes in the runner is the runner's own."""
+
+    def step(state, frozen, batch, key):
+        del frozen, batch, key
+        return state + 1, {"loss": state, "other": -state}
+
+    return Method(lambda *_: jnp.float32(0), step, lambda state: state)
+
+
+def overhead(method: Method, rounds: int, chunks: int, **given: PyTree) -> dict:
+    """Seconds that a chunk takes in a bare loop and in the runner, once for each round."""
+    times = {"bare": [], "runner": []}
+    key, mesh, size = (
+        jax.random.key(0),
+        make_mesh(jax.devices()[:1]),
+        configs.load(_CONFIG).run.chunk,
+    )
+    options = {"data": (), "frozen": (), "key": key, "chunk": size, "mesh": mesh} | given
+    program = runner.programs(method, backend="jit", **options)
+    placed = put((key, options["frozen"], options["data"]), mesh)
     with tempfile.TemporaryDirectory() as folder:
-        setup = train.set_up(config, folder)
-        method = build.build_method(config, "ncfm", setup.dataset, setup.prepare)
-        frozen = build.build_frozen(setup, "ncfm")
-        data = device.resident(setup.dataset.train, setup.dataset.num_classes)
-        key, mesh = jax.random.key(0), make_mesh(jax.devices()[:1])
-        options = {"data": data, "frozen": frozen, "key": key, "chunk": size, "mesh": mesh}
-        program = runner.programs(method, backend="jit", **options)
-        placed = put((key, frozen, data), mesh)
-        times = {"bare": [], "runner": []}
         for r in range(rounds):
             state = program.init(*placed)
             jax.block_until_ready(program.chunk(state, np.int32(0), *placed[1:])[0])
@@ -113,35 +133,51 @@ def start(cache: str) -> float:
 
 
 def table(record: dict) -> str:
-    """Markdown: medians and ranges."""
-    lines = ["| | seconds |", "|---|---|"]
-    for name, values in record["seconds"].items():
-        spread = f"({min(values):.2f} to {max(values):.2f})"
-        lines.append(f"| {name} | {statistics.median(values):.2f} {spread} |")
-    pairs = zip(record["seconds"]["chunk, runner"], record["seconds"]["chunk, bare"], strict=True)
-    ratio = statistics.median(a / b for a, b in pairs)
-    return "\n".join(lines) + f"\n\nRunner over bare chunk, median of rounds: {ratio:.3f}"
+    """Markdown: medians and ranges, and the overhead of the runner in two ways."""
+    lines = ["| | milliseconds |", "|---|---|"]
+    seconds = record["seconds"]
+    for name, values in seconds.items():
+        low, middle, high = (
+            1000 * x for x in (min(values), statistics.median(values), max(values))
+        )
+        lines.append(f"| {name} | {middle:.4g} ({low:.4g} to {high:.4g}) |")
+    pairs = zip(seconds["digits, runner"], seconds["digits, bare"], strict=True)
+    ratios = [runner / bare for runner, bare in pairs]
+    added = statistics.median(seconds["nothing, runner"]) - statistics.median(
+        seconds["nothing, bare"]
+    )
+    share = added / statistics.median(seconds["digits, bare"])
+    return "\n".join(lines) + (
+        f"\n\nRunner over bare chunk, median of {len(ratios)} rounds: "
+        f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}). "
+        f"Added to a chunk of nothing: {1000 * added:.2f} ms, {100 * share:.2f} % of the digits'."
+    )
 
 
 def main() -> None:
     """Measures, writes the record and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--chunks", type=int, default=30)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if not args.table:
-        times = overhead(args.rounds, args.chunks)
+        with tempfile.TemporaryDirectory() as folder:
+            method, given = _digits(folder)
+            digits = overhead(method, args.rounds, args.chunks, **given)
+        nothing = overhead(_nothing(), args.rounds, 10 * args.chunks)
         with tempfile.TemporaryDirectory() as cache:
             start(cache)  # trains the extractors
             subprocess.run(["rm", "-r", f"{cache}/compiled"], check=True)
             cold = [start(cache)]
-            warm = [start(cache) for _ in range(args.rounds)]
+            warm = [start(cache) for _ in range(3)]
         record = {
             "config": _CONFIG,
             "seconds": {
-                "chunk, bare": times["bare"],
-                "chunk, runner": times["runner"],
+                "digits, bare": digits["bare"],
+                "digits, runner": digits["runner"],
+                "nothing, bare": nothing["bare"],
+                "nothing, runner": nothing["runner"],
                 "start, nothing compiled before": cold,
                 "start, compiled before": warm,
             },
