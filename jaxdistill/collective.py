@@ -7,7 +7,7 @@ says "all", where no device axis is bound: on one device, under plain `jit`, in 
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,25 @@ def by_example(tree: PyTree) -> PyTree:
         return tree
     layout = NamedSharding(mesh, PartitionSpec((CLASS_AXIS, DATA_AXIS)))
     return jax.lax.with_sharding_constraint(tree, layout)
+
+
+def per_device(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """Has each device apply a function to its own examples, in whole-array programs.
+
+    For what the compiler cannot split, which is kernels.
+    """
+
+    def apply(x: Array) -> Array:
+        mesh = _mesh.get()
+        if mesh is None:
+            return function(x)
+        layout = PartitionSpec((CLASS_AXIS, DATA_AXIS))
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=layout, out_specs=layout, check_vma=False
+        )
+        return mapped(x)
+
+    return apply
 
 
 def _place(axis: str) -> tuple[Array | int, int]:

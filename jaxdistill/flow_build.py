@@ -311,6 +311,7 @@ def network(config: ml_collections.ConfigDict, problem: Problem) -> Any:
         remat=model.remat,
         unroll=model.unroll,
         place=collective.by_example,
+        per_device=collective.per_device,
     )
 
 

@@ -112,12 +112,15 @@ class Cost(NamedTuple):
         flops: Of matrix products and convolutions; a multiplication and an addition are two.
         bytes: Read from and written to main memory, without the padding of tiles.
         cycles: The compiler's own estimate, where it makes one: its kernels without waits.
+        kernels: Runs of kernels written by hand, whose FLOPs and cycles are not in the above, and
+            whose bytes are there as if each operand were read once.
         collectives: By kind.
     """
 
     flops: int = 0
     bytes: int = 0
     cycles: int = 0
+    kernels: int = 0
     collectives: Mapping[str, Traffic] = {}
 
 
@@ -299,7 +302,7 @@ def _add(costs: Sequence[Cost], times: int = 1) -> Cost:
     for kind in sorted(kinds):
         parts = [cost.collectives[kind] for cost in costs if kind in cost.collectives]
         collectives[kind] = Traffic(*(times * sum(column) for column in zip(*parts, strict=True)))
-    sums = (times * sum(column) for column in zip(*(cost[:3] for cost in costs), strict=True))
+    sums = (times * sum(column) for column in zip(*(cost[:4] for cost in costs), strict=True))
     return Cost(*sums, collectives=collectives) if costs else Cost()
 
 
@@ -332,7 +335,8 @@ def _cost(x: _Instruction, body: _Computation, computations, cost, fused: bool) 
         return Cost(flops, collectives=collectives)
     cycles = re.search(r'"estimated_cycles":"(\d+)"', x.attributes)
     moved = 0 if collectives and kind in _COLLECTIVES else _moved(x, body, computations)
-    return Cost(flops, moved, int(cycles[1]) if cycles else 0, collectives)
+    kernels = int(x.opcode == "custom-call:tpu_custom_call")
+    return Cost(flops, moved, int(cycles[1]) if cycles else 0, kernels, collectives)
 
 
 def _called(x: _Instruction, key: str) -> tuple[str, ...]:
