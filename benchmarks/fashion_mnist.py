@@ -43,7 +43,15 @@ _ROWS = {
 _DM = {"method.name": "dm"}
 _PLAIN = {"method.calibration": "0.0"}
 _LEARNED = {"method.calibration": "0.0", "method.sampler": "learned"}
-_MORE_EXTRACTORS = {"method.calibration": "10.0", "pool.size": "12"}
+# Number of extractors, and the epochs that each is trained for, instead of four and two.
+_POOLS = {
+    f"NCFM, calibration 10.0, {size} extractors of {epochs} epochs": {
+        "method.calibration": "10.0",
+        "pool.size": size,
+        "pool.epochs": epochs,
+    }
+    for size, epochs in (("12", "2"), ("2", "2"), ("2", "8"))
+}
 # Images per class -> setting -> overrides.
 _TUNING = {
     1: {
@@ -60,13 +68,13 @@ _TUNING = {
             f"NCFM, calibration, fine-tuning {r}": {"method.finetune_rate": r}
             for r in ("0.001", "0.01")
         },
-        "NCFM, calibration 10.0, 12 extractors": _MORE_EXTRACTORS,
+        **_POOLS,
     },
     10: {
         **{f"DM, rate {r}": _DM | {"method.rate": r} for r in ("0.05", "0.1", "0.2")},
         **{f"NCFM, rate {r}": _PLAIN | {"method.rate": r} for r in ("0.05", "0.1", "0.2")},
         **{f"NCFM, calibration {c}": {"method.calibration": c} for c in ("10.0", "30.0", "100.0")},
-        "NCFM, calibration 10.0, 12 extractors": _MORE_EXTRACTORS,
+        **_POOLS,
     },
 }
 # What the settings are judged by: shorter runs, a narrower network, never the test split.
