@@ -40,6 +40,10 @@ _ROWS = {
     # Many times the budget of the rows above.
     "NCFM, Gaussian, calibration, long": {"run.steps": "2000", "eval.soft_labels": "true"},
 }
+# Further rows of ten images per class: the length of training that its recipe has.
+_TEN = {
+    "NCFM, Gaussian, calibration, long, 300 epochs": {"run.steps": "2000", "eval.epochs": "300"}
+}
 _DM = {"method.name": "dm"}
 _PLAIN = {"method.calibration": "0.0"}
 _LEARNED = {"method.calibration": "0.0", "method.sampler": "learned"}
@@ -85,6 +89,12 @@ _SHORTER = {
 }
 
 
+def _rows(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    if args.tune:
+        return {r: _JUDGE | _SHORTER[args.ipc] | o for r, o in _TUNING[args.ipc].items()}
+    return _ROWS | (_TEN if args.ipc == 10 else {})
+
+
 def _slug(row: str, seed: int) -> str:
     kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in row.lower())
     return f"{kept.strip('-')}-{seed}"
@@ -93,8 +103,8 @@ def _slug(row: str, seed: int) -> str:
 def _run(row: str, seed: int, args: argparse.Namespace) -> dict:
     workdir = args.workdir / _slug(row, seed)
     config = configs.load(f"ncfm:dataset=fashion_mnist,ipc={args.ipc},seed={seed}")
-    overrides = _JUDGE | _SHORTER[args.ipc] | _TUNING[args.ipc][row] if args.tune else _ROWS[row]
-    overrides |= {"eval.baselines": "()", "pool.dir": str(args.workdir / "pool")}
+    overrides = _rows(args)[row] | {"eval.baselines": "()"}
+    overrides |= {"pool.dir": str(args.workdir / "pool")}
     overrides |= dict(o.split("=", 1) for o in args.set)
     for path, value in overrides.items():
         configs.override(config, path, value)
@@ -147,7 +157,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="the settings that were tried")
     parser.add_argument("--table", action="store_true", help="print and run nothing")
     args = parser.parse_args()
-    rows = list(_TUNING[args.ipc] if args.tune else _ROWS)
+    rows = list(_rows(args))
     path = recording.FOLDER / f"fashion_mnist_{'tuning_' if args.tune else ''}ipc{args.ipc}.json"
     for seed in [] if args.table else args.seeds:
         for row in args.rows or rows:
