@@ -10,12 +10,13 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxdistill import collective, main, plan
 from jaxdistill import config as configs
-from jaxdistill import main, plan
 from jaxdistill.data import device, sources
 from jaxdistill.errors import InputError
+from jaxdistill.nn import attention
 from jaxdistill.parallel import aot
-from jaxdistill.parallel.mesh import make_mesh
+from jaxdistill.parallel.mesh import abstract, make_mesh
 
 SMOKE = "ncfm:dataset=digits,ipc=2,smoke"
 
@@ -290,8 +291,7 @@ def test_the_text_of_a_tpu_program_is_understood(tpu):
     program = jax.shard_map(
         local, mesh=mesh, in_specs=(P("class"), P()), out_specs=P("class"), check_vma=False
     )
-    place = lambda x, spec: plan._place(x, mesh, spec)  # noqa: E731
-    arguments = place(shape(2 * 512, 256), P("class")), place(shape(256, 256), P())
+    arguments = abstract((shape(2 * 512, 256), shape(256, 256)), mesh, (P("class"), P()))
     found = aot.report(jax.jit(program).lower(*arguments), list(mesh.devices.flat))
     assert found.cost.flops == 6 * 2 * 512 * 256 * 256 + 2 * 4 * 128 * 256 * 128
     assert found.cost.collectives == {"all-reduce": aot.Traffic(6, 6 * 512 * 256 * 4)}
@@ -302,10 +302,24 @@ def test_the_text_of_a_tpu_program_is_understood(tpu):
 @pytest.mark.tpu_compiler
 def test_what_does_not_fit_is_refused_with_the_numbers(tpu):
     mesh = make_mesh(aot.topology_devices("v5e:1x1"))
-    x = plan._place(shape(80, 2**28), mesh, P())
+    x = abstract(shape(80, 2**28), mesh)
     lowered = jax.jit(lambda x: jnp.sort(x, 0).sum()).lower(x)
     found = aot.report(lowered, list(mesh.devices.flat))
     assert not found.fits and "exceeds available HBM (15.75G)" in found.refusal
+
+
+@pytest.mark.tpu_compiler
+def test_a_kernel_is_counted_and_its_work_is_not(tpu):
+    mesh = make_mesh(aot.topology_devices("v5e:2x2"))
+
+    def program(x):
+        with collective.whole_arrays(mesh):
+            return attention.attention(x, 2, per_device=collective.per_device)
+
+    x = abstract(jax.ShapeDtypeStruct((4, 1024, 3 * 256), jnp.bfloat16), mesh, P(("class", "data")))
+    found = aot.report(jax.jit(program).lower(x), list(mesh.devices.flat))
+    assert found.cost.kernels == 1 and found.cost.flops == 0
+    assert not found.cost.collectives
 
 
 @pytest.mark.tpu_compiler
