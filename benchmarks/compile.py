@@ -69,7 +69,7 @@ def table(rows: list[dict]) -> str:
         total = cost["flops"] * r["devices"] / one[r["config"]] if r["config"] in one else None
         kinds = cost["collectives"].items()
         found = "; ".join(f"{kind} {c['count']}, {c['bytes'] / 1e6:.1f}" for kind, c in kinds)
-        beside = f" and {cost['kernels']} kernels" if cost.get("kernels") else ""
+        beside = f" and {cost['custom_kernels']} custom kernels" if cost["custom_kernels"] else ""
         lines.append(
             start + f"| {r['peak'] / 1e9:.2f} | {r['arguments'] / 1e9:.2f} + "
             f"{r['temporaries'] / 1e9:.2f} | {cost['flops'] / 1e12:.3f}{beside} "

@@ -103,9 +103,8 @@ def _slug(row: str, seed: int) -> str:
 def _run(row: str, seed: int, args: argparse.Namespace) -> dict:
     workdir = args.workdir / _slug(row, seed)
     config = configs.load(f"ncfm:dataset=fashion_mnist,ipc={args.ipc},seed={seed}")
-    overrides = _rows(args)[row] | {"eval.baselines": "()"}
-    overrides |= {"pool.dir": str(args.workdir / "pool")}
-    overrides |= dict(o.split("=", 1) for o in args.set)
+    overrides = {"eval.baselines": "()", "pool.dir": str(args.workdir / "pool")}
+    overrides |= dict(o.split("=", 1) for o in args.set) | _rows(args)[row]
     for path, value in overrides.items():
         configs.override(config, path, value)
     results = train.train(config, workdir)
@@ -137,6 +136,9 @@ def table(records: list[dict]) -> str:
                 100 * x["accuracy"] for r in mine for x in r["results"] if x["labels"] == kind
             ]
             cells.append(f"{np.mean(values):.1f} ± {np.std(values):.1f}" if values else "–")
+            runs = sum(any(x["labels"] == kind for x in r["results"]) for r in mine)
+            if 0 < runs < len(mine):
+                cells[-1] += f" ({runs} × {len(values) // runs})"
         hard = sum(x["labels"] == "hard" for x in mine[0]["results"])
         cpu = np.mean([r["cost"].get("cpu_seconds", 0) for r in mine])
         lines.append(
@@ -153,7 +155,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/fashion_mnist"))
     parser.add_argument("--rows", nargs="*", help="all by default")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
-    parser.add_argument("--set", nargs="*", default=[], help="config overrides, a.b=value")
+    parser.add_argument("--set", nargs="*", default=[], help="a.b=value where a row says nothing")
     parser.add_argument("--tune", action="store_true", help="the settings that were tried")
     parser.add_argument("--table", action="store_true", help="print and run nothing")
     args = parser.parse_args()

@@ -21,7 +21,7 @@ _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", defa
 
 @contextlib.contextmanager
 def whole_arrays(mesh: Mesh) -> Iterator[None]:
-    """While a program on whole arrays is traced: the devices that `by_example` splits over."""
+    """While a program on whole arrays is traced: the devices that it is split over."""
     token = _mesh.set(mesh)
     try:
         yield

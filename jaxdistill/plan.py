@@ -189,8 +189,9 @@ def table(record: dict) -> str:
             ("FLOPs a step", f"{cost['flops'] / 1e12:.4g} T in products and convolutions"),
             ("bytes a step", f"{_gigabytes(cost['bytes'])} through main memory, tiles not padded"),
         ]
-        if cost["kernels"]:
-            rows.append(("kernels", f"{cost['kernels']} a step, in neither FLOPs nor seconds"))
+        if cost["custom_kernels"]:
+            text = f"{cost['custom_kernels']} a step, in neither FLOPs nor seconds"
+            rows.append(("custom kernels", text))
         rows += [
             (kind, f"{found['count']} a step, {found['bytes'] / 1e6:.4g} MB from each device")
             for kind, found in cost["collectives"].items()

@@ -1,5 +1,6 @@
 """Softmax attention: written out, or on a TPU one kernel that keeps no weights."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -16,30 +17,47 @@ def attention(
     qkv: Float[Array, "n tokens qkv"],
     heads: int,
     *,
-    per_device: Callable[[Callable[[Array], Array]], Callable[[Array], Array]] = lambda f: f,
+    per_device: Callable[[Callable[[Array], Array]], Callable[[Array], Array]] | None = None,
 ) -> Float[Array, "n tokens width"]:
     """Attention of every token to every token.
+
+    Where the kernel may be taken there is no forward-mode derivative.
 
     Args:
         qkv: Queries, keys and values side by side: three times the width, which is a multiple of
             `heads`.
         heads: Number of heads.
-        per_device: Turns a function of the examples of one device into one of all, for the
-            compiler cannot split a kernel.
+        per_device: Turns a function of one device's examples into one of all examples. The
+            compiler cannot split a kernel, so without this none is taken.
 
     Returns:
         What the heads found, side by side, in the type of `qkv`.
     """
     tokens, width = qkv.shape[1], qkv.shape[2] // 3
-    if tokens % _BLOCK or (width // heads) % _LANES:
+    if per_device is None or tokens % _BLOCK or (width // heads) % _LANES:
         return written_out(qkv, heads)
+    return per_device(functools.partial(_by_platform, heads))(qkv)
 
-    def choose(qkv: Array) -> Array:
-        return jax.lax.platform_dependent(
-            qkv, tpu=lambda x: fused(x, heads), default=lambda x: written_out(x, heads)
-        )
 
-    return per_device(choose)(qkv)
+# Left to itself the choice would keep what either branch needs for its gradient, all weights among
+# it. So the gradient is a choice of its own, and begins with the input.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_platform(heads: int, qkv: Array) -> Array:
+    return jax.lax.platform_dependent(
+        qkv,
+        tpu=functools.partial(fused, heads=heads),
+        default=functools.partial(written_out, heads=heads),
+    )
+
+
+def _gradient(heads: int, qkv: Array, slope: Array) -> tuple[Array]:
+    def of(function):
+        return lambda qkv, slope: jax.vjp(functools.partial(function, heads=heads), qkv)[1](slope)
+
+    return jax.lax.platform_dependent(qkv, slope, tpu=of(fused), default=of(written_out))
+
+
+_by_platform.defvjp(lambda heads, qkv: (_by_platform(heads, qkv), qkv), _gradient)
 
 
 def written_out(qkv: Float[Array, "n tokens qkv"], heads: int) -> Float[Array, "n tokens width"]:

@@ -1,7 +1,6 @@
 """DiT, a transformer that predicts the velocity of a flow."""
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -41,7 +40,7 @@ def _modulated(x: Array, shift: Array, scale: Array) -> Array:
     return y.astype(x.dtype)
 
 
-def _as_it_is(x: Any) -> Any:
+def _anywhere(x: Array) -> Array:
     return x
 
 
@@ -52,7 +51,7 @@ class _Block(nn.Module):
     dtype: DTypeLike | None
     param_dtype: DTypeLike
     place: Callable[[Array], Array]
-    per_device: Callable[[Callable], Callable]
+    per_device: Callable[[Callable], Callable] | None
 
     @nn.compact
     def __call__(self, x: Array, condition: Array) -> tuple[Array, None]:
@@ -111,8 +110,8 @@ class DiT(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
     unroll: int = 1
-    place: Callable[[Array], Array] = _as_it_is
-    per_device: Callable[[Callable], Callable] = _as_it_is
+    place: Callable[[Array], Array] = _anywhere
+    per_device: Callable[[Callable], Callable] | None = None
 
     def setup(self):
         """Builds the layers."""

@@ -112,15 +112,15 @@ class Cost(NamedTuple):
         flops: Of matrix products and convolutions; a multiplication and an addition are two.
         bytes: Read from and written to main memory, without the padding of tiles.
         cycles: The compiler's own estimate, where it makes one: its kernels without waits.
-        kernels: Runs of kernels written by hand, whose FLOPs and cycles are not in the above, and
-            whose bytes are there as if each operand were read once.
+        custom_kernels: Runs of kernels written by hand, whose FLOPs and cycles are not in the
+            above, and whose bytes are there as if each operand were read once.
         collectives: By kind.
     """
 
     flops: int = 0
     bytes: int = 0
     cycles: int = 0
-    kernels: int = 0
+    custom_kernels: int = 0
     collectives: Mapping[str, Traffic] = {}
 
 
@@ -314,7 +314,7 @@ def _cost(x: _Instruction, body: _Computation, computations, cost, fused: bool) 
     if x.opcode == "conditional":
         keys = ("branch_computations", "true_computation", "false_computation")
         branches = [cost(name, fused) for key in keys for name in _called(x, key)]
-        return max(branches, key=lambda c: (c.flops, c.bytes))
+        return max(branches, key=lambda c: (c.flops, c.custom_kernels, c.bytes))
     if x.opcode == "call" or x.opcode == "async-start":
         return cost((_called(x, "to_apply") + _called(x, "calls"))[0], fused)
     kind = x.opcode.removesuffix("-start")
@@ -335,8 +335,8 @@ def _cost(x: _Instruction, body: _Computation, computations, cost, fused: bool) 
         return Cost(flops, collectives=collectives)
     cycles = re.search(r'"estimated_cycles":"(\d+)"', x.attributes)
     moved = 0 if collectives and kind in _COLLECTIVES else _moved(x, body, computations)
-    kernels = int(x.opcode == "custom-call:tpu_custom_call")
-    return Cost(flops, moved, int(cycles[1]) if cycles else 0, kernels, collectives)
+    custom = int(x.opcode == "custom-call:tpu_custom_call")
+    return Cost(flops, moved, int(cycles[1]) if cycles else 0, custom, collectives)
 
 
 def _called(x: _Instruction, key: str) -> tuple[str, ...]:

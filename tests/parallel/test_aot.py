@@ -318,8 +318,28 @@ def test_a_kernel_is_counted_and_its_work_is_not(tpu):
 
     x = abstract(jax.ShapeDtypeStruct((4, 1024, 3 * 256), jnp.bfloat16), mesh, P(("class", "data")))
     found = aot.report(jax.jit(program).lower(x), list(mesh.devices.flat))
-    assert found.cost.kernels == 1 and found.cost.flops == 0
+    assert found.cost.custom_kernels == 1 and found.cost.flops == 0
     assert not found.cost.collectives
+
+
+@pytest.mark.tpu_compiler
+def test_the_gradient_of_a_kernel_keeps_no_weights(tpu):
+    mesh = make_mesh(aot.topology_devices("v5e:2x2"))
+    depth, tokens = 3, 2048
+
+    def loss(x):
+        def block(x, _):
+            wide = jnp.concatenate([x, x, x], axis=-1)
+            return x + attention.attention(wide, 2, per_device=collective.per_device), None
+
+        with collective.whole_arrays(mesh):
+            return jnp.square(jax.lax.scan(block, x, length=depth)[0].astype(jnp.float32)).mean()
+
+    x = abstract(jax.ShapeDtypeStruct((4, tokens, 256), jnp.bfloat16), mesh, P(("class", "data")))
+    found = aot.report(jax.jit(jax.grad(loss)).lower(x), list(mesh.devices.flat))
+    # Forward; and in the gradient forward again and for the queries, and for the rest.
+    assert found.cost.custom_kernels == 4 * depth
+    assert found.temporaries < depth * 2 * tokens**2
 
 
 @pytest.mark.tpu_compiler
