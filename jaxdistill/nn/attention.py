@@ -21,7 +21,7 @@ def attention(
 ) -> Float[Array, "n tokens width"]:
     """Attention of every token to every token.
 
-    Where the kernel may be taken there is no forward-mode derivative.
+    Where the kernel is taken there is no forward-mode derivative.
 
     Args:
         qkv: Queries, keys and values side by side: three times the width, which is a multiple of
@@ -39,25 +39,13 @@ def attention(
     return per_device(functools.partial(_by_platform, heads))(qkv)
 
 
-# Left to itself the choice would keep what either branch needs for its gradient, all weights among
-# it. So the gradient is a choice of its own, and begins with the input.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _by_platform(heads: int, qkv: Array) -> Array:
+    # The gradient has room for what either branch keeps; the compiler drops that of the other.
     return jax.lax.platform_dependent(
         qkv,
         tpu=functools.partial(fused, heads=heads),
         default=functools.partial(written_out, heads=heads),
     )
-
-
-def _gradient(heads: int, qkv: Array, slope: Array) -> tuple[Array]:
-    def of(function):
-        return lambda qkv, slope: jax.vjp(functools.partial(function, heads=heads), qkv)[1](slope)
-
-    return jax.lax.platform_dependent(qkv, slope, tpu=of(fused), default=of(written_out))
-
-
-_by_platform.defvjp(lambda heads, qkv: (_by_platform(heads, qkv), qkv), _gradient)
 
 
 def written_out(qkv: Float[Array, "n tokens qkv"], heads: int) -> Float[Array, "n tokens width"]:
