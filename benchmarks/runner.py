@@ -60,11 +60,8 @@ def _nothing() -> Method:
 def overhead(method: Method, rounds: int, chunks: int, **given: PyTree) -> dict:
     """Seconds that a chunk takes in a bare loop and in the runner, once for each round."""
     times = {"bare": [], "runner": []}
-    key, mesh, size = (
-        jax.random.key(0),
-        make_mesh(jax.devices()[:1]),
-        configs.load(_CONFIG).run.chunk,
-    )
+    key, mesh = jax.random.key(0), make_mesh(jax.devices()[:1])
+    size = configs.load(_CONFIG).run.chunk
     options = {"data": (), "frozen": (), "key": key, "chunk": size, "mesh": mesh} | given
     program = runner.programs(method, backend="jit", **options)
     placed = put((key, options["frozen"], options["data"]), mesh)

@@ -16,6 +16,9 @@ from jaxtyping import Array, Int32, Key, PRNGKeyArray, PyTree
 
 from jaxdistill.method import CLASS_AXIS, DATA_AXIS
 
+# How examples lie in a whole-array program: over all devices.
+_EXAMPLES = PartitionSpec((CLASS_AXIS, DATA_AXIS))
+
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
@@ -38,8 +41,7 @@ def by_example(tree: PyTree) -> PyTree:
     mesh = _mesh.get()
     if mesh is None:
         return tree
-    layout = NamedSharding(mesh, PartitionSpec((CLASS_AXIS, DATA_AXIS)))
-    return jax.lax.with_sharding_constraint(tree, layout)
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, _EXAMPLES))
 
 
 def per_device(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -52,9 +54,8 @@ def per_device(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
         mesh = _mesh.get()
         if mesh is None:
             return function(x)
-        layout = PartitionSpec((CLASS_AXIS, DATA_AXIS))
         mapped = jax.shard_map(
-            function, mesh=mesh, in_specs=layout, out_specs=layout, check_vma=False
+            function, mesh=mesh, in_specs=_EXAMPLES, out_specs=_EXAMPLES, check_vma=False
         )
         return mapped(x)
 

@@ -36,10 +36,10 @@ def attention(
     tokens, width = qkv.shape[1], qkv.shape[2] // 3
     if per_device is None or tokens % _BLOCK or (width // heads) % _LANES:
         return written_out(qkv, heads)
-    return per_device(functools.partial(_by_platform, heads))(qkv)
+    return per_device(functools.partial(_by_platform, heads=heads))(qkv)
 
 
-def _by_platform(heads: int, qkv: Array) -> Array:
+def _by_platform(qkv: Array, heads: int) -> Array:
     # The gradient has room for what either branch keeps; the compiler drops that of the other.
     return jax.lax.platform_dependent(
         qkv,
@@ -71,7 +71,7 @@ def fused(
         heads: Number of heads.
         interpret: Runs the kernel without a TPU, slowly.
     """
-    # Takes a third of a second to import, which only a long sequence is worth.
+    # Takes a tenth of a second to import, which only a long sequence is worth.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
         splash_attention_mask,
