@@ -5,7 +5,8 @@
 
 Interrupted, the same command goes on. Writes one record for each data set, variant and seed to
 `benchmarks/records/flow_<data set>.json`; `--table` only prints the table of what is there.
-All students of a data set follow one teacher, that of its first run.
+All students of a data set follow one teacher, that of its first run. With `--tune` settings of
+images are compared on held-out training images instead, into `flow_<data set>_tuning.json`.
 """
 
 import argparse
@@ -35,6 +36,24 @@ _VARIANTS = {
     "images": {
         "": {"eval.baselines": _ALL},
         "four times the steps": {"run.steps": "1200", "eval.baselines": "('linear',)"},
+    },
+}
+# Settings compared on images that are held out. A run has a student; ten steps make one of no use
+# where only the teacher is looked at.
+_HELD_OUT = {"data.holdout_per_class": "250"}
+_SHORT = "('linear', 'straight', 'endpoint', 'progressive')"
+_TUNED = {
+    **{
+        f"guidance {scale}": {
+            "teacher.guidance": scale,
+            "eval.teacher_rows": "('midpoint:16',)",
+            "run.steps": "10",
+        }
+        for scale in ("1.0", "1.5", "2.0")
+    },
+    **{
+        f"rate {rate}": {"method.rate": rate, "run.steps": "150", "eval.baselines": _SHORT}
+        for rate in ("0.001", "0.003", "0.01")
     },
 }
 # What the table shows of what the records hold.
@@ -73,19 +92,22 @@ def _kind(name: str) -> str:
     return "points" if name in _POINTS else "images"
 
 
-def _run(name: str, variant: str, seed: int, args: argparse.Namespace) -> dict:
+def _run(
+    name: str, variant: str, seed: int, own: dict[str, str], args: argparse.Namespace
+) -> dict:
+    """A variant with overrides of its own."""
     kind = _kind(name)
     slug = "-".join([name, *variant.split(), str(seed)])
     workdir, first = args.workdir / slug, args.workdir / f"{name}-0"
     config = configs.load(f"flow:dataset={name},seed={seed}")
-    overrides = {"eval.baselines": "()"} | _BUDGET[kind] | _VARIANTS[kind][variant]
-    overrides |= dict(o.split("=", 1) for o in args.set)
+    overrides = {"eval.baselines": "()"} | _BUDGET[kind]
     if workdir != first:
         overrides |= {
             "teacher.dir": str(first / "teacher"),
             "eval.judge_dir": str(first / "judge"),
             "eval.teacher_rows": "()",  # measured in the first run
         }
+    overrides |= own | dict(o.split("=", 1) for o in args.set)
     for path, value in overrides.items():
         configs.override(config, path, value)
     rows = flow_train.train(config, workdir)
@@ -115,20 +137,18 @@ def table(records: list[dict], order: list[str]) -> str:
     cells: dict[str, list[dict]] = {}
     for record in sorted(records, key=lambda r: (order.index(r["variant"]), r["seed"])):
         for row in record["rows"]:
-            name = row["row"]
-            teacher = name.startswith(("teacher", "real"))
-            if teacher and record["variant"]:
-                continue
-            if not teacher:
-                student, calls = name.split(", ")
-                name = f"{student}{', ' if record['variant'] else ''}{record['variant']}, {calls}"
-                cost = record["costs"][student]
+            name, *kind = row["row"].split(", ")
+            student = name not in ("teacher", "real")
+            variant = [] if name == "real" else [record["variant"]] * bool(record["variant"])
+            if student:
+                cost = record["costs"][name]
                 row = row | {
                     "train CPU s": None if cost.get("resumed") else cost["cpu_seconds"],
                     "teacher queries": cost["teacher_queries"],
                 }
-            if not teacher or record["seed"] == 0:  # all follow the same
-                cells.setdefault(name, []).append(row)
+            cell = cells.setdefault(", ".join([name, *variant, *kind]), [])
+            if student or not cell:  # the teacher is one, whatever the seed
+                cell.append(row)
     there = {c for rows in cells.values() for row in rows for c in row}
     columns = [c for c in _COLUMNS if c in there]
     lines = [f"| row | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
@@ -150,17 +170,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", help="all by default")
     parser.add_argument("--set", nargs="*", default=[], help="config overrides, a.b=value")
+    parser.add_argument("--tune", action="store_true", help="compare settings on held-out images")
     parser.add_argument("--table", action="store_true", help="print and run nothing")
     args = parser.parse_args()
     for name in args.datasets:
-        path = recording.FOLDER / f"flow_{name}.json"
-        variants = list(_VARIANTS[_kind(name)])
+        path = recording.FOLDER / f"flow_{name}{'_tuning' * args.tune}.json"
+        variants = _TUNED if args.tune else _VARIANTS[_kind(name)]
         for variant in args.variants or variants:
+            own = variants[variant] | (_HELD_OUT if args.tune else {})
             for seed in [] if args.table else args.seeds:
-                recording.put(path, _run(name, variant, seed, args), ("variant", "seed"))
+                recording.put(path, _run(name, variant, seed, own, args), ("variant", "seed"))
         if not path.is_file():
             parser.error(f"there is no record of {name} yet; leave --table out")
-        print(f"\n{name}\n\n{table(recording.read(path), variants)}")
+        print(f"\n{name}\n\n{table(recording.read(path), list(variants))}")
 
 
 if __name__ == "__main__":

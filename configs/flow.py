@@ -141,7 +141,7 @@ def get_config(argument=None):
     )
     config.eval.examples = 8192 if points else (10_000 if dataset != "digits" else 1000)
     config.eval.paired = 8192 if points else 1000  # examples with the reference's noise
-    config.eval.reference_steps = 1024 if points else 64  # rk4 on points, Heun on images
+    config.eval.reference_steps = 1024 if points else 64  # rk4 on points, midpoint on images
     config.eval.batch = 8192 if points else 250
     config.eval.judge_epochs = 5
     config.eval.judge_dir = ml_collections.config_dict.placeholder(str)  # default: in the workdir

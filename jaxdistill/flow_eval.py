@@ -26,7 +26,7 @@ from jaxdistill.flow import samplers
 from jaxdistill.flow.paths import boundaries, shifted
 from jaxdistill.flow.students import sample
 from jaxdistill.flow_build import Setup
-from jaxdistill.io import artifact, pictures
+from jaxdistill.io import artifact, npz, pictures
 from jaxdistill.io.files import dump, write_files
 from jaxdistill.io.writers import Progress
 from jaxdistill.nn.judge import Judge
@@ -34,6 +34,9 @@ from jaxdistill.parallel import processes
 
 _SHOWN = 20  # examples of each row in the picture
 _REAL = "real, training images"
+# What integrates the teacher's paths. Of images not Heun's method: its last step asks for the
+# velocity at t = 0, where a teacher is hardly trained.
+_REFERENCES = {"points": "rk4", "images": "midpoint"}
 
 
 class Generator(NamedTuple):
@@ -80,7 +83,11 @@ def evaluate(
     try:
         if processes.is_first():
             if missing:
-                measure = _Points(setup, frozen) if judge is None else _Images(setup, frozen, judge)
+                measure = (
+                    _Points(setup, frozen)
+                    if judge is None
+                    else _Images(setup, judge, *_teachers_images(setup, frozen, teacher_hash))
+                )
                 _measure(setup, measure, generators, missing, measured, path, protocol)
             if missing or not (setup.workdir / "artifacts" / "samples.png").is_file():
                 _draw(setup, frozen, students, generators)
@@ -122,7 +129,7 @@ def _protocol(config, teacher_hash: str) -> str:
     """Identifies what decides a row beside its generator."""
     names = ("examples", "paired", "reference_steps", "judge_epochs")
     same = {name: config.eval[name] for name in names}
-    return settings.digest([same, teacher_hash, config.data.holdout_per_class])
+    return settings.digest([same, _REFERENCES, teacher_hash, config.data.holdout_per_class])
 
 
 def _read(path: Path, protocol: str) -> dict[str, dict]:
@@ -215,7 +222,9 @@ class _Points:
     def __init__(self, setup: Setup, frozen: PyTree):
         config = setup.config
         self.setup = setup
-        reference = teacher_sampler(setup, frozen, "rk4", config.eval.reference_steps)
+        reference = teacher_sampler(
+            setup, frozen, _REFERENCES["points"], config.eval.reference_steps
+        )
         self.ends = generate(setup, reference, config.eval.examples, _MAIN).reshape(-1, 2)
         keys = jax.random.split(jax.random.key(1), config.eval.examples)
         self.data = np.asarray(jax.jit(jax.vmap(setup.problem.target.sample))(keys)).reshape(-1, 2)
@@ -249,7 +258,7 @@ def _judge(setup: Setup) -> Callable[[Any], tuple[Any, Any]]:
         config.eval.judge_epochs, 128, 0.05, strategy="none", decay_at=(0.6,)
     )
     many = pool.load_or_train(
-        Path(config.eval.judge_dir) if config.eval.judge_dir else setup.workdir / "judge",
+        _judge_folder(setup),
         1,
         network,
         data,
@@ -268,10 +277,52 @@ def _judge(setup: Setup) -> Callable[[Any], tuple[Any, Any]]:
     return functools.partial(judge, jax.tree.map(lambda x: x[0], many["trained"]))
 
 
+def _judge_folder(setup: Setup) -> Path:
+    folder = setup.config.eval.judge_dir
+    return Path(folder) if folder else setup.workdir / "judge"
+
+
+def _teachers_images(
+    setup: Setup, frozen: PyTree, teacher_hash: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's own images, and where its paths from the noise of the pairs end.
+
+    They take longer than all students' together, so they are kept beside the judge.
+
+    Returns:
+        uint8 (examples, h, w, c), and float32 (paired, h, w, c) in [-1, 1].
+    """
+    config, sampler = setup.config, _REFERENCES["images"]
+    number, paired, steps = (
+        config.eval[name] for name in ("examples", "paired", "reference_steps")
+    )
+    asked = [teacher_hash, config.teacher.guidance, config.shift, sampler, number, paired, steps]
+    path = _judge_folder(setup) / f"teacher-{settings.digest(asked)}.npz"
+    if not path.is_file():
+        reference = teacher_sampler(setup, frozen, sampler, steps)
+        made = {
+            "images": np.rint(255 * pixels(generate(setup, reference, number, _OTHER))),
+            "ends": generate(setup, reference, paired, _PAIRED),
+        }
+        made["images"] = made["images"].astype(np.uint8)
+        write_files({path: lambda file: np.savez(file, **made)})
+
+    def check(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        wanted = {"images": (np.uint8, number), "ends": (np.float32, paired)}[name]
+        if (dtype, *shape) != (*wanted, *setup.problem.shape):
+            raise InputError(f"{name} is {dtype} of shape {shape}")
+
+    try:
+        read = npz.read(path, ["images", "ends"], check=check)
+    except InputError as error:
+        raise InputError(f"{path} are not this teacher's images ({error}); delete it") from error
+    return read["images"], read["ends"]
+
+
 class _Images:
     """Images: by the features of a judge."""
 
-    def __init__(self, setup: Setup, frozen: PyTree, judge: Callable):
+    def __init__(self, setup: Setup, judge: Callable, teachers: np.ndarray, ends: np.ndarray):
         config, data = setup.config.eval, setup.problem.dataset
         self.setup, self.judge = setup, judge
         # Test images may lie class by class, and only some are used.
@@ -284,11 +335,9 @@ class _Images:
         order = np.random.default_rng(1).permutation(len(data.train.labels))
         self.train = data.train.images[order], data.train.labels[order]
         self.test_distances = self._nearest(data.test.images[: config.paired] / np.float32(255))
-        reference = teacher_sampler(setup, frozen, "heun", config.reference_steps)
-        other = generate(setup, reference, config.examples, _OTHER)
-        self.teacher_moments = generative.moments(self.judged(pixels(other))[0])
-        self.ends = generate(setup, reference, config.paired, _PAIRED)
-        self.ends_features, _ = self.judged(pixels(self.ends))
+        self.teacher_moments = generative.moments(self.judged(teachers / np.float32(255))[0])
+        self.ends = ends
+        self.ends_features, _ = self.judged(pixels(ends))
 
     def _nearest(self, images: np.ndarray) -> np.ndarray:
         return generative.nearest(images, self.train[0] / np.float32(255))
