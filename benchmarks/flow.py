@@ -40,7 +40,7 @@ _VARIANTS = {
 }
 # Settings compared on images that are held out. A run has a student; ten steps make one of no use
 # where only the teacher is looked at.
-_HELD_OUT = {"data.holdout_per_class": "250"}
+_HELD_OUT = {"data.holdout_per_class": "250", "eval.reference_steps": "8"}
 _SHORT = "('linear', 'straight', 'endpoint', 'progressive')"
 _TUNED = {
     **{
@@ -92,9 +92,7 @@ def _kind(name: str) -> str:
     return "points" if name in _POINTS else "images"
 
 
-def _run(
-    name: str, variant: str, seed: int, own: dict[str, str], args: argparse.Namespace
-) -> dict:
+def _run(name: str, variant: str, seed: int, own: dict[str, str], args: argparse.Namespace) -> dict:
     """A variant with overrides of its own."""
     kind = _kind(name)
     slug = "-".join([name, *variant.split(), str(seed)])
