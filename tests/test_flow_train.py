@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from jaxdistill.nn import lora
 
 POINTS = "flow:dataset=soft4,smoke"
 IMAGES = "flow:dataset=digits,smoke"
+GUIDED = ["--config.teacher.guidance=1.5", "--config.eval.baselines=()"]
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
 ALL = f"--config.eval.baselines={tuple(s for s in flow_build.STUDENTS if s != 'arcflow')}"
 
@@ -42,8 +44,7 @@ def points(tmp_path_factory):
 def images(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("flow") / "images"
     # Labels, adapters and guidance on top of what points have.
-    options = ["--config.teacher.guidance=1.5", "--config.eval.baselines=()"]
-    main.run([f"--config={IMAGES}", f"--workdir={workdir}", *options])
+    main.run([f"--config={IMAGES}", f"--workdir={workdir}", *GUIDED])
     return workdir
 
 
@@ -80,6 +81,24 @@ def test_images_have_all_the_measures(images):
     leaves = {"/".join(k) for k in _paths(trained["trunk"])}
     layers = [f"{room}/{name}" for room in ("blocks", "condition") for name in ("up", "down")]
     assert leaves == {f"{layer}/lora_{x}" for layer in layers for x in "ab"}
+
+
+def test_the_teachers_images_are_made_once_and_damaged_ones_named(images, tmp_path):
+    workdir = shutil.copytree(images, tmp_path / "run")
+    args = [f"--config={IMAGES}", f"--workdir={workdir}", "--mode=eval", *GUIDED]
+    (kept,) = (workdir / "judge").glob("teacher-*.npz")
+    stamp, before = kept.stat().st_mtime_ns, rows_of(workdir)["arcflow, 2"]
+    (workdir / "results.json").unlink()
+    main.run(args)
+    after = rows_of(workdir)["arcflow, 2"]
+    assert kept.stat().st_mtime_ns == stamp
+    assert {k: v for k, v in after.items() if k[-2:] != " s"} == {
+        k: v for k, v in before.items() if k[-2:] != " s"
+    }
+    np.savez(kept, images=np.zeros(3), ends=np.zeros(3))
+    (workdir / "results.json").unlink()
+    with pytest.raises(InputError, match=r"teacher-.*npz are not this teacher's images .*delete"):
+        main.run(args)
 
 
 @pytest.mark.parametrize("kind", ["points", "images"])
