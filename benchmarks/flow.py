@@ -36,6 +36,7 @@ _VARIANTS = {
     "images": {
         "": {"eval.baselines": _ALL},
         "four times the steps": {"run.steps": "1200", "eval.baselines": "('linear',)"},
+        "eight times the steps": {"run.steps": "2400"},
     },
 }
 # Settings compared on images that are held out. A run has a student; ten steps make one of no use
@@ -83,7 +84,7 @@ _BUDGET = {
         "method.batch": "32",
         "eval.examples": "2500",
         "eval.paired": "500",
-        "eval.reference_steps": "32",
+        "eval.reference_steps": "16",
     },
 }
 
