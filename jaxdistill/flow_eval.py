@@ -191,14 +191,24 @@ def _batches(number: int, size: int) -> list[np.ndarray]:
     return [np.arange(first, first + size) % number for first in range(0, number, size)]
 
 
-def generate(setup: Setup, generator: Generator, number: int, stream: int) -> np.ndarray:
-    """Examples of a row, in batches of one shape, so that each row is compiled once."""
+def generate(
+    setup: Setup, generator: Generator, number: int, stream: int, shown: str = ""
+) -> np.ndarray:
+    """Examples of a row, in batches of one shape, so that each row is compiled once.
+
+    Under a name to show, with a progress bar.
+    """
     noise, label = _noise(setup, number, stream)
-    parts = []
-    for index in _batches(number, setup.config.eval.batch):
+    batches, parts = _batches(number, setup.config.eval.batch), []
+    bar = Progress(len(batches), 0, shown) if shown else None
+    for index in batches:
         if setup.should_stop():
             raise Interrupted("stopped while evaluating; rows already measured are kept")
         parts.append(np.asarray(generator.sample(jnp.asarray(noise[index]), label[index])))
+        if bar:
+            bar.update(len(parts), {})
+    if bar:
+        bar.close()
     return np.concatenate(parts)[:number]
 
 
@@ -301,10 +311,10 @@ def _teachers_images(
     if not path.is_file():
         reference = teacher_sampler(setup, frozen, sampler, steps)
         made = {
-            "images": np.rint(255 * pixels(generate(setup, reference, number, _OTHER))),
-            "ends": generate(setup, reference, paired, _PAIRED),
+            "images": generate(setup, reference, number, _OTHER, "the teacher's images"),
+            "ends": generate(setup, reference, paired, _PAIRED, "ends of its paths"),
         }
-        made["images"] = made["images"].astype(np.uint8)
+        made["images"] = np.rint(255 * pixels(made["images"])).astype(np.uint8)
         write_files({path: lambda file: np.savez(file, **made)})
 
     def check(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
