@@ -35,6 +35,8 @@ _IMAGES = {
     # Twelve billion parameters, as FLUX.1 has, on latents of a megapixel.
     "latents_1mp": {"patch": 2, "width": 3072, "depth": 70, "heads": 24, "rank": 256},
 }
+# Others have more channels, so that the heads take a larger share.
+_OTHER = {"patch": 4, "width": 128, "depth": 6, "heads": 4, "rank": 2}
 _LARGE = ("cifar10", "latents_imagenet", "latents_1mp")
 
 
@@ -46,7 +48,7 @@ def get_config(argument=None):
     dataset = arg["dataset"]
     points, large = dataset in _POINTS, dataset in _LARGE
     sharp = dataset in ("checkerboard", "spirals")  # laws with edges, known by samples alone
-    shape = _IMAGES.get(dataset, _IMAGES["fashion_mnist"])
+    shape = _IMAGES.get(dataset, _OTHER)
 
     config = ml_collections.ConfigDict()
     config.family = "flow"

@@ -171,6 +171,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
     if config.method.unit not in UNITS:
         raise InputError(f"method.unit is {config.method.unit!r}; choose {' or '.join(UNITS)}")
+    widths = config.model.widths
+    if not widths or not all(isinstance(n, int) and n >= 1 for n in widths):
+        raise InputError(f"model.widths is {tuple(widths)}; give whole numbers, one a level")
     settings.check_places(config)
     calls = (*config.eval.calls, *config.method.elastic)
     if not config.eval.calls or not all(isinstance(n, int) and n >= 1 for n in calls):
@@ -209,11 +212,20 @@ def teacher_row(row: str) -> tuple[str, int]:
 def _check_method(config) -> None:
     """Refuses settings of the method that exclude each other."""
     method = config.method
+    if not all(isinstance(target, str) for target in method.targets):
+        raise InputError(
+            f"method.targets is {tuple(method.targets)}; give regular expressions, as texts"
+        )
     several = bool(method.elastic)
     if several and (method.from_data or method.unit == "step"):
         raise InputError(
             "method.elastic goes with segments from noise, and with gammas of a unit of time: one "
             "output serves segments of several lengths; set from_data=False and unit=time"
+        )
+    if several and "progressive" in settings.rows(config):
+        raise InputError(
+            "method.elastic does not go with the progressive student, whose segments are those of "
+            "method.calls; leave one of them out"
         )
     if method.last != 1.0 and (several or "progressive" in settings.rows(config)):
         raise InputError(
@@ -241,7 +253,7 @@ def load_problem(config: ml_collections.ConfigDict) -> Problem:
     if name in TARGETS:
         problem = Problem(name, (1, 1, 2), 0, target=TARGETS[name]())
     elif name in _LATENTS:
-        raise InputError(f"{name} is a shape without data: use --mode=compile, or your own latents")
+        raise InputError(f"{name} is a shape without data, to be compiled: use --mode=compile")
     else:
         data = settings.load_dataset(config)
         problem = Problem(data.name, data.image_shape, data.num_classes, dataset=data)
@@ -401,7 +413,9 @@ def student(config: ml_collections.ConfigDict, problem: Problem, name: str) -> S
             k_noise, fresh, params["output"], modes, noise=0.0 if modes == 1 else 0.05
         )
         if method.rank:
-            params = lora.add(k_lora, params, rank=method.rank, targets=method.targets)
+            # The head takes the place of the output layer.
+            body = {name: layer for name, layer in params.items() if name != "output"}
+            params = lora.add(k_lora, body, rank=method.rank, targets=method.targets)
         trunk = jax.tree.map(lambda x: x.astype(jnp.float32), lora.split(params, trained)[1])
         return {"trunk": trunk, "head": heads}
 
@@ -463,6 +477,7 @@ def build_method(
     tx = student_optimizer(config, steps)
     options = {
         "shift": config.shift,
+        "teacher_calls": per_query,
         "ema_power": method.ema_power,
         "ema_from": _warmup(config, steps),
     }
@@ -476,7 +491,6 @@ def build_method(
             steps=config.run.steps,
             calls=method.calls,
             first_calls=method.first_calls,
-            teacher_calls=per_query,
             **options,
         )
         return _placed(config, built), made

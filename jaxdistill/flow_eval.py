@@ -342,9 +342,10 @@ class _Images:
         self.moments = generative.moments(self.features)
         self.diversity = generative.diversity(self.features, self.labels)
         # The training images as the nearest ones are looked for among, and a part as a row.
-        order = np.random.default_rng(1).permutation(len(data.train.labels))
-        self.train = data.train.images[order], data.train.labels[order]
-        self.test_distances = self._nearest(data.test.images[: config.paired] / np.float32(255))
+        mixed = np.random.default_rng(1).permutation(len(data.train.labels))
+        self.train = data.train.images[mixed], data.train.labels[mixed]
+        few = data.test.images[order[: config.paired]]
+        self.test_distances = self._nearest(few / np.float32(255))
         self.teacher_moments = generative.moments(self.judged(teachers / np.float32(255))[0])
         self.ends = ends
         self.ends_features, _ = self.judged(pixels(ends))
@@ -416,6 +417,8 @@ def _draw(setup: Setup, frozen: PyTree, students: Mapping[str, PyTree], generato
     """Samples of all rows from the same noise, and for points the ways there."""
     folder = setup.workdir / "artifacts"
     few = {n: g for n, g in generators.items() if not n.startswith("teacher") or "euler" in n}
+    if not any(n.startswith("teacher") for n in few):
+        few = {"teacher, euler, 16": teacher_sampler(setup, frozen, "euler", 16)} | few
     if setup.problem.target is None:
         made = [generate(setup, g, _SHOWN, _MAIN) for g in few.values()]
         labels = np.repeat(np.arange(len(few), dtype=np.int32), _SHOWN)

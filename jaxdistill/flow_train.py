@@ -23,7 +23,10 @@ from jaxdistill.parallel import processes
 from jaxdistill.parallel.mesh import make_mesh
 
 # Settings that a teacher's parameters do not show, and that must be those it was trained with.
-_OF_A_TEACHER = ("data.name", "shift", "model.network", "model.heads", "teacher.label_drop")
+_OF_A_TEACHER = (
+    *("data.name", "data.image_size", "data.pad_to"),
+    *("shift", "model.network", "model.heads", "teacher.label_drop"),
+)
 
 
 def train(
@@ -200,10 +203,7 @@ def _student(setup: Setup, name: str, frozen: PyTree, teacher_hash: str) -> PyTr
             frozen=frozen,
             steps=config.run.steps,
         )
-        calls = 1  # which the progressive method knows itself
-        if name != "progressive":
-            calls = flow_build.teacher_velocity(config, setup.problem)[1]
-        queries = int(ended.state.queries) * config.method.batch * calls
+        queries = int(ended.state.queries) * config.method.batch
         cost = {"trained_parameters": trained, "teacher_queries": queries}
         card = _card(setup, name, ended, cost) | {
             "calls": config.method.calls,
@@ -218,7 +218,7 @@ def _student(setup: Setup, name: str, frozen: PyTree, teacher_hash: str) -> PyTr
         processes.wait(f"{name} is distilled")
     params, card = weights.load(artifacts, "student")
     weights.check_shapes(f"{artifacts / 'student.safetensors'}", params, shapes)
-    if card["teacher_sha256"] != teacher_hash:
+    if card.get("teacher_sha256") != teacher_hash:
         raise InputError(f"the student in {artifacts} is of another teacher; use another workdir")
     return params
 

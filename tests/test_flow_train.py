@@ -75,9 +75,13 @@ def test_images_have_all_the_measures(images):
     student = rows["arcflow, 2"]
     assert student["calls"] == 2
     assert rows["teacher, euler, 2"]["calls"] == 4  # guidance takes two
+    trained, card = weights.load(images / "artifacts", "student")
+    # 8 steps of 8 examples, 2 segments with 4 queries of two calls each.
+    assert card["cost"]["teacher_queries"] == 8 * 8 * 2 * 4 * 2
+    lines = (images / "metrics.jsonl").read_text().splitlines()
+    assert {m["queries"] for m in map(json.loads, lines) if "queries" in m} == {2 * 4 * 2}
     assert {"FD to data", "FD to teacher", "recall", "class accuracy", "diversity"} <= set(student)
     assert all(np.isfinite(value) for row in rows.values() for value in row.values())
-    trained, _ = weights.load(images / "artifacts", "student")
     leaves = {"/".join(k) for k in _paths(trained["trunk"])}
     layers = [f"{room}/{name}" for room in ("blocks", "condition") for name in ("up", "down")]
     assert leaves == {f"{layer}/lora_{x}" for layer in layers for x in "ab"}
@@ -172,10 +176,11 @@ def test_every_student_runs(tmp_path, points):
 
 
 def test_trained_weights_stay_few():
-    for dataset in ("digits", "latents_imagenet", "latents_1mp", "cifar10"):
+    absent = {"fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3), "svhn_cropped": (32, 32, 3)}
+    for dataset in ("digits", "latents_imagenet", "latents_1mp", *absent):
         config = configs.load(f"flow:dataset={dataset}")
-        if dataset == "cifar10":  # which need not be there
-            shapes = flow_build.Problem(dataset, (32, 32, 3), 10)
+        if dataset in absent:  # here, or perhaps
+            shapes = flow_build.Problem(dataset, absent[dataset], 10)
         else:
             shapes = flow_build.problem_shapes(config)
         module = flow_build.network(config, shapes)
@@ -217,6 +222,11 @@ def test_a_student_starts_as_its_teacher(points):
         (POINTS, ["method.elastic=(1,2)", "method.from_data=True"], "elastic goes with segments"),
         (POINTS, ["method.elastic=(1,2)", "method.unit=step"], "elastic goes with segments"),
         (POINTS, ["method.elastic=(1,2)", "method.last=0.5"], "have even segments"),
+        (POINTS, ["method.elastic=(1,2)", "method.name=progressive"], "not go with the progress"),
+        (POINTS, ["model.widths=('a',)"], r"model\.widths is \('a',\)"),
+        (IMAGES, ["method.targets=()"], "adapters without targets"),
+        (IMAGES, ["method.targets=(1,)"], "targets is .1,.; give regular"),
+        (IMAGES, ["method.targets=('output',)"], "'output' fits no layer"),
         (POINTS, ["method.log_gamma=(1.0,)"], "give the lowest and the highest"),
         (POINTS, ["model.dtype=float33"], "choose float32 or bfloat16"),
         (POINTS, ["data.placement=moon"], "choose resident or streamed"),
@@ -247,6 +257,40 @@ def test_a_teacher_of_other_data_is_refused(points, tmp_path):
     args = [f"--config.teacher.dir={points / 'teacher'}", f"--workdir={tmp_path / 'run'}"]
     with pytest.raises(InputError, match=r"trained with data\.name=soft4, this run has ring8"):
         main.run(["--config=flow:dataset=ring8,smoke", *args])
+
+
+def test_a_teacher_of_other_pixels_is_refused(images, tmp_path):
+    args = [f"--config.teacher.dir={images / 'teacher'}", f"--workdir={tmp_path / 'run'}"]
+    with pytest.raises(InputError, match=r"trained with data\.pad_to=None, this run has 12"):
+        main.run([f"--config={IMAGES}", "--config.data.pad_to=12", *GUIDED, *args])
+
+
+def test_the_gammas_have_a_rate_of_their_own():
+    config = configs.load(POINTS)
+    tx = flow_build.student_optimizer(config, 100)
+    ones = {"head": {n: {"kernel": jnp.ones(3)} for n in ("velocities", "log_gammas")}}
+    updates, _ = tx.update(ones, tx.init(ones), ones)  # Adam's first: the rate, whatever the size
+    head = jax.tree.map(lambda x: float(x[0]), updates["head"])
+    np.testing.assert_allclose(
+        head["log_gammas"]["kernel"], 0.1 * head["velocities"]["kernel"], rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "overrides"),
+    [
+        (POINTS, {"method.unit": "step", "method.from_data": "True", "method.last": "0.5"}),
+        (IMAGES, {"model.network": "unet", "method.rank": "0", "model.widths": "(8, 16)"}),
+    ],
+)
+def test_other_settings_run(spec, overrides, tmp_path):
+    config = configs.load(spec)
+    for path, value in {"eval.baselines": "()", "eval.teacher_rows": "()", **overrides}.items():
+        configs.override(config, path, value)
+    flow_train.train(config, tmp_path / "run")
+    assert all(np.isfinite(v) for v in rows_of(tmp_path / "run")["arcflow, 2"].values())
+    # Drawn beside the teacher even where it has no row.
+    assert (tmp_path / "run/artifacts/samples.png").is_file()
 
 
 def test_a_half_trained_student_goes_on_under_its_own_teacher_alone(points, tmp_path):

@@ -13,7 +13,15 @@ from jaxdistill import collective
 from jaxdistill.errors import InputError
 from jaxdistill.flow.paths import Examples, expand, interpolate, shifted
 from jaxdistill.flow.samplers import euler
-from jaxdistill.flow.students import Labels, Student, Teacher, noise_like, power_average, streams
+from jaxdistill.flow.students import (
+    Labels,
+    Student,
+    Teacher,
+    check_velocity,
+    noise_like,
+    power_average,
+    streams,
+)
 from jaxdistill.method import Batch, BatchSpec, Method
 
 
@@ -26,7 +34,7 @@ class ProgressiveState(NamedTuple):
         opt: Of the optimiser.
         average: The moving average of `trainable`.
         step: Steps done, in all rounds.
-        queries: Teacher calls so far, of each of the examples of a step.
+        queries: Network calls of the teachers so far, of each of the examples of a step.
     """
 
     trainable: PyTree
@@ -72,7 +80,8 @@ def progressive(
         ema_from: Steps of a round before its average begins.
 
     Raises:
-        InputError: If the numbers of calls do not fit, or a round would have no step.
+        InputError: If the numbers of calls do not fit, a round would have no step, or, from
+            `init`, the teacher's output has not the shape of the examples.
     """
     rounds = max(first_calls // max(calls, 1), 1).bit_length() - 1
     if calls < 1 or rounds < 1 or first_calls != calls * 2**rounds:
@@ -86,7 +95,8 @@ def progressive(
     policy = student.policy
 
     def init(key, frozen, batch):
-        del batch
+        x, label = data(batch)
+        check_velocity(teacher, frozen, x, jnp.ones(x.shape[0]), label)
         trainable = student.init(key, frozen)
         zero, copy = jnp.int32(0), lambda: jax.tree.map(jnp.copy, trainable)
         return ProgressiveState(trainable, copy(), tx.init(trainable), copy(), zero, zero)

@@ -192,7 +192,7 @@ class StudentState(NamedTuple):
         opt: Of the optimiser.
         average: The moving average of `trainable`, which is what students are used with.
         step: Steps done.
-        queries: Teacher calls so far, of each of the examples of a step.
+        queries: Network calls of the teacher so far, of each of the examples of a step.
     """
 
     trainable: PyTree
@@ -200,6 +200,20 @@ class StudentState(NamedTuple):
     average: PyTree
     step: Int32[Array, ""]
     queries: Int32[Array, ""]
+
+
+def check_velocity(teacher: Teacher, frozen: Frozen, x: Examples, t: Times, label: Labels) -> None:
+    """Refuses a teacher whose output is no velocity of its examples.
+
+    Raises:
+        InputError: If it has another shape, or is no array.
+    """
+    made = jax.eval_shape(teacher, frozen, x, t, label)
+    shape = getattr(made, "shape", type(made).__name__)
+    if shape != x.shape:
+        raise InputError(
+            f"the teacher makes {shape} of examples {x.shape}; a velocity has their shape"
+        )
 
 
 Match = Callable[..., Segment]
@@ -215,6 +229,7 @@ def student_method(
     *,
     source: Source,
     shift: float = 1.0,
+    teacher_calls: int = 1,
     weight_by_length: bool = True,
     ema_power: float = 7.0,
     ema_from: int = 100,
@@ -228,6 +243,7 @@ def student_method(
         tx: Optimiser of what is trained.
         source: Where examples come from.
         shift: See `paths.shifted`.
+        teacher_calls: Network calls of one of its velocities, for the count of queries.
         weight_by_length: Whether a segment counts by its length in raw time, as it should where
             all of a path's segments are gone through. One of no length never counts.
         ema_power: Exponent of the moving average (Karras et al. 2023): larger is shorter.
@@ -239,12 +255,7 @@ def student_method(
 
     def init(key, frozen, batch):
         first = source.start(batch)
-        t = shifted(first.raw[0], shift)
-        shape = jax.eval_shape(teacher, frozen, first.x, t, first.label).shape
-        if shape != first.x.shape:
-            raise InputError(
-                f"the teacher makes {shape} of examples {first.x.shape}; a velocity has their shape"
-            )
+        check_velocity(teacher, frozen, first.x, shifted(first.raw[0], shift), first.label)
         trainable = student.init(key, frozen)
         zero = jnp.int32(0)
         return StudentState(
@@ -289,9 +300,10 @@ def student_method(
         average = power_average(
             state.average, trainable, state.step, power=ema_power, begin=ema_from
         )
-        total = state.queries + queries.sum().astype(jnp.int32)
+        asked = teacher_calls * queries.sum().astype(jnp.int32)
         metrics = {"loss": losses.sum(), "grad_norm": optax.tree.norm(grads)}
-        metrics["queries"] = queries.sum().astype(jnp.float32)
+        metrics["queries"] = asked.astype(jnp.float32)
+        total = state.queries + asked
         return StudentState(trainable, opt, average, state.step + 1, total), metrics
 
     return Method(init, step, lambda state: state.average, source.batches)

@@ -59,11 +59,13 @@ def add(key: Key[Array, ""], params: Mapping, *, rank: int, targets: Sequence[st
         New parameters; the leaves that were there are shared, not copied.
 
     Raises:
-        InputError: for a rank below 1, an expression that is none or fits no layer with a kernel,
-            and a layer that has an adapter already.
+        InputError: for a rank below 1, no expression, one that is none or fits no layer with a
+            kernel, and a layer that has an adapter already.
     """
     if rank < 1:
         raise InputError(f"rank {rank} of adapters: choose 1 or more")
+    if not targets:
+        raise InputError("adapters without targets; name the layers that get them")
     flat = _flatten(params)
     layers = [_layer(path) for path in flat if _name(path) == "kernel"]
     chosen: set[str] = set()

@@ -11,7 +11,7 @@ import pytest
 from jaxdistill import runner
 from jaxdistill.errors import InputError
 from jaxdistill.flow import paths, samplers
-from jaxdistill.flow.arcflow import arcflow
+from jaxdistill.flow.arcflow import _gaps, arcflow
 from jaxdistill.flow.endpoint import endpoint_regression
 from jaxdistill.flow.matching import flow_matching
 from jaxdistill.flow.policies import gaussian_policy, momentum_policy
@@ -107,7 +107,9 @@ def methods():
         "gaussian": arcflow(
             student(policy=gaussian_policy(4)), exact, tx, source=noise_source(), **OPTIONS
         ),
-        "from data": arcflow(student(image), straight, tx, source=seen, **OPTIONS),
+        "from data": arcflow(
+            student(image), straight, tx, source=seen, weight_by_length=False, **OPTIONS
+        ),
         "endpoint": endpoint_regression(student(), exact, tx, source=noise_source(), shift=3.2),
         "progressive": progressive(
             student(image),
@@ -218,6 +220,76 @@ def test_teacher_calls_are_counted_by_the_program():
         jax.effects_barrier()
         assert len(calls) == int(state.queries) == 3 * each
         assert set(calls) == {16}
+
+
+def test_progressive_counts_the_teacher_of_its_first_round_as_often_as_it_is_called():
+    # Two rounds of two steps; two calls of a teacher that is the student of before.
+    keys = BatchSpec("keys", 16)
+
+    def points(batch):
+        return jax.vmap(soft4().sample)(batch["keys"]), jnp.zeros(16, jnp.int32)
+
+    made = {"batches": keys, "data": points, "steps": 4, "calls": 2, "first_calls": 8}
+    method = progressive(student(curved=False), exact, optax.sgd(0.1), teacher_calls=2, **made)
+    _, state = run_on(1, "jit", method, (), (), 4)
+    assert int(state.queries) == 2 * (2 * 2) + 2 * 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_the_teacher_and_the_student_share_the_way(share):
+    keys = jax.random.split(jax.random.key(0), 500)
+    own, teachers = (np.asarray(x) for x in _gaps(keys, 4, 0.5, share))
+    assert own.shape == teachers.shape == (4, 500)
+    assert (own >= 0).all() and (teachers >= 0).all()
+    np.testing.assert_allclose(teachers.sum(0), 0.5 * share, atol=1e-6)
+    # The largest of four even numbers lies at 4/5 on average; the student leaves the rest.
+    np.testing.assert_allclose(own.sum(0).mean(), 0.8 * 0.5 * (1 - share), atol=0.01)
+    assert (own.sum(0) <= 0.5 * (1 - share) + 1e-6).all()
+
+
+def test_the_teacher_leads_at_first_and_the_student_later():
+    # On a field that is not the student's own, what is asked differs with who leads.
+    def asked(step, teacher_steps):
+        seen = []
+
+        def spied(frozen, x, t, label):
+            jax.debug.callback(lambda x, t: seen.append((np.array(x), np.array(t))), x, t)
+            return jnp.ones_like(x)
+
+        method = arcflow(
+            student(), spied, optax.sgd(0.0), source=noise_source(), teacher_steps=teacher_steps
+        )
+        batch = {"keys": jax.random.split(jax.random.key(0), 16)}
+        state = method.init(jax.random.key(1), (), batch)
+        method.step(state._replace(step=jnp.int32(step)), (), batch, jax.random.key(2))
+        jax.effects_barrier()
+        return sorted(seen, key=lambda pair: -pair[1].mean())
+
+    x, t = zip(*asked(0, 10)[:4], strict=True)  # of the first segment, which starts at 1
+    # The teacher's velocity is 1 everywhere: states lie on its line from where all began.
+    np.testing.assert_allclose(t[0], 1.0)
+    for now, time in zip(x, t, strict=True):
+        np.testing.assert_allclose(now, x[0] - (1 - time)[:, None, None, None], atol=1e-5)
+    x, t = zip(*asked(10, 10)[:4], strict=True)
+    assert t[0].max() < 1.0
+    assert np.abs(x[3] - x[0] + (t[0] - t[3])[:, None, None, None]).max() > 1e-2
+
+
+@pytest.mark.parametrize("output", ["less", "tuple"])
+def test_a_teacher_that_makes_no_velocities_is_refused(output):
+    def wrong(frozen, x, t, label):
+        return x[..., :1] if output == "less" else (x, t)
+
+    def points(batch):
+        return jax.vmap(soft4().sample)(batch["keys"]), jnp.zeros(16, jnp.int32)
+
+    tx, keys = optax.sgd(0.1), BatchSpec("keys", 16)
+    for method in (
+        arcflow(student(), wrong, tx, source=noise_source()),
+        progressive(student(), wrong, tx, batches=keys, data=points, steps=4),
+    ):
+        with pytest.raises(InputError, match="a velocity has their shape"):
+            method.init(jax.random.key(0), (), {"keys": jax.random.split(jax.random.key(0), 16)})
 
 
 def test_the_loss_reaches_every_parameter_and_no_teacher():
