@@ -94,7 +94,7 @@ def _kind(name: str) -> str:
 
 
 def _run(name: str, variant: str, seed: int, own: dict[str, str], args: argparse.Namespace) -> dict:
-    """A variant with overrides of its own."""
+    """The record of a variant, given what it sets itself."""
     kind = _kind(name)
     slug = "-".join([name, *variant.split(), str(seed)])
     workdir, first = args.workdir / slug, args.workdir / f"{name}-0"
@@ -136,7 +136,7 @@ def table(records: list[dict], order: list[str]) -> str:
     cells: dict[str, list[dict]] = {}
     for record in sorted(records, key=lambda r: (order.index(r["variant"]), r["seed"])):
         for row in record["rows"]:
-            name, *kind = row["row"].split(", ")
+            name, *rest = row["row"].split(", ")
             student = name not in ("teacher", "real")
             variant = [] if name == "real" else [record["variant"]] * bool(record["variant"])
             if student:
@@ -145,7 +145,7 @@ def table(records: list[dict], order: list[str]) -> str:
                     "train CPU s": None if cost.get("resumed") else cost["cpu_seconds"],
                     "teacher queries": cost["teacher_queries"],
                 }
-            cell = cells.setdefault(", ".join([name, *variant, *kind]), [])
+            cell = cells.setdefault(", ".join([name, *variant, *rest]), [])
             if student or not cell:  # the teacher is one, whatever the seed
                 cell.append(row)
     there = {c for rows in cells.values() for row in rows for c in row}
@@ -172,6 +172,8 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="compare settings on held-out images")
     parser.add_argument("--table", action="store_true", help="print and run nothing")
     args = parser.parse_args()
+    if args.tune and "points" in map(_kind, args.datasets):
+        parser.error("points have no images to hold out; leave --tune out")
     for name in args.datasets:
         path = recording.FOLDER / f"flow_{name}{'_tuning' * args.tune}.json"
         variants = _TUNED if args.tune else _VARIANTS[_kind(name)]

@@ -35,7 +35,7 @@ _IMAGES = {
     # Twelve billion parameters, as FLUX.1 has, on latents of a megapixel.
     "latents_1mp": {"patch": 2, "width": 3072, "depth": 70, "heads": 24, "rank": 256},
 }
-# Others have more channels, so that the heads take a larger share.
+# Others may have more channels, of which the heads' share of the parameters grows.
 _OTHER = {"patch": 4, "width": 128, "depth": 6, "heads": 4, "rank": 2}
 _LARGE = ("cifar10", "latents_imagenet", "latents_1mp")
 

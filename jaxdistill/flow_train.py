@@ -24,8 +24,13 @@ from jaxdistill.parallel.mesh import make_mesh
 
 # Settings that a teacher's parameters do not show, and that must be those it was trained with.
 _OF_A_TEACHER = (
-    *("data.name", "data.image_size", "data.pad_to"),
-    *("shift", "model.network", "model.heads", "teacher.label_drop"),
+    "data.name",
+    "data.image_size",
+    "data.pad_to",
+    "shift",
+    "model.network",
+    "model.heads",
+    "teacher.label_drop",
 )
 
 

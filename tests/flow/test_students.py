@@ -84,6 +84,12 @@ def noise_source(size=16, schedule=None):
     return from_noise(SHAPE, size, fixed(2) if schedule is None else schedule, 3)
 
 
+def points(batch):
+    """Points of the law that `exact` flows to, and labels that say nothing."""
+    keys = batch["keys"]
+    return jax.vmap(soft4().sample)(keys), jnp.zeros(keys.shape[0], jnp.int32)
+
+
 OPTIONS = {"shift": 3.2, "teacher_steps": 4, "ema_from": 1}
 
 
@@ -225,10 +231,6 @@ def test_teacher_calls_are_counted_by_the_program():
 def test_progressive_counts_the_teacher_of_its_first_round_as_often_as_it_is_called():
     # Two rounds of two steps; two calls of a teacher that is the student of before.
     keys = BatchSpec("keys", 16)
-
-    def points(batch):
-        return jax.vmap(soft4().sample)(batch["keys"]), jnp.zeros(16, jnp.int32)
-
     made = {"batches": keys, "data": points, "steps": 4, "calls": 2, "first_calls": 8}
     method = progressive(student(curved=False), exact, optax.sgd(0.1), teacher_calls=2, **made)
     _, state = run_on(1, "jit", method, (), (), 4)
@@ -279,9 +281,6 @@ def test_the_teacher_leads_at_first_and_the_student_later():
 def test_a_teacher_that_makes_no_velocities_is_refused(output):
     def wrong(frozen, x, t, label):
         return x[..., :1] if output == "less" else (x, t)
-
-    def points(batch):
-        return jax.vmap(soft4().sample)(batch["keys"]), jnp.zeros(16, jnp.int32)
 
     tx, keys = optax.sgd(0.1), BatchSpec("keys", 16)
     for method in (
