@@ -6,7 +6,6 @@ guidance included; a student's is what its sampler calls.
 
 import functools
 import itertools
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,8 +25,9 @@ from jaxdistill.flow import samplers
 from jaxdistill.flow.paths import boundaries, shifted
 from jaxdistill.flow.students import sample
 from jaxdistill.flow_build import Setup
-from jaxdistill.io import artifact, npz, pictures
+from jaxdistill.io import artifact, pictures
 from jaxdistill.io.files import dump, write_files
+from jaxdistill.io.reading import read_json, read_npz
 from jaxdistill.io.writers import Progress
 from jaxdistill.nn.judge import Judge
 from jaxdistill.parallel import processes
@@ -136,9 +136,9 @@ def _read(path: Path, protocol: str) -> dict[str, dict]:
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = read_json(path)
         return dict(record["rows"]) if record["protocol"] == protocol else {}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not a table of results ({error}); delete it") from error
 
 
@@ -323,7 +323,7 @@ def _teachers_images(
             raise InputError(f"{name} is {dtype} of shape {shape}")
 
     try:
-        read = npz.read(path, ["images", "ends"], check=check)
+        read = read_npz(path, ["images", "ends"], check=check)
     except InputError as error:
         raise InputError(f"{path} are not this teacher's images ({error}); delete it") from error
     return read["images"], read["ends"]

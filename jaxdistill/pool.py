@@ -13,8 +13,8 @@ from jaxdistill.data.sources import Dataset
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import train_on
 from jaxdistill.interrupt import ShouldStop, never
-from jaxdistill.io import npz
 from jaxdistill.io.files import write_files
+from jaxdistill.io.reading import read_npz
 from jaxdistill.io.writers import Progress
 from jaxdistill.parallel import processes
 
@@ -116,7 +116,7 @@ def _read(path: Path, shapes: PyTree) -> PyTree:
             )
 
     try:
-        flat = npz.read(path, list(wanted), check=check)
+        flat = read_npz(path, list(wanted), check=check)
         for name, array in flat.items():
             if not np.isfinite(array).all():
                 raise InputError(f"{name} holds values that are not finite")

@@ -1,7 +1,6 @@
 """The folder of a run: whose it is, and what every run leaves in it."""
 
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 from jaxdistill.errors import InputError
 from jaxdistill.io import artifact
 from jaxdistill.io.files import dump, remove_leftovers, write_files
+from jaxdistill.io.reading import read_json
 from jaxdistill.parallel import processes
 
 
@@ -30,8 +30,8 @@ def check(workdir: Path, settings: dict, identity: Callable[[dict], dict]) -> No
     if not stored.is_file():
         return
     try:
-        before = identity(json.loads(stored.read_text()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        before = identity(read_json(stored))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"{stored} is not a run's config ({error}); use another workdir"
         ) from error

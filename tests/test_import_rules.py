@@ -138,7 +138,7 @@ def test_nothing_uses_another_framework():
     assert not breaches(where=(PACKAGE, "configs"), forbidden=["tensorflow", "torch", "clu"])
 
 
-# Modules that unpickle, or that run what a file says; `io.npz` reads what numpy.load would.
+# Modules that unpickle, or that run what a file says; `io.reading` reads what numpy.load would.
 UNPICKLERS = [
     *["pickle", "_pickle", "pickletools", "cloudpickle", "dill", "jsonpickle", "joblib", "shelve"],
     *["marshal", "copyreg", "torch", "pandas", "yaml", "h5py", "runpy", "code"],

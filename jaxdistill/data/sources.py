@@ -25,7 +25,7 @@ from jaxtyping import Int, Int32
 from PIL import Image
 
 from jaxdistill.errors import InputError
-from jaxdistill.io import npz
+from jaxdistill.io.reading import inflation_limit, one_line, read_npz
 
 DIGITS_TRAIN_ROWS = 1437
 MAX_PIXELS = 64_000_000
@@ -170,7 +170,7 @@ def load(
         return dataset if pad_to is None else pad(dataset, pad_to)
     # Folders that may not be listed, names no file system takes, more than fits.
     except (OSError, MemoryError) as error:
-        raise InputError(f"cannot read data set {_shown(name)}: {_one_line(error)}") from error
+        raise InputError(f"cannot read data set {_shown(name)}: {one_line(error)}") from error
 
 
 def facts(
@@ -373,7 +373,7 @@ def _expand(path: StrPath) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # ~ of a user that there is not
-        raise InputError(f"no such folder: {_shown(path)}; {_one_line(error)}") from error
+        raise InputError(f"no such folder: {_shown(path)}; {one_line(error)}") from error
 
 
 def _read_digits() -> Dataset:
@@ -461,7 +461,7 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
             expected = math.prod(shape)
             if expected == 0:
                 raise InputError(f"{path} is empty: its header announces the shape {shape}")
-            if opener is gzip.open and expected > npz.inflation_limit(path.stat().st_size):
+            if opener is gzip.open and expected > inflation_limit(path.stat().st_size):
                 raise InputError(
                     f"{path} announces {expected} bytes (shape {shape}), more than a file of its "
                     "size can hold; download it again"
@@ -470,7 +470,7 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
             while len(body) <= expected and (chunk := file.read(_READ_CHUNK)):
                 body += chunk
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"cannot read {path}: {_one_line(error)}; download it again") from error
+        raise InputError(f"cannot read {path}: {one_line(error)}; download it again") from error
     if len(body) != expected:
         kind = "fewer" if len(body) < expected else "more"
         raise InputError(
@@ -488,7 +488,7 @@ def _read_npz(path: Path) -> Dataset:
     if not path.is_file():
         raise InputError(f"no such file: {path}")
     try:
-        arrays = npz.read(path, keys, optional=("class_names",))
+        arrays = read_npz(path, keys, optional=("class_names",))
     except InputError as error:
         raise InputError(f"cannot read {path} as an .npz of a data set: {error}") from error
     names = arrays.pop("class_names", None)
@@ -634,7 +634,7 @@ def _from_files(
             raise _unequal(first[0], first[1:], path, (height, width))
         pixels, size = pixels + height * width, size + path.stat().st_size
     # As single files, so all of them together: blank images are a thousand times their files.
-    if image_size is None and pixels * (1 if grey else 3) > npz.inflation_limit(size):
+    if image_size is None and pixels * (1 if grey else 3) > inflation_limit(size):
         raise InputError(
             f"the images of {name} are {pixels // 10**6} megapixels in {size} bytes of files; "
             "set data.image_size to shrink them"
@@ -671,7 +671,7 @@ def _decode(path: Path, mode: str, image_size: int | None) -> np.ndarray:
             converted = image.convert(mode)
         except Exception as error:
             raise InputError(
-                f"cannot decode {path}: {_one_line(error)}; remove or replace it"
+                f"cannot decode {path}: {one_line(error)}; remove or replace it"
             ) from error
     pixels = np.asarray(converted if image_size is None else _fit(converted, image_size))
     return pixels.reshape(*pixels.shape[:2], -1)
@@ -754,7 +754,7 @@ def _tfds_builder(name: str, data_dir: Path | None, other_ways: str) -> Any:
         raise
     except Exception as error:
         raise InputError(
-            f"data set {name} cannot be read through TFDS ({_one_line(error)}); {advice}"
+            f"data set {name} cannot be read through TFDS ({one_line(error)}); {advice}"
         ) from error
     return builder
 
@@ -779,7 +779,7 @@ def _read_tfds_split(
                 labels[index] = example["label"]
             except Exception as error:  # of the record reader and of the image decoder
                 raise InputError(
-                    f"cannot read {name} {split}[{index}]: {_one_line(error)}; prepare it again"
+                    f"cannot read {name} {split}[{index}]: {one_line(error)}; prepare it again"
                 ) from error
             image = np.asarray(example["image"])
             if image.ndim == 2:
@@ -893,7 +893,3 @@ def _size(image: np.ndarray) -> str:
 
 def _shown(name: StrPath) -> str:
     return repr(str(name)[:200])
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

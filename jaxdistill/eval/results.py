@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxdistill.errors import InputError
 from jaxdistill.io.files import write_files
+from jaxdistill.io.reading import read_json
 
 
 class Cell(NamedTuple):
@@ -39,13 +40,11 @@ def read(path: Path) -> dict[Cell, dict]:
     if not path.exists():
         return {}
     try:
-        if not path.is_file():
-            raise ValueError("not a file")
-        records = json.loads(path.read_text("utf-8"), parse_constant=_refuse)
+        records = read_json(path)
         if not isinstance(records, list):
             raise TypeError("not a list")
         return dict(map(_measurement, records))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path} is not a list of results ({error}); delete it") from error
 
 
@@ -61,10 +60,6 @@ def _measurement(record: object) -> tuple[Cell, dict]:
     if type(rest["accuracy"]) not in (int, float) or not 0 <= rest["accuracy"] <= 1:
         raise TypeError(f"accuracy is {reprlib.repr(rest['accuracy'])}")
     return cell, rest
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
 
 
 def write(path: Path, measured: Mapping[Cell, dict]) -> None:

@@ -35,8 +35,8 @@ from jaxtyping import Float, Float32, Int32, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from jaxdistill.errors import InputError
-from jaxdistill.io import npz
 from jaxdistill.io.files import write_files
+from jaxdistill.io.reading import one_line, read_json, read_npz
 
 FORMAT = "jaxdistill.distilled/1"
 
@@ -58,7 +58,6 @@ REQUIRED = (
 
 _DTYPES = {"images": "<f4", "labels": "<i4", "soft_labels": "<f4"}
 _RANKS = {"images": 4, "labels": 1, "soft_labels": 2}
-_MAX_CARD = 64 << 20  # bytes; names of many classes and accuracies of many seeds fit
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "jaxdistill")
 
 
@@ -118,7 +117,7 @@ def save(directory: str | os.PathLike[str], distilled: Distilled) -> None:
             }
         )
     except OSError as error:
-        raise InputError(f"cannot write the distilled set: {_one_line(error)}") from error
+        raise InputError(f"cannot write the distilled set: {error.strerror or error}") from error
 
 
 def load(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Distilled:
@@ -138,7 +137,7 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Distilled
     if os.path.isdir(path):
         path = path / "distilled.npz"
     try:
-        arrays = npz.read(
+        arrays = read_npz(
             path,
             ("images", "labels"),
             optional=("soft_labels",),
@@ -149,7 +148,7 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Distilled
         card = _read_card(path.with_suffix(".json"), arrays)
     except (InputError, OSError, MemoryError) as error:
         raise InputError(
-            f"not a jaxdistill artefact: {path}: {_one_line(error)}; expected distilled.npz "
+            f"not a jaxdistill artefact: {path}: {one_line(error)}; expected distilled.npz "
             "with images and labels, as written by jaxdistill"
         ) from error
     return Distilled(arrays["images"], arrays["labels"], arrays.get("soft_labels"), card)
@@ -164,11 +163,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _one_line(error: Exception) -> str:
-    text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-    return " ".join(text.split()) or type(error).__name__
 
 
 def _content_sha256(arrays: dict[str, np.ndarray]) -> str:
@@ -217,7 +211,7 @@ def _as_json(card: dict) -> tuple[dict, bytes]:
         text = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
         content = (text + "\n").encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"the card cannot be written as JSON: {_one_line(error)}") from error
+        raise InputError(f"the card cannot be written as JSON: {one_line(error)}") from error
     return json.loads(content), content
 
 
@@ -231,12 +225,10 @@ def _plain(value: object) -> object:
 def _read_card(path: Path, arrays: dict[str, np.ndarray]) -> dict:
     if not path.exists():
         return {}
-    if not path.is_file() or path.stat().st_size > _MAX_CARD:
-        raise InputError(f"{path.name} is not a file of at most {_MAX_CARD >> 20} MiB")
     try:
-        card = json.loads(path.read_bytes(), parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} is not JSON: {_one_line(error)}") from error
+        card = read_json(path)
+    except InputError as error:
+        raise InputError(f"{path.name} cannot be read ({error})") from error
     if not isinstance(card, dict):
         raise InputError(f"{path.name} is not a JSON object")
     _check_card(card, arrays)
@@ -246,10 +238,6 @@ def _read_card(path: Path, arrays: dict[str, np.ndarray]) -> dict:
             "interrupted save: save again"
         )
     return card
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
 
 
 def _check_card(card: dict, arrays: dict[str, np.ndarray]) -> None:

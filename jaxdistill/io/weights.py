@@ -6,7 +6,6 @@ tree of parameters, joined by slashes.
 
 import functools
 import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -22,9 +21,9 @@ from jaxtyping import PyTree
 
 from jaxdistill.errors import InputError
 from jaxdistill.io.files import dump, write_files
+from jaxdistill.io.reading import one_line, read_json
 
 FORMAT = "jaxdistill.weights/1"
-_MAX_CARD = 64 << 20  # bytes
 # NumPy has no bfloat16 of its own, and safetensors' reader for NumPy knows none.
 _DTYPES = {
     "BOOL": np.bool_,
@@ -92,25 +91,26 @@ def load(folder: str | os.PathLike[str], name: str) -> tuple[dict, dict]:
         if not file.is_file():
             raise InputError(f"{folder} holds no {file.name}; give the folder that a run wrote")
     try:
-        if described.stat().st_size > _MAX_CARD:
-            raise ValueError("it is too large")
-        card = json.loads(described.read_text("utf-8"))
-        wanted = card["format"], card["sha256"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{described} is no card of parameters ({_one_line(error)})") from error
+        card = read_json(described)
+        if not isinstance(card, dict) or not {"format", "sha256"} <= card.keys():
+            raise InputError("it lacks format or sha256")
+    except InputError as error:
+        raise InputError(f"{described} is no card of parameters ({error})") from error
     content = path.read_bytes()
-    if wanted != (FORMAT, hashlib.sha256(content).hexdigest()):
+    if (card["format"], card["sha256"]) != (FORMAT, hashlib.sha256(content).hexdigest()):
         raise InputError(
             f"{described} is not the card of {path.name}: their checksums differ; copy both again"
         )
     try:
         flat = {name: _array(record) for name, record in safetensors.deserialize(content)}
-    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} cannot be read ({_one_line(error)})") from error
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({one_line(error)})") from error
     return traverse_util.unflatten_dict(flat, sep="/"), card
 
 
 def _array(record: Mapping[str, Any]) -> np.ndarray:
+    if record["dtype"] not in _DTYPES:
+        raise ValueError(f"it holds {record['dtype']}, which no network here has")
     array = np.frombuffer(record["data"], _DTYPES[record["dtype"]])
     return array.reshape(record["shape"])
 
@@ -136,7 +136,3 @@ def check_shapes(what: str, params: PyTree, shapes: PyTree) -> None:
                 f"{what} has {key} of shape {have.get(key)}, the config's network {want.get(key)}; "
                 "use the config that it was made with"
             )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -325,14 +325,14 @@ def test_pipes_are_not_waited_for(tmp_path):
     save(tmp_path, _digits(1))
     (tmp_path / "distilled.json").unlink()
     os.mkfifo(tmp_path / "distilled.json")
-    with pytest.raises(InputError, match=r"distilled\.json is not a file of at most 64 MiB"):
+    with pytest.raises(InputError, match=r"distilled\.json .*is not a file of at most 64 MiB"):
         load(tmp_path)
 
 
 def test_a_huge_card_is_not_read(tmp_path):
     save(tmp_path, _digits(1))
     os.truncate(tmp_path / "distilled.json", 1 << 40)  # sparse
-    with pytest.raises(InputError, match=r"distilled\.json is not a file of at most 64 MiB"):
+    with pytest.raises(InputError, match=r"distilled\.json .*is not a file of at most 64 MiB"):
         load(tmp_path)
 
 

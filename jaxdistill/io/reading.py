@@ -1,27 +1,35 @@
-"""Reading `.npz` files that anyone may have made: nothing is unpickled, nothing explodes.
+"""Reading files that anyone may have made: nothing is unpickled, nothing explodes.
 
 `numpy.load` refuses pickles too, but believes an array's header and every kind of compression: a
 kilobyte of bzip2 fills gigabytes, and a damaged file raises whatever zipfile, zlib or NumPy's
-parser run into.
+parser run into. `json.loads` takes constants that are no JSON, and breaks on deep nesting.
 """
 
 import io
+import json
 import math
 import os
 import stat
 import zipfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxdistill.errors import InputError
 
 MAX_HEADER = 10_000  # bytes; NumPy's own limit, which it checks only after reading them all
+MAX_JSON = 64 << 20  # bytes; names of many classes and accuracies of many seeds fit
 
 _HEADERS = {
     (1, 0): (2, np.lib.format.read_array_header_1_0),
     (2, 0): (4, np.lib.format.read_array_header_2_0),
 }
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, as one line of 300 letters at most; its kind if it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def inflation_limit(size: int) -> int:
@@ -32,7 +40,7 @@ def inflation_limit(size: int) -> int:
     return max(1 << 30, 100 * size)
 
 
-def read(
+def read_npz(
     path: str | os.PathLike[str],
     keys: Sequence[str],
     *,
@@ -58,10 +66,10 @@ def read(
             the file: that is left to the caller.
     """
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, for ever
+        size = _size(path)
+        if size is None:
             raise InputError("it is not a regular file")
-        limit = inflation_limit(status.st_size)
+        limit = inflation_limit(size)
         if max_bytes is not None:
             limit = min(limit, max_bytes)
         with zipfile.ZipFile(path) as archive:
@@ -71,9 +79,50 @@ def read(
         raise
     # Damaged archives raise many kinds of errors; to the reader they are all the same fact.
     except Exception as error:
-        text = error.strerror if isinstance(error, OSError) else None
-        text = " ".join((text or str(error)).split())[:200] or type(error).__name__
-        raise InputError(text) from error
+        raise InputError(_without_file(error)) from error
+
+
+def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_JSON) -> Any:
+    """Reads what a JSON file holds.
+
+    Args:
+        path: The file, in UTF-8.
+        max_bytes: Refuse files that are larger, before reading them.
+
+    Raises:
+        InputError: if the file cannot be read, is larger, or is not JSON; NaN and infinities are
+            none. The line does not name the file: that is left to the caller.
+    """
+    try:
+        size = _size(path)
+        if size is None or size > max_bytes:
+            raise InputError(f"it is not a file of at most {max_bytes / 2**20:g} MiB")
+        with open(path, "rb") as file:
+            content = file.read(size)
+    except InputError:
+        raise
+    except (OSError, MemoryError, ValueError) as error:  # such as names that no system takes
+        raise InputError(_without_file(error)) from error
+    try:
+        return json.loads(content.decode("utf-8"), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"it is not JSON: {one_line(error)}") from error
+
+
+def _size(path: str | os.PathLike[str]) -> int | None:
+    """Bytes of a regular file; None for others: a pipe would be waited for, for ever."""
+    status = os.stat(path)
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _without_file(error: BaseException) -> str:
+    """What an error says; of one of the system what went wrong, without the number and the file."""
+    said = error.strerror if isinstance(error, OSError) else None
+    return said or one_line(error)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
 
 
 def _members(
