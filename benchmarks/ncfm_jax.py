@@ -23,7 +23,7 @@ from jaxdistill.condense.ncfm import ncfm
 from jaxdistill.data import device
 from jaxdistill.data.augment import normalizer
 from jaxdistill.data.sources import Split
-from jaxdistill.io.artifact import versions
+from jaxdistill.io.versions import versions
 from jaxdistill.nn.convnet import ConvNet
 
 # As many random images as CIFAR has, so that the resident data weigh what they do in practice.

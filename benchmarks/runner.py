@@ -30,7 +30,7 @@ from jaxtyping import PyTree
 from jaxdistill import build, runner, train
 from jaxdistill import config as configs
 from jaxdistill.data import device
-from jaxdistill.io.artifact import versions
+from jaxdistill.io.versions import versions
 from jaxdistill.io.writers import JsonlWriter
 from jaxdistill.method import Method
 from jaxdistill.parallel.mesh import make_mesh, put

@@ -28,7 +28,7 @@ from jaxdistill.condense.ncfm import ncfm
 from jaxdistill.data import device
 from jaxdistill.data.augment import normalizer
 from jaxdistill.data.sources import Split
-from jaxdistill.io.artifact import versions
+from jaxdistill.io.versions import versions
 from jaxdistill.nn.convnet import ConvNet
 
 _ROOT = Path(__file__).parent.parent

@@ -37,6 +37,7 @@ from jaxdistill.condense import charfn
 from jaxdistill.condense.ncfm import ncfm
 from jaxdistill.data import device
 from jaxdistill.io import artifact
+from jaxdistill.io.versions import versions
 from jaxdistill.method import Method
 from jaxdistill.parallel.mesh import make_mesh, put
 
@@ -232,7 +233,7 @@ def main() -> None:
 
     def write():
         record.update(platform=platform.platform(), cores=os.cpu_count())
-        record["versions"] = artifact.versions()
+        record["versions"] = versions()
         recording.write(path, record)
 
     if not args.table:

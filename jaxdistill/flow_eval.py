@@ -25,7 +25,7 @@ from jaxdistill.flow import samplers
 from jaxdistill.flow.paths import boundaries, shifted
 from jaxdistill.flow.students import sample
 from jaxdistill.flow_build import Setup
-from jaxdistill.io import artifact, pictures
+from jaxdistill.io import pictures
 from jaxdistill.io.files import dump, write_files
 from jaxdistill.io.reading import read_json, read_npz
 from jaxdistill.io.writers import Progress
@@ -423,7 +423,7 @@ def _draw(setup: Setup, frozen: PyTree, students: Mapping[str, PyTree], generato
         made = [generate(setup, g, _SHOWN, _MAIN) for g in few.values()]
         labels = np.repeat(np.arange(len(few), dtype=np.int32), _SHOWN)
         images = pixels(np.concatenate(made))
-        picture = artifact.grid(images, labels, list(few))
+        picture = pictures.grid(images, labels, list(few))
     else:
         number = min(2000, setup.config.eval.examples)
         made = {n: generate(setup, g, number, _MAIN).reshape(-1, 2) for n, g in few.items()}

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 
 from jaxdistill.errors import InputError
-from jaxdistill.io import artifact
 from jaxdistill.io.files import dump, remove_leftovers, write_files
 from jaxdistill.io.reading import read_json
+from jaxdistill.io.versions import versions as of_libraries
 from jaxdistill.parallel import processes
 
 
@@ -81,7 +81,7 @@ def of(setup: Any, method: str) -> Path:
 
 def versions() -> dict:
     """Of the libraries, and what they run on."""
-    return artifact.versions() | {
+    return of_libraries() | {
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),

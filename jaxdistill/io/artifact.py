@@ -19,23 +19,20 @@ the line `<key> <dtype> <sizes joined by commas>` ended by a newline (such as
 """
 
 import hashlib
-import importlib.metadata
 import json
-import math
 import os
-import platform
 import reprlib
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, Int32, Integer, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from jaxtyping import Float32, Int32
+from PIL import Image
 
 from jaxdistill.errors import InputError
 from jaxdistill.io.files import write_files
+from jaxdistill.io.pictures import grid
 from jaxdistill.io.reading import one_line, read_json, read_npz
 
 FORMAT = "jaxdistill.distilled/1"
@@ -58,7 +55,6 @@ REQUIRED = (
 
 _DTYPES = {"images": "<f4", "labels": "<i4", "soft_labels": "<f4"}
 _RANKS = {"images": 4, "labels": 1, "soft_labels": 2}
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "jaxdistill")
 
 
 class Distilled(NamedTuple):
@@ -152,17 +148,6 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Distilled
             "with images and labels, as written by jaxdistill"
         ) from error
     return Distilled(arrays["images"], arrays["labels"], arrays.get("soft_labels"), card)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the installed libraries that decide a result."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _content_sha256(arrays: dict[str, np.ndarray]) -> str:
@@ -283,125 +268,3 @@ def _are_numbers(value: object, count: int) -> bool:
         and len(value) == count
         and all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in value)
     )
-
-
-# --- the picture ----------------------------------------------------------------------------
-
-_MARGIN = 16  # around the picture, and between blocks of classes
-_GAP = 2  # between the images of a class
-_CLASS_GAP = 6  # between classes
-_COLUMNS = 20  # images of a class in one row
-_NAME_WIDTH = 180  # longest class name, in pixels
-_ASPECT = 1.25  # width over height aimed at
-
-
-def grid(
-    images: Float[np.ndarray, "n h w c"],
-    labels: Integer[np.ndarray, " n"],
-    class_names: Sequence[str] | None = None,
-    *,
-    max_tiles: int = 400,
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Draws images in rows by class, names at the left, dark on white.
-
-    Small images are enlarged by whole factors (each pixel a square), large ones reduced by whole
-    factors (block means). Rows of more than 20 images wrap, many classes stand side by side in
-    blocks, and when there are more than `max_tiles` images every class is thinned evenly.
-
-    Args:
-        images: values in [0, 1]; one channel is drawn grey, three as RGB, any other number as
-            the grey mean of the channels.
-        labels: class ids.
-        class_names: names by class id; None writes the ids.
-        max_tiles: the largest number of images drawn.
-
-    Raises:
-        InputError: when a label has no name.
-    """
-    if class_names is not None and labels.max() >= len(class_names):
-        raise InputError(f"labels hold {labels.max()} but class_names are {len(class_names)}")
-    chosen = _choose(labels, max_tiles)
-    count = max(map(len, chosen))
-    rows = math.ceil(count / _COLUMNS)
-    columns = math.ceil(count / rows)
-    target = 64 if sum(map(len, chosen)) > 50 else 96
-    height, width = _tile(images[0], target).shape[:2]
-
-    font = ImageFont.load_default(size=15)
-    ids = [int(labels[members[0]]) for members in chosen]
-    names = [_shorten(class_names[i] if class_names else str(i), font) for i in ids]
-    name_width = math.ceil(max(font.getlength(name) for name in names))
-    left = name_width + 8
-    block_width = left + columns * (width + _GAP) - _GAP + _MARGIN
-    # A line of text must fit beside a row of very flat images too.
-    class_height = max(rows * (height + _GAP) - _GAP, 18) + _CLASS_GAP
-
-    def shape(blocks: int) -> tuple[int, int]:
-        per_block = math.ceil(len(chosen) / blocks)
-        return (
-            per_block * class_height - _CLASS_GAP + 2 * _MARGIN,
-            math.ceil(len(chosen) / per_block) * block_width + _MARGIN,
-        )
-
-    def ugliness(blocks: int) -> float:
-        total_height, total_width = shape(blocks)
-        unfilled = -len(chosen) % math.ceil(len(chosen) / blocks) / len(chosen)
-        return abs(math.log(total_width / total_height / _ASPECT)) + 2 * unfilled + 0.15 * blocks
-
-    blocks = min(range(1, len(chosen) + 1), key=ugliness)
-    per_block = math.ceil(len(chosen) / blocks)
-
-    canvas = Image.new("RGB", shape(blocks)[::-1], "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, (name, members) in enumerate(zip(names, chosen, strict=True)):
-        x = _MARGIN + i // per_block * block_width
-        y = _MARGIN + i % per_block * class_height
-        middle = y + (class_height - _CLASS_GAP) / 2
-        draw.text((x + name_width, middle), name, fill=(40, 40, 40), font=font, anchor="rm")
-        for j, member in enumerate(members):
-            corner = (
-                x + left + j % columns * (width + _GAP),
-                y + j // columns * (height + _GAP),
-            )
-            canvas.paste(Image.fromarray(_tile(images[member], target)), corner)
-    return np.asarray(canvas)
-
-
-def _choose(labels: np.ndarray, max_tiles: int) -> list[np.ndarray]:
-    """Positions of the images to draw, class by class."""
-    classes = _spread(np.unique(labels), max_tiles)
-    each = max_tiles // len(classes)
-    return [_spread(np.flatnonzero(labels == label), each) for label in classes]
-
-
-def _spread(values: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the values, at even distances."""
-    if len(values) <= count:
-        return values
-    return values[np.arange(count) * len(values) // count]
-
-
-def _tile(image: np.ndarray, target: int) -> np.ndarray:
-    """One image as uint8 RGB, its longer side near `target` pixels if a whole factor allows."""
-    longer = max(image.shape[:2])
-    if image.shape[2] != 3:
-        image = image.mean(2, keepdims=True).repeat(3, 2)
-    if longer > 2 * target:
-        block = math.ceil(longer / (2 * target))
-        rest = [(0, -size % block) for size in image.shape[:2]]
-        image = np.pad(image, (*rest, (0, 0)), mode="edge")
-        height, width = (size // block for size in image.shape[:2])
-        image = image.reshape(height, block, width, block, 3).mean((1, 3))
-    factor = max(1, round(target / longer))
-    image = image.repeat(factor, 0).repeat(factor, 1)
-    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
-
-
-def _shorten(name: str, font: ImageFont.FreeTypeFont) -> str:
-    name = " ".join(name.split())
-    if font.getlength(name) <= _NAME_WIDTH:
-        return name
-    name = name[:60]  # more never fits, and measuring is slow
-    while name and font.getlength(name + "...") > _NAME_WIDTH:
-        name = name[:-1]
-    return name.rstrip(" ,") + "..."

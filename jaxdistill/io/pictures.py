@@ -1,15 +1,138 @@
-"""Pictures of points in the plane: clouds and ways, side by side."""
+"""Pictures: images in rows by class; points in the plane, clouds and ways side by side."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from jaxdistill.errors import InputError
+
+# Of images by class.
+_EDGE = 16  # around the picture, and between blocks of classes
+_GAP = 2  # between the images of a class
+_CLASS_GAP = 6  # between classes
+_COLUMNS = 20  # images of a class in one row
+_NAME_WIDTH = 180  # longest class name, in pixels
+_ASPECT = 1.25  # width over height aimed at
+
+# Of points.
 _SIDE, _MARGIN, _TITLE = 260, 12, 22
 _INK, _START, _END = (40, 40, 40), (150, 150, 150), (200, 60, 40)
 _SCALE = 3  # drawn larger and reduced, for smooth lines
+
+
+def grid(
+    images: Float[np.ndarray, "n h w c"],
+    labels: Integer[np.ndarray, " n"],
+    class_names: Sequence[str] | None = None,
+    *,
+    max_tiles: int = 400,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Draws images in rows by class, names at the left, dark on white.
+
+    Small images are enlarged by whole factors (each pixel a square), large ones reduced by whole
+    factors (block means). Rows of more than 20 images wrap, many classes stand side by side in
+    blocks, and when there are more than `max_tiles` images every class is thinned evenly.
+
+    Args:
+        images: values in [0, 1]; one channel is drawn grey, three as RGB, any other number as
+            the grey mean of the channels.
+        labels: class ids.
+        class_names: names by class id; None writes the ids.
+        max_tiles: the largest number of images drawn.
+
+    Raises:
+        InputError: when a label has no name.
+    """
+    if class_names is not None and labels.max() >= len(class_names):
+        raise InputError(f"labels hold {labels.max()} but class_names are {len(class_names)}")
+    chosen = _choose(labels, max_tiles)
+    count = max(map(len, chosen))
+    rows = math.ceil(count / _COLUMNS)
+    columns = math.ceil(count / rows)
+    target = 64 if sum(map(len, chosen)) > 50 else 96
+    height, width = _tile(images[0], target).shape[:2]
+
+    font = ImageFont.load_default(size=15)
+    ids = [int(labels[members[0]]) for members in chosen]
+    names = [_shorten(class_names[i] if class_names else str(i), font) for i in ids]
+    name_width = math.ceil(max(font.getlength(name) for name in names))
+    left = name_width + 8
+    block_width = left + columns * (width + _GAP) - _GAP + _EDGE
+    # A line of text must fit beside a row of very flat images too.
+    class_height = max(rows * (height + _GAP) - _GAP, 18) + _CLASS_GAP
+
+    def shape(blocks: int) -> tuple[int, int]:
+        per_block = math.ceil(len(chosen) / blocks)
+        return (
+            per_block * class_height - _CLASS_GAP + 2 * _EDGE,
+            math.ceil(len(chosen) / per_block) * block_width + _EDGE,
+        )
+
+    def ugliness(blocks: int) -> float:
+        total_height, total_width = shape(blocks)
+        unfilled = -len(chosen) % math.ceil(len(chosen) / blocks) / len(chosen)
+        return abs(math.log(total_width / total_height / _ASPECT)) + 2 * unfilled + 0.15 * blocks
+
+    blocks = min(range(1, len(chosen) + 1), key=ugliness)
+    per_block = math.ceil(len(chosen) / blocks)
+
+    canvas = Image.new("RGB", shape(blocks)[::-1], "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (name, members) in enumerate(zip(names, chosen, strict=True)):
+        x = _EDGE + i // per_block * block_width
+        y = _EDGE + i % per_block * class_height
+        middle = y + (class_height - _CLASS_GAP) / 2
+        draw.text((x + name_width, middle), name, fill=(40, 40, 40), font=font, anchor="rm")
+        for j, member in enumerate(members):
+            corner = (
+                x + left + j % columns * (width + _GAP),
+                y + j // columns * (height + _GAP),
+            )
+            canvas.paste(Image.fromarray(_tile(images[member], target)), corner)
+    return np.asarray(canvas)
+
+
+def _choose(labels: np.ndarray, max_tiles: int) -> list[np.ndarray]:
+    """Positions of the images to draw, class by class."""
+    classes = _spread(np.unique(labels), max_tiles)
+    each = max_tiles // len(classes)
+    return [_spread(np.flatnonzero(labels == label), each) for label in classes]
+
+
+def _spread(values: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the values, at even distances."""
+    if len(values) <= count:
+        return values
+    return values[np.arange(count) * len(values) // count]
+
+
+def _tile(image: np.ndarray, target: int) -> np.ndarray:
+    """One image as uint8 RGB, its longer side near `target` pixels if a whole factor allows."""
+    longer = max(image.shape[:2])
+    if image.shape[2] != 3:
+        image = image.mean(2, keepdims=True).repeat(3, 2)
+    if longer > 2 * target:
+        block = math.ceil(longer / (2 * target))
+        rest = [(0, -size % block) for size in image.shape[:2]]
+        image = np.pad(image, (*rest, (0, 0)), mode="edge")
+        height, width = (size // block for size in image.shape[:2])
+        image = image.reshape(height, block, width, block, 3).mean((1, 3))
+    factor = max(1, round(target / longer))
+    image = image.repeat(factor, 0).repeat(factor, 1)
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def _shorten(name: str, font: ImageFont.FreeTypeFont) -> str:
+    name = " ".join(name.split())
+    if font.getlength(name) <= _NAME_WIDTH:
+        return name
+    name = name[:60]  # more never fits, and measuring is slow
+    while name and font.getlength(name + "...") > _NAME_WIDTH:
+        name = name[:-1]
+    return name.rstrip(" ,") + "..."
 
 
 def scatter(clouds: Mapping[str, Float[np.ndarray, "n 2"]]) -> UInt8[np.ndarray, "height width 3"]:

@@ -27,6 +27,7 @@ import numpy as np
 
 from jaxdistill.io import artifact
 from jaxdistill.io.files import write_files
+from jaxdistill.io.versions import versions
 
 EXTRACTORS = 2
 FLAGS = (
@@ -215,7 +216,7 @@ def campaign(
         "bitwise_equal": rounds,
         "compared": sorted(wanted),
         "wall_seconds": round(time.monotonic() - began, 1),
-        "versions": artifact.versions(),
+        "versions": versions(),
     }
 
 
