@@ -27,7 +27,7 @@ from jaxdistill.condense import charfn
 from jaxdistill.condense.ncfm import ncfm
 from jaxdistill.data import device
 from jaxdistill.data.augment import normalizer
-from jaxdistill.data.sources import Split
+from jaxdistill.data.dataset import Split
 from jaxdistill.io.versions import versions
 from jaxdistill.nn.convnet import ConvNet
 

@@ -25,6 +25,7 @@ from jaxdistill.condense.ncfm import check_objective, ncfm
 from jaxdistill.condense.synthetic import real_needed
 from jaxdistill.data import sources
 from jaxdistill.data.augment import parse
+from jaxdistill.data.dataset import Dataset, per_class_table
 from jaxdistill.errors import InputError
 from jaxdistill.eval import train_on
 from jaxdistill.interrupt import ShouldStop, never
@@ -63,7 +64,7 @@ METHODS = ("ncfm", "dm", *coreset.CORESETS, "start")
 ARCHITECTURES = ("convnet", "resnet18", "vgg11")
 
 #: Where only shapes are needed, the facts about a data set do as well as the data.
-Data = sources.Dataset | sources.Facts
+Data = Dataset | sources.Facts
 
 
 class Setup(NamedTuple):
@@ -81,7 +82,7 @@ class Setup(NamedTuple):
     config: ml_collections.ConfigDict
     hash: str
     workdir: Path
-    dataset: sources.Dataset
+    dataset: Dataset
     prepare: Callable
     should_stop: ShouldStop = never
 
@@ -132,7 +133,7 @@ def identity(stated: dict) -> dict:
 # ---------------------------------------------------------------------------- data
 
 
-def check_data(config: ml_collections.ConfigDict, dataset: sources.Dataset) -> None:
+def check_data(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
     """Refuses settings that ask of the data what they cannot give.
 
     Raises:
@@ -358,5 +359,5 @@ def build_frozen(setup: Setup, name: str) -> Any:
                 chunk=config.run.pass_size,
             )
         )(teacher, images)
-    index, counts = sources.per_class_table(data.train.labels, data.num_classes)
+    index, counts = per_class_table(data.train.labels, data.num_classes)
     return coreset.Table(images, jnp.asarray(index), jnp.asarray(counts), features)

@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 
 from jaxdistill import collective, settings
 from jaxdistill.data import sources
+from jaxdistill.data.dataset import Dataset
 from jaxdistill.errors import InputError
 from jaxdistill.flow.arcflow import arcflow
 from jaxdistill.flow.endpoint import endpoint_regression
@@ -112,7 +113,7 @@ class Problem(NamedTuple):
     shape: tuple[int, int, int]
     num_classes: int
     target: Target | None = None
-    dataset: sources.Dataset | None = None
+    dataset: Dataset | None = None
 
     @property
     def null(self) -> int | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxdistill.data.sources import Dataset
+from jaxdistill.data.dataset import Dataset
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import train_on
 from jaxdistill.interrupt import ShouldStop, never

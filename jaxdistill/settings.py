@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 import ml_collections
 
 from jaxdistill.data import device, sources, stream
+from jaxdistill.data.dataset import Dataset, holdout
 from jaxdistill.errors import InputError
 from jaxdistill.parallel.backends import BACKENDS
 
 PLACEMENTS = {"resident": device.resident, "streamed": stream.stream}
 _DTYPES = ("float32", "bfloat16")
-_Read = TypeVar("_Read", bound=sources.Dataset | sources.Facts)
+_Read = TypeVar("_Read", bound=Dataset | sources.Facts)
 
 
 def rows(config: ml_collections.ConfigDict) -> list[str]:
@@ -110,9 +111,9 @@ def read_source(config: ml_collections.ConfigDict, read: Callable[..., _Read]) -
     return read(data.name, data_dir=data.data_dir, image_size=data.image_size, pad_to=data.pad_to)
 
 
-def load_dataset(config: ml_collections.ConfigDict) -> sources.Dataset:
+def load_dataset(config: ml_collections.ConfigDict) -> Dataset:
     """The config's data set; its test split is a part of the training set if some is held out."""
     dataset = read_source(config, sources.load)
     if config.data.holdout_per_class:
-        return sources.holdout(dataset, config.data.holdout_per_class, seed=0)
+        return holdout(dataset, config.data.holdout_per_class, seed=0)
     return dataset

@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec
 
 from jaxdistill import collective, runner
 from jaxdistill.condense.charfn import ECF, discrepancy_at, ecf
+from jaxdistill.data.dataset import Split
 from jaxdistill.data.device import resident
-from jaxdistill.data.sources import Split
 from jaxdistill.errors import InputError
 from jaxdistill.method import CLASS_AXIS, BatchSpec, Method, replicated
 from jaxdistill.parallel.mesh import fully_sharded, make_mesh

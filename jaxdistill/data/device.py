@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Int32, PRNGKeyArray
 
 from jaxdistill import collective
-from jaxdistill.data.sources import Split, per_class_table
+from jaxdistill.data.dataset import Split, per_class_table
 from jaxdistill.errors import InputError
 from jaxdistill.method import Batch, BatchSpec
 

@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from jaxdistill.data import device
+from jaxdistill.data.dataset import Split, per_class_table
 from jaxdistill.data.device import Window
-from jaxdistill.data.sources import Split, per_class_table
 from jaxdistill.method import CLASS_AXIS, DATA_AXIS, BatchSpec
 
 _THREADS = 4

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdistill.data.dataset import Split
 from jaxdistill.data.device import check, draw, resident
-from jaxdistill.data.sources import Split
 from jaxdistill.errors import InputError
 from jaxdistill.method import BatchSpec
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from jaxdistill import runner
+from jaxdistill.data.dataset import Split
 from jaxdistill.data.device import resident
-from jaxdistill.data.sources import Split
 from jaxdistill.data.stream import stream
 from jaxdistill.errors import InputError
 from jaxdistill.method import BatchSpec, Method

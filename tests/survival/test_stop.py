@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import interrupt, main, pool
-from jaxdistill.data.sources import from_arrays
+from jaxdistill.data.dataset import from_arrays
 from jaxdistill.errors import Interrupted
 from jaxdistill.eval import train_on
 from tests.survival import kill

@@ -1,0 +1,201 @@
+"""Data sets in image files: a folder for each class, and Tiny ImageNet as its archive unpacks."""
+
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from jaxdistill.data.dataset import Dataset, from_arrays
+from jaxdistill.data.resize import check_pixels, fit, stack, too_large, unequal
+from jaxdistill.errors import InputError
+from jaxdistill.io.reading import inflation_limit, one_line
+
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+class _Labelled(NamedTuple):
+    path: Path
+    label: int
+
+
+def read(folder: Path, image_size: int | None) -> Dataset:
+    """Read `train/<class>/*` and `test/<class>/*`, or `val/<class>/*`, of PNG and JPEG files.
+
+    Args:
+        folder: What holds `train`; its name becomes that of the data set.
+        image_size: Resize the images to this; needed when they differ in size.
+
+    Raises:
+        InputError: If something is missing, damaged, enormous or outside of the folder.
+    """
+    root = folder.resolve()
+    names = [entry.name for entry in _visible(folder / "train", root) if entry.is_dir()]
+    if not names:
+        raise InputError(f"{folder / 'train'} has no class folders; expected train/<class>/*.png")
+    test_folder = folder / "test" if (folder / "test").is_dir() else folder / "val"
+    if not test_folder.is_dir():
+        raise InputError(f"{folder} has no test folder; expected test/<class>/* beside train")
+    test_names = [entry.name for entry in _visible(test_folder, root) if entry.is_dir()]
+    unknown = sorted(set(test_names) - set(names))
+    if unknown:
+        raise InputError(
+            f"class '{unknown[0]}' is in {test_folder} but not in {folder / 'train'}; "
+            "test classes must be among the training classes"
+        )
+
+    def listed(parent: Path, classes: list[str]) -> list[_Labelled]:
+        return [
+            _Labelled(path, names.index(name))
+            for name in classes
+            for path in _image_files(parent / name, root)
+        ]
+
+    return _from_files(
+        listed(folder / "train", names),
+        listed(test_folder, test_names),
+        root.name,
+        names,
+        image_size,
+    )
+
+
+def read_tiny_imagenet(data_dir: Path | None, image_size: int | None) -> Dataset:
+    """Read Tiny ImageNet; its validation images become the test split.
+
+    Args:
+        data_dir: The folder `tiny-imagenet-200`, or the one that holds it.
+        image_size: Resize the images to this.
+
+    Raises:
+        InputError: If it is not there, or not as the archive unpacks.
+    """
+    expected = (
+        "expected data_dir/tiny-imagenet-200 (or data_dir itself) with "
+        "train/<wnid>/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt, "
+        "as the archive unpacks"
+    )
+    if data_dir is None:
+        raise InputError(f"tiny_imagenet needs data.data_dir: {expected}")
+    inner = data_dir / "tiny-imagenet-200"
+    folder = inner if inner.is_dir() else data_dir
+    annotations = folder / "val" / "val_annotations.txt"
+    if not (folder / "train").is_dir() or not annotations.is_file():
+        raise InputError(f"no Tiny ImageNet in {data_dir}: {expected}")
+    root = folder.resolve()
+    _visible(folder / "val", root)
+    names = [entry.name for entry in _visible(folder / "train", root) if entry.is_dir()]
+    train = [
+        _Labelled(path, label)
+        for label, name in enumerate(names)
+        for path in _image_files(folder / "train" / name / "images", root)
+    ]
+    test_files = {path.name: path for path in _image_files(folder / "val" / "images", root)}
+    test = []
+    for number, line in enumerate(annotations.read_text("utf-8", "replace").splitlines(), 1):
+        fields = line.split()
+        if len(fields) < 2 or fields[0] not in test_files or fields[1] not in names:
+            raise InputError(
+                f"{annotations} line {number} does not name a file of val/images and a class of "
+                "train; unpack the archive again"
+            )
+        test.append(_Labelled(test_files[fields[0]], names.index(fields[1])))
+    return _from_files(train, test, "tiny_imagenet", names, image_size)
+
+
+def _visible(folder: Path, root: Path) -> list[Path]:
+    """Entries sorted by name, without hidden ones, none leading out of the data set."""
+    entries = sorted(
+        (entry for entry in folder.iterdir() if not entry.name.startswith(".")),
+        key=lambda entry: entry.name,
+    )
+    for entry in (folder, *entries):
+        if not entry.is_symlink():
+            continue
+        try:
+            inside = entry.resolve(strict=True).is_relative_to(root)
+        except (OSError, RuntimeError):  # leads nowhere, or to itself
+            inside = False
+        if not inside:
+            raise InputError(f"{entry} links to nothing inside {root}; copy the files instead")
+    return entries
+
+
+def _image_files(folder: Path, root: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}")
+    paths = [
+        entry
+        for entry in _visible(folder, root)
+        if entry.suffix.lower() in _IMAGE_SUFFIXES and entry.is_file()
+    ]
+    if not paths:
+        raise InputError(f"{folder} holds no png, jpg or jpeg image; remove it or fill it")
+    return paths
+
+
+def _from_files(
+    train: list[_Labelled],
+    test: list[_Labelled],
+    name: str,
+    class_names: list[str],
+    image_size: int | None,
+) -> Dataset:
+    # Every header is read before anything is decoded: a mistake in the last file costs no wait,
+    # and an image that claims to be enormous is never unpacked.
+    grey, first, pixels, size = True, None, 0, 0
+    for path, _ in (*train, *test):
+        with _open_image(path) as image:
+            width, height = image.size
+            mode = image.mode
+        check_pixels(path, height, width, image_size)
+        if mode[0] in "IF":
+            raise InputError(f"{path} has more than 8 bits per channel; convert it to 8 bits")
+        grey = grey and mode == "L"
+        first = first or (path, height, width)
+        if image_size is None and (height, width) != first[1:]:
+            raise unequal(first[0], first[1:], path, (height, width))
+        pixels, size = pixels + height * width, size + path.stat().st_size
+    # As single files, so all of them together: blank images are a thousand times their files.
+    if image_size is None and pixels * (1 if grey else 3) > inflation_limit(size):
+        raise InputError(
+            f"the images of {name} are {pixels // 10**6} megapixels in {size} bytes of files; "
+            "set data.image_size to shrink them"
+        )
+
+    def decoded(files: list[_Labelled]) -> np.ndarray:
+        return stack(
+            (_decode(path, "L" if grey else "RGB", image_size) for path, _ in files), len(files)
+        )
+
+    labels = [np.array([label for _, label in files], np.int32) for files in (train, test)]
+    return from_arrays(
+        decoded(train), labels[0], decoded(test), labels[1], name=name, class_names=class_names
+    )
+
+
+def _open_image(path: Path) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            # Only these two decoders, whatever the bytes inside claim to be.
+            return Image.open(path, formats=("PNG", "JPEG"))
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise too_large(path) from error
+        except Exception as error:  # the decoders raise many kinds on damaged files
+            raise InputError(
+                f"{path} is not a readable png or jpeg; remove or replace it"
+            ) from error
+
+
+def _decode(path: Path, mode: str, image_size: int | None) -> np.ndarray:
+    with _open_image(path) as image:
+        try:
+            converted = image.convert(mode)
+        except Exception as error:
+            raise InputError(
+                f"cannot decode {path}: {one_line(error)}; remove or replace it"
+            ) from error
+    pixels = np.asarray(converted if image_size is None else fit(converted, image_size))
+    return pixels.reshape(*pixels.shape[:2], -1)
