@@ -22,7 +22,8 @@ from jaxdistill.data.augment import normalizer
 from jaxdistill.errors import InputError
 from jaxdistill.io.files import dump, write_files
 from jaxdistill.method import Method
-from jaxdistill.parallel import aot, backends
+from jaxdistill.parallel import backends
+from jaxdistill.parallel import topology as aot
 from jaxdistill.parallel.mesh import abstract, make_mesh
 
 METHODS = ("ncfm", "dm")

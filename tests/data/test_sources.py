@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import math
 import os
 import struct
 import sys
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jaxdistill.data import idx, sources
+from jaxdistill.data import device, idx, sources
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.errors import InputError
 from tests.data.test_dataset import assert_statistics
@@ -349,6 +350,36 @@ def test_padding_is_black_and_leaves_the_statistics(digits):
 def test_impossible_sizes(kwargs, message):
     with pytest.raises(InputError, match=message):
         sources.load("digits", **kwargs)
+
+
+# --- facts ---
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+def test_facts_are_those_of_the_data(name):
+    if name == "fashion_mnist" and not sources.DEBIAN_FASHION_MNIST.is_dir():
+        pytest.skip("dataset-fashion-mnist is not installed")
+    data = sources.load(name, pad_to=32)
+    facts = sources.facts(name, pad_to=32)
+    assert (facts.num_classes, facts.image_shape) == (data.num_classes, data.image_shape)
+    resident = device.resident(data.train, data.num_classes)
+    assert resident.pixels.shape == (
+        facts.num_classes,
+        facts.largest_class,
+        math.prod(facts.image_shape),
+    )
+
+
+def test_facts_of_other_data_are_read_from_them(tmp_path):
+    images = np.zeros((5, 6, 6, 1), np.uint8)
+    images[::2] = 200
+    labels = np.array([0, 1, 1, 1, 0])
+    arrays = {f"{s}_{k}": v for s in ("train", "test") for k, v in
+              (("images", images), ("labels", labels))}  # fmt: skip
+    np.savez(tmp_path / "own.npz", **arrays)
+    assert sources.facts(tmp_path / "own.npz") == sources.Facts(2, (6, 6, 1), 3)
+    with pytest.raises(InputError, match="no such folder"):
+        sources.facts("./missing")
 
 
 # --- bad files ---
