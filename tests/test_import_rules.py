@@ -127,7 +127,7 @@ def test_the_reader_is_not_misled():
     assert not [name for name in names if within(name, ["random", "time"])]
     inits = uses_in("from .charfn import ecf", "jaxdistill.condense", is_package=True)
     assert inits[0].name == "jaxdistill.condense.charfn.ecf"
-    assert {"jaxdistill.method", "jaxdistill.nn.layers"} <= {use.module for use in USES}
+    assert {"jaxdistill.method", "jaxdistill.nn.conv"} <= {use.module for use in USES}
 
 
 def test_only_the_networks_use_linen():

@@ -5,8 +5,11 @@ import jax
 from jaxtyping import Array, Float
 
 from jaxdistill.errors import InputError
+from jaxdistill.nn.conv import conv2d, conv_instance_norm
+from jaxdistill.nn.dense import Dense
 from jaxdistill.nn.init import torch_bias_init, torch_kernel_init
-from jaxdistill.nn.layers import Dense, Norm, conv2d, conv_instance_norm, pool2x2
+from jaxdistill.nn.norm import Norm
+from jaxdistill.nn.pooling import pool2x2
 
 _ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -32,7 +35,7 @@ class ConvNet(nn.Module):
         num_classes: Number of logits.
         depth: Number of blocks; each halves the image.
         width: Channels of every block.
-        norm: See `jaxdistill.nn.layers.Norm`.
+        norm: See `jaxdistill.nn.norm.Norm`.
         activation: `relu`, `sigmoid`, `leaky` (slope 0.01) or `swish`.
         pool: `avg`, `max` or `none`.
     """

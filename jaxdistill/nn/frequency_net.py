@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdistill.nn.dense import Dense
 from jaxdistill.nn.init import torch_bias_init, torch_kernel_init
-from jaxdistill.nn.layers import Dense
 
 
 class ScaleNet(nn.Module):

@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
-from jaxdistill.nn.layers import Conv, Dense
+from jaxdistill.nn.conv import Conv
+from jaxdistill.nn.dense import Dense
 
 
 class Judge(nn.Module):

@@ -8,7 +8,9 @@ instance normalisation, so that nothing but parameters has to be kept.
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from jaxdistill.nn.layers import Conv, Dense, Norm
+from jaxdistill.nn.conv import Conv
+from jaxdistill.nn.dense import Dense
+from jaxdistill.nn.norm import Norm
 
 
 class _BasicBlock(nn.Module):
@@ -46,7 +48,7 @@ class ResNet18(nn.Module):
     Attributes:
         num_classes: Number of logits.
         width: Channels of the first stage; the others have 2, 4 and 8 times as many.
-        norm: See `jaxdistill.nn.layers.Norm`.
+        norm: See `jaxdistill.nn.norm.Norm`.
     """
 
     num_classes: int = 10

@@ -6,7 +6,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxdistill.errors import InputError
 from jaxdistill.nn.condition import Condition
-from jaxdistill.nn.layers import Conv, Norm, pool2x2
+from jaxdistill.nn.conv import Conv
+from jaxdistill.nn.norm import Norm
+from jaxdistill.nn.pooling import pool2x2
 
 
 def upsample2x2(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:

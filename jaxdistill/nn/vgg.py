@@ -9,8 +9,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdistill.nn.conv import Conv
 from jaxdistill.nn.convnet import first_padding
-from jaxdistill.nn.layers import Conv, Dense, Norm, pool2x2
+from jaxdistill.nn.dense import Dense
+from jaxdistill.nn.norm import Norm
+from jaxdistill.nn.pooling import pool2x2
 
 _STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
@@ -25,7 +28,7 @@ class VGG11(nn.Module):
 
     Attributes:
         num_classes: Number of logits.
-        norm: See `jaxdistill.nn.layers.Norm`.
+        norm: See `jaxdistill.nn.norm.Norm`.
     """
 
     num_classes: int = 10

@@ -7,18 +7,10 @@ import pytest
 from jax import lax
 
 from jaxdistill.errors import InputError
-from jaxdistill.nn.layers import (
-    NORMS,
-    Conv,
-    Dense,
-    Norm,
-    _pool_by_axes,
-    _pool_by_windows,
-    conv2d,
-    conv_instance_norm,
-    instance_norm,
-    pool2x2,
-)
+from jaxdistill.nn.conv import Conv, conv2d, conv_instance_norm
+from jaxdistill.nn.dense import Dense
+from jaxdistill.nn.norm import NORMS, Norm, instance_norm
+from jaxdistill.nn.pooling import _pool_by_axes, _pool_by_windows, pool2x2
 
 fast_jit = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
 

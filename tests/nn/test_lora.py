@@ -8,8 +8,8 @@ import pytest
 
 from jaxdistill.errors import InputError
 from jaxdistill.nn import lora
+from jaxdistill.nn.dense import Dense
 from jaxdistill.nn.dit import DiT
-from jaxdistill.nn.layers import Dense
 
 fast_jit = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
 

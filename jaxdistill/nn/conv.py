@@ -1,4 +1,4 @@
-"""Convolution and normalisation layers, fast on every platform.
+"""Convolutions, alone or with the instance norm that follows, fast on every platform.
 
 XLA's convolution is the right choice on GPU and TPU. On CPU it is not: its gradients are many
 times slower inside `lax.scan` than outside, and no Winograd form is used. Here 3x3 convolutions
@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxdistill.errors import InputError
 from jaxdistill.nn.init import torch_bias_init, torch_kernel_init
+from jaxdistill.nn.norm import EPSILON, instance_norm
 
 # Transforms of F(4x4, 3x3) at the interpolation points 0, 1, -1, 2, -2, infinity.
 _TILE = 4
@@ -53,7 +53,6 @@ _OUTPUT = np.array(
 # With fewer input channels or smaller maps the transforms cost more than they save (measured).
 _WINOGRAD_MIN_CHANNELS = 8
 _WINOGRAD_MIN_PIXELS = 144
-_EPSILON = 1e-5
 
 
 def _combine(matrix: np.ndarray, terms: list[Array]) -> list[Array]:
@@ -217,7 +216,7 @@ def _folded_conv_norm(x: Array, kernel: Array, scale: Array, bias: Array, paddin
     kernel = kernel.reshape(k, -1)
     covariance = jnp.einsum("nsk,nsl->nkl", centred, centred) / (h * w)
     variance = jnp.einsum("ko,nkl,lo->no", kernel, covariance, kernel)
-    kernels = kernel * (scale * lax.rsqrt(variance + _EPSILON))[:, None]
+    kernels = kernel * (scale * lax.rsqrt(variance + EPSILON))[:, None]
     # A constant input carries the bias through the same product.
     kernels = jnp.concatenate([kernels, jnp.broadcast_to(bias, (n, 1, bias.size))], axis=1)
     centred = jnp.concatenate([centred, jnp.ones((n, h * w, 1), x.dtype)], axis=-1)
@@ -259,41 +258,6 @@ def conv_instance_norm(
         cpu=functools.partial(_folded_conv_norm, padding=padding),
         default=functools.partial(_conv_then_norm, padding=padding),
     )
-
-
-def _normalise(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    mean = x.mean(axes, keepdims=True)
-    inverse = lax.rsqrt(jnp.square(x - mean).mean(axes, keepdims=True) + _EPSILON)
-    return mean, inverse
-
-
-@jax.custom_vjp
-def instance_norm(
-    x: Float[Array, "n h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"]
-) -> Float[Array, "n h w c"]:
-    """Per image and channel: zero mean, unit (biased) variance, eps 1e-5; then scale and shift."""
-    mean, inverse = _normalise(x, (1, 2))
-    return (x - mean) * (inverse * scale) + bias
-
-
-def _instance_norm_fwd(x, scale, bias):
-    mean, inverse = _normalise(x, (1, 2))
-    return (x - mean) * (inverse * scale) + bias, (x, mean, inverse, scale)
-
-
-def _instance_norm_bwd(residuals, dy):
-    # Written out so that the two sums per image serve all three gradients: reductions over
-    # whole batches, which the automatic derivative asks for, are slow on CPU.
-    x, mean, inverse, scale = residuals
-    normed = (x - mean) * inverse
-    dbias = dy.mean((1, 2), keepdims=True)
-    dscale = (dy * normed).mean((1, 2), keepdims=True)
-    pixels = x.shape[1] * x.shape[2]
-    dx = (inverse * scale) * (dy - dbias - normed * dscale)
-    return dx, dscale.sum((0, 1, 2)) * pixels, dbias.sum((0, 1, 2)) * pixels
-
-
-instance_norm.defvjp(_instance_norm_fwd, _instance_norm_bwd)
 
 
 def conv2d(
@@ -353,87 +317,3 @@ class Conv(nn.Module):
             fan_in = size * size * channels
             y = y + self.param("bias", torch_bias_init(fan_in), (self.features,))
         return y
-
-
-class Dense(nn.Module):
-    """Fully connected layer with PyTorch's default initialisation."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n o"]:
-        """Applies the layer."""
-        kernel = self.param("kernel", torch_kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", torch_bias_init(x.shape[-1]), (self.features,))
-        return x @ kernel + bias
-
-
-POOLS = ("avg", "max", "none")
-NORMS = ("instance", "layer", "group", "batch", "none")
-
-
-class Norm(nn.Module):
-    """The normalisations of the field's ConvNet, with a learned scale and shift, eps 1e-5.
-
-    Attributes:
-        kind: `instance` (per image and channel), `layer` (per image), `group` (four groups of
-            channels), `batch` (over the images of the batch at hand, in training and in testing
-            alike: no running statistics exist) or `none`.
-    """
-
-    kind: str = "instance"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-        """Normalises, scales and shifts."""
-        if self.kind == "none":
-            return x
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        if self.kind == "instance":
-            return instance_norm(x, scale, bias)
-        shape, axes = x.shape, {"layer": (1, 2, 3), "batch": (0, 1, 2), "group": (1, 2, 4)}
-        if self.kind not in axes:
-            raise InputError(f"unknown norm {self.kind!r}; choose from {', '.join(NORMS)}")
-        if self.kind == "group":
-            x = x.reshape(*shape[:3], 4, channels // 4)
-        mean, inverse = _normalise(x, axes[self.kind])
-        return ((x - mean) * inverse).reshape(shape) * scale + bias
-
-
-def pool2x2(x: Float[Array, "n h w c"], kind: str = "avg") -> Float[Array, "n h2 w2 c"]:
-    """Pools disjoint 2x2 windows; an odd last row or column is dropped.
-
-    Args:
-        x: Activations.
-        kind: `avg`, `max` or `none`.
-
-    Returns:
-        Activations of half the height and width (unchanged for `none`, or when a side is 1).
-
-    Raises:
-        InputError: for another kind.
-    """
-    if kind not in POOLS:
-        raise InputError(f"unknown pooling {kind!r}; choose from {', '.join(POOLS)}")
-    if kind == "none" or min(x.shape[1:3]) < 2:
-        return x
-    if kind == "max":
-        return _pool_by_axes(x, combine=jnp.maximum)
-    return 0.25 * lax.platform_dependent(
-        x, cpu=functools.partial(_pool_by_axes, combine=jnp.add), default=_pool_by_windows
-    )
-
-
-def _pool_by_axes(x: Array, combine: Callable[[Array, Array], Array]) -> Array:
-    """One axis at a time: XLA's reduction over both is twice as slow on CPU, its gradient more."""
-    n, h, w, c = x.shape
-    x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2 * 2, c)
-    x = combine(x[:, :, 0], x[:, :, 1]).reshape(n, h // 2, w // 2, 2, c)
-    return combine(x[:, :, :, 0], x[:, :, :, 1])
-
-
-def _pool_by_windows(x: Array) -> Array:
-    """Both at once: on TPU every reshape of a row or a column is a copy into another layout."""
-    return lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
