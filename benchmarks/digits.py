@@ -11,20 +11,16 @@ from pathlib import Path
 
 import recording
 
-from jaxdistill import config as configs
-from jaxdistill import train
+import jaxdistill
 from jaxdistill.eval import results
 
 _RECORD = recording.FOLDER / "digits.json"
 _CONFIG = "ncfm:dataset=digits,ipc=1"
-_OTHERS = {"eval.architectures": "('convnet', 'resnet18', 'vgg11')"}
+_OTHERS = {"evals.accuracy.networks": "('convnet', 'resnet18', 'vgg11')"}
 
 
 def _run(workdir: Path, overrides: dict[str, str]) -> dict:
-    config = configs.load(_CONFIG)
-    for path, text in overrides.items():
-        configs.override(config, path, text)
-    found = train.train(config, workdir)
+    found = jaxdistill.train(jaxdistill.load_config(_CONFIG, overrides), workdir)
     card = json.loads((workdir / "artifacts" / "distilled.json").read_text())
     return {
         "command": " ".join(
@@ -34,7 +30,7 @@ def _run(workdir: Path, overrides: dict[str, str]) -> dict:
             ]
         ),
         "cost": card["cost"],
-        "results": found,
+        "results": recording.accuracies(found),
         "versions": json.loads((workdir / "versions.json").read_text()),
     }
 
@@ -49,11 +45,19 @@ def main() -> None:
     if not args.table:
         record = {
             "first command": _run(args.workdir, {}),
-            "networks": _run(args.workdir, _OTHERS | {"eval.epochs": str(args.epochs)}),
+            "networks": _run(args.workdir, _OTHERS | {"evals.accuracy.epochs": str(args.epochs)}),
         }
         recording.write(_RECORD, record)
     for name, run in json.loads(_RECORD.read_text()).items():
-        print(f"\n{name}: {run['command']}\n{results.table(run['results'])}")
+        rows = [
+            {
+                "row": r["method"],
+                "metric": f"{r['network']}, {r['labels']} labels",
+                "value": r["accuracy"],
+            }
+            for r in run["results"]
+        ]
+        print(f"\n{name}: {run['command']}\n{results.table(rows, results.percent)}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import recording
 
-from jaxdistill import config as configs
-from jaxdistill import train
+import jaxdistill
 
 # Row -> overrides of the shipped config. Each was chosen on images held out of the training set
 # (`data.holdout_per_class`), see docs/results.md.
@@ -28,21 +27,27 @@ _ROWS = {
     "herding": {"method.name": "herding"},
     "k-center": {"method.name": "k_center"},
     "tiled real images (start)": {"method.name": "start"},
-    "DM": {"method.name": "dm", "method.rate": "0.1"},
-    "NCFM, Gaussian frequencies": {"method.rate": "0.1", "method.calibration": "0.0"},
+    "DM": {"method.name": "dm", "method.learning_rate": "0.1"},
+    "NCFM, Gaussian frequencies": {"method.learning_rate": "0.1", "method.calibration": "0.0"},
     "NCFM, learned frequencies": {
-        "method.rate": "0.1",
+        "method.learning_rate": "0.1",
         "method.calibration": "0.0",
         "method.sampler": "learned",
     },
-    "NCFM, Gaussian, calibration": {"eval.soft_labels": "true"},
-    "NCFM, Gaussian, calibration, fine-tuning": {"method.finetune_rate": "0.001"},
+    "NCFM, Gaussian, calibration": {"evals.accuracy.soft_labels": "true"},
+    "NCFM, Gaussian, calibration, fine-tuning": {"method.finetune_learning_rate": "0.001"},
     # Many times the budget of the rows above.
-    "NCFM, Gaussian, calibration, long": {"run.steps": "2000", "eval.soft_labels": "true"},
+    "NCFM, Gaussian, calibration, long": {
+        "method.steps": "2000",
+        "evals.accuracy.soft_labels": "true",
+    },
 }
 # Further rows of ten images per class: the length of training that its recipe has.
 _TEN = {
-    "NCFM, Gaussian, calibration, long, 300 epochs": {"run.steps": "2000", "eval.epochs": "300"}
+    "NCFM, Gaussian, calibration, long, 300 epochs": {
+        "method.steps": "2000",
+        "evals.accuracy.epochs": "300",
+    }
 }
 _DM = {"method.name": "dm"}
 _PLAIN = {"method.calibration": "0.0"}
@@ -59,33 +64,42 @@ _POOLS = {
 # Images per class -> setting -> overrides.
 _TUNING = {
     1: {
-        **{f"DM, rate {r}": _DM | {"method.rate": r} for r in ("0.03", "0.1", "0.3")},
-        **{f"NCFM, rate {r}": _PLAIN | {"method.rate": r} for r in ("0.03", "0.1", "0.3")},
+        **{f"DM, rate {r}": _DM | {"method.learning_rate": r} for r in ("0.03", "0.1", "0.3")},
+        **{f"NCFM, rate {r}": _PLAIN | {"method.learning_rate": r} for r in ("0.03", "0.1", "0.3")},
         **{f"NCFM, calibration {c}": {"method.calibration": c} for c in ("10.0", "30.0", "100.0")},
         **{
-            f"NCFM, learned, spread {s}": _LEARNED | {"method.rate": "0.1", "method.freq_spread": s}
+            f"NCFM, learned, spread {s}": _LEARNED
+            | {"method.learning_rate": "0.1", "method.freq_spread": s}
             for s in ("1.5", "4.0")
         },
         "NCFM, learned, spread 4.0, slow ascent": _LEARNED
-        | {"method.rate": "0.1", "method.freq_spread": "4.0", "method.sampler_rate": "3e-5"},
+        | {
+            "method.learning_rate": "0.1",
+            "method.freq_spread": "4.0",
+            "method.sampler_learning_rate": "3e-5",
+        },
         **{
-            f"NCFM, calibration, fine-tuning {r}": {"method.finetune_rate": r}
+            f"NCFM, calibration, fine-tuning {r}": {"method.finetune_learning_rate": r}
             for r in ("0.001", "0.01")
         },
         **_POOLS,
     },
     10: {
-        **{f"DM, rate {r}": _DM | {"method.rate": r} for r in ("0.05", "0.1", "0.2")},
-        **{f"NCFM, rate {r}": _PLAIN | {"method.rate": r} for r in ("0.05", "0.1", "0.2")},
+        **{f"DM, rate {r}": _DM | {"method.learning_rate": r} for r in ("0.05", "0.1", "0.2")},
+        **{f"NCFM, rate {r}": _PLAIN | {"method.learning_rate": r} for r in ("0.05", "0.1", "0.2")},
         **{f"NCFM, calibration {c}": {"method.calibration": c} for c in ("10.0", "30.0", "100.0")},
         **_POOLS,
     },
 }
 # What the settings are judged by: shorter runs, a narrower network, never the test split.
-_JUDGE = {"data.holdout_per_class": "500", "model.width": "64", "eval.seeds": "1"}
+_JUDGE = {
+    "data.holdout_per_class": "500",
+    "evals.accuracy.width": "64",
+    "evals.accuracy.seeds": "1",
+}
 _SHORTER = {
-    1: {"run.steps": "200", "eval.epochs": "300"},
-    10: {"run.steps": "80", "eval.epochs": "60"},
+    1: {"method.steps": "200", "evals.accuracy.epochs": "300"},
+    10: {"method.steps": "80", "evals.accuracy.epochs": "60"},
 }
 
 
@@ -102,12 +116,14 @@ def _slug(row: str, seed: int) -> str:
 
 def _run(row: str, seed: int, args: argparse.Namespace) -> dict:
     workdir = args.workdir / _slug(row, seed)
-    config = configs.load(f"ncfm:dataset=fashion_mnist,ipc={args.ipc},seed={seed}")
-    overrides = {"eval.baselines": "()", "pool.dir": str(args.workdir / "pool")}
-    overrides |= dict(o.split("=", 1) for o in args.set) | _rows(args)[row]
-    for path, value in overrides.items():
-        configs.override(config, path, value)
-    results = train.train(config, workdir)
+    own = dict(_rows(args)[row])
+    method = own.pop("method.name", "ncfm")
+    spec = f"ncfm:dataset=fashion_mnist,ipc={args.ipc},method={method},baselines=,seed={seed}"
+    overrides = {"pool.dir": str(args.workdir / "pool")}
+    overrides |= dict(o.split("=", 1) for o in args.set) | own
+    if method in ("random", "herding", "k_center", "start"):  # which take no steps
+        overrides.pop("method.steps", None)
+    results = jaxdistill.train(jaxdistill.load_config(spec, overrides), workdir)
     resolved = json.loads((workdir / "config.json").read_text())
     del resolved["pool"]["dir"]  # a place on this machine
     card = json.loads((workdir / "artifacts" / "distilled.json").read_text())
@@ -116,7 +132,7 @@ def _run(row: str, seed: int, args: argparse.Namespace) -> dict:
         "ipc": args.ipc,
         "condense_seed": seed,
         "cost": card["cost"],
-        "results": results,
+        "results": recording.accuracies(results),
         "config": resolved,
         "versions": json.loads((workdir / "versions.json").read_text()),
     }

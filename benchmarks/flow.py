@@ -16,44 +16,44 @@ from pathlib import Path
 import numpy as np
 import recording
 
-from jaxdistill import config as configs
-from jaxdistill import flow_train
+import jaxdistill
 
 _POINTS = ("ring8", "soft4", "checkerboard", "spirals")
-_ALL = "('linear', 'straight', 'endpoint', 'endpoint_8x', 'progressive', 'gaussian')"
+_ALL = ("linear", "straight", "endpoint", "endpoint_8x", "progressive", "gaussian")
 _SEVERAL = "(1, 2, 4, 8)"
-# Kind of data -> variant -> overrides. The first variant holds the method beside all that it is
-# compared with; the others are the method alone.
+# Kind of data -> variant -> overrides, of which those without a dot hold for every student, and
+# `baselines` are the rows beside the method. The first variant holds the method beside all that
+# it is compared with; the others are the method alone.
 _VARIANTS = {
     "points": {
-        "": {"eval.baselines": _ALL},
-        "a quarter of the steps": {"run.steps": "500"},
+        "": {"baselines": _ALL},
+        "a quarter of the steps": {"steps": "500"},
         "wide gammas": {"method.log_gamma": "(-9.2, 9.2)"},
         "gammas per segment": {"method.unit": "step", "method.log_gamma": "(-4.0, 4.0)"},
-        "mode dropout 0.1": {"method.drop": "0.1"},
-        "elastic": {"method.elastic": _SEVERAL, "eval.calls": _SEVERAL},
+        "mode dropout 0.1": {"method.mode_dropout": "0.1"},
+        "elastic": {"method.elastic": _SEVERAL, "evals.samples.nfe": _SEVERAL},
     },
     "images": {
-        "": {"eval.baselines": _ALL},
-        "a quarter of the steps": {"run.steps": "75"},
-        "eight times the steps": {"run.steps": "2400"},
+        "": {"baselines": _ALL},
+        "a quarter of the steps": {"steps": "75"},
+        "eight times the steps": {"steps": "2400"},
     },
 }
 # Settings compared on images that are held out. A run has a student; ten steps make one of no use
 # where only the teacher is looked at.
-_HELD_OUT = {"data.holdout_per_class": "250", "eval.reference_steps": "8"}
-_SHORT = "('linear', 'straight', 'endpoint', 'progressive')"
+_HELD_OUT = {"data.holdout_per_class": "250", "evals.samples.reference_steps": "8"}
+_SHORT = ("linear", "straight", "endpoint", "progressive")
 _TUNED = {
     **{
         f"guidance {scale}": {
             "teacher.guidance": scale,
-            "eval.teacher_rows": "('midpoint:16',)",
-            "run.steps": "10",
+            "evals.samples.teacher_rows": "('midpoint:16',)",
+            "steps": "10",
         }
         for scale in ("1.0", "1.5", "2.0")
     },
     **{
-        f"rate {rate}": {"method.rate": rate, "run.steps": "150", "eval.baselines": _SHORT}
+        f"rate {rate}": {"learning_rate": rate, "steps": "150", "baselines": _SHORT}
         for rate in ("0.001", "0.003", "0.01")
     },
 }
@@ -78,13 +78,13 @@ _COLUMNS = (
     "teacher queries",
 )
 _BUDGET = {
-    "points": {"run.steps": "2000"},
+    "points": {"steps": "2000"},
     "images": {
-        "run.steps": "300",
-        "method.batch": "32",
-        "eval.examples": "2500",
-        "eval.paired": "500",
-        "eval.reference_steps": "16",
+        "steps": "300",
+        "batch_size": "32",
+        "evals.samples.examples": "2500",
+        "evals.samples.paired": "500",
+        "evals.samples.reference_steps": "16",
     },
 }
 
@@ -98,24 +98,29 @@ def _run(name: str, variant: str, seed: int, own: dict[str, str], args: argparse
     kind = _kind(name)
     slug = "-".join([name, *variant.split(), str(seed)])
     workdir, first = args.workdir / slug, args.workdir / f"{name}-0"
-    config = configs.load(f"flow:dataset={name},seed={seed}")
-    overrides = {"eval.baselines": "()"} | _BUDGET[kind]
+    overrides = dict(_BUDGET[kind])
     if workdir != first:
         overrides |= {
             "teacher.dir": str(first / "teacher"),
-            "eval.judge_dir": str(first / "judge"),
-            "eval.teacher_rows": "()",  # measured in the first run
+            "evals.samples.teacher_rows": "()",  # measured in the first run
         }
+        if kind == "images":
+            overrides["evals.samples.judge_dir"] = str(first / "judge")
     overrides |= own | dict(o.split("=", 1) for o in args.set)
-    for path, value in overrides.items():
-        configs.override(config, path, value)
-    rows = flow_train.train(config, workdir)
+    baselines = overrides.pop("baselines", ())
+    if isinstance(baselines, str):  # of --set
+        baselines = tuple(filter(None, baselines.split("+")))
+    for setting in [setting for setting in overrides if "." not in setting]:
+        value = overrides.pop(setting)
+        for row in ("method", *(f"baselines.{name}" for name in baselines)):
+            overrides[f"{row}.{setting}"] = value
+    spec = f"flow:dataset={name},baselines={'+'.join(baselines)},seed={seed}"
+    config = jaxdistill.load_config(spec, overrides)
+    rows = recording.samples(jaxdistill.train(config, workdir))
     resolved = json.loads((workdir / "config.json").read_text())
-    for group, place in (("teacher", "dir"), ("eval", "judge_dir")):
-        del resolved[group][place]  # a place on this machine
-    students = {config.method.name: workdir} | {
-        n: workdir / "baselines" / n for n in config.eval.baselines
-    }
+    del resolved["teacher"]["dir"]  # places on this machine
+    resolved["evals"]["samples"].pop("judge_dir", None)
+    students = {config.method.name: workdir} | {n: workdir / "baselines" / n for n in baselines}
     cards = {
         n: json.loads((folder / "artifacts" / "student.json").read_text())
         for n, folder in students.items()
@@ -125,7 +130,7 @@ def _run(name: str, variant: str, seed: int, own: dict[str, str], args: argparse
         "seed": seed,
         "rows": rows,
         "costs": {n: card["cost"] for n, card in cards.items()},
-        "teacher_sha256": cards[config.method.name]["teacher_sha256"],
+        "teacher_sha256": cards[config.method.name]["provenance"]["teacher_sha256"],
         "config": resolved,
         "versions": json.loads((workdir / "versions.json").read_text()),
     }

@@ -22,7 +22,6 @@ from jaxdistill.condense import charfn
 from jaxdistill.condense.ncfm import ncfm
 from jaxdistill.data import device
 from jaxdistill.data.augment import normalizer
-from jaxdistill.data.dataset import Split
 from jaxdistill.io.versions import versions
 from jaxdistill.nn.convnet import ConvNet
 
@@ -47,7 +46,7 @@ def measure(args: argparse.Namespace) -> dict:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (per_class * args.classes, *shape), np.uint8)
     labels = np.repeat(np.arange(args.classes, dtype=np.int32), per_class)
-    data = jax.device_put(device.resident(Split(images, labels), args.classes))
+    data = jax.device_put(device.resident({"images": images}, labels, args.classes))
     del images
 
     def parameters(seed):
@@ -61,14 +60,14 @@ def measure(args: argparse.Namespace) -> dict:
         lambda p, x: net.apply({"params": p}, x),
         optax.adam(1e-3),
         charfn.gaussian(),
-        prepare=normalizer((0.5,) * args.channels, (0.25,) * args.channels),
+        normalize=normalizer((0.5,) * args.channels, (0.25,) * args.channels),
         feature_dim=args.width * (args.size // 2**args.depth) ** 2,
         ipc=args.ipc,
         factor=args.factor,
         batch_real=args.real,
         num_freqs=args.freqs,
         calibration=args.calibration,
-        chunk=args.pass_size,
+        microbatch=args.pass_size,
     )
 
     def batch(data, key):

@@ -1,4 +1,8 @@
-"""Records of the benchmarks, in `benchmarks/records/`, each written as a whole."""
+"""Records of the benchmarks, in `benchmarks/records/`, each written as a whole.
+
+Records keep the form of their rows from before version 0.2, so that one table shows old and new
+ones; the configs in those of before have the settings' old names.
+"""
 
 import functools
 import json
@@ -20,6 +24,26 @@ def write(path: Path, record: Any) -> None:
     """Writes what JSON can hold."""
     path.parent.mkdir(exist_ok=True)
     write_files({path: functools.partial(_dump, record)})
+
+
+def accuracies(records: Sequence[dict]) -> list[dict]:
+    """What the evaluation `classify` gives, as records hold it."""
+    found = []
+    for record in records:
+        network, labels = record["metric"].removesuffix(" labels").split(", ")
+        kept = {name: record[name] for name in ("seed", "protocol", "images", "epochs")}
+        names = {"network": network, "method": record["row"], "labels": labels}
+        found.append(names | {"accuracy": record["value"]} | kept)
+    return found
+
+
+def samples(records: Sequence[dict]) -> list[dict]:
+    """What the evaluations `points` and `images` give, as records hold it: a dict for each row."""
+    rows: dict[str, dict] = {}
+    for record in records:
+        row = rows.setdefault(record["row"], {"row": record["row"]})
+        row["calls" if record["metric"] == "nfe" else record["metric"]] = record["value"]
+    return list(rows.values())
 
 
 def put(path: Path, record: dict, names: Sequence[str]) -> None:

@@ -27,9 +27,8 @@ import numpy as np
 import recording
 from jaxtyping import PyTree
 
-from jaxdistill import build, runner, train
 from jaxdistill import config as configs
-from jaxdistill.data import device
+from jaxdistill import experiment, runner
 from jaxdistill.io.versions import versions
 from jaxdistill.io.writers import JsonlWriter
 from jaxdistill.method import Method
@@ -41,10 +40,9 @@ _CONFIG = "ncfm:dataset=digits,ipc=1"
 
 def _digits(folder: str) -> tuple[Method, dict]:
     config = configs.load(_CONFIG)
-    setup = train.set_up(config, folder)
-    method = build.build_method(config, "ncfm", setup.dataset, setup.prepare)
-    data = device.resident(setup.dataset.train, setup.dataset.num_classes)
-    return method, {"data": data, "frozen": build.build_frozen(setup, "ncfm")}
+    ready = experiment.set_up(config, folder)
+    recipe, examples = ready.recipes["ncfm"], ready.loaded.task.examples
+    return recipe.method, {"data": examples.load(), "frozen": recipe.frozen.load()}
 
 
 def _nothing() -> Method:
@@ -108,7 +106,7 @@ def start(cache: str) -> float:
             "jaxdistill.main",
             f"--config={_CONFIG}",
             f"--workdir={workdir}",
-            "--config.run.steps=10",
+            "--config.method.steps=10",
             f"--config.pool.dir={cache}/pool",
         ]
         began = time.perf_counter()

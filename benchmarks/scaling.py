@@ -27,7 +27,6 @@ from jaxdistill.condense import charfn
 from jaxdistill.condense.ncfm import ncfm
 from jaxdistill.data import device
 from jaxdistill.data.augment import normalizer
-from jaxdistill.data.dataset import Split
 from jaxdistill.io.versions import versions
 from jaxdistill.nn.convnet import ConvNet
 
@@ -44,7 +43,7 @@ def measure(sizes: dict[str, int], steps: int) -> dict:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (sizes["real"] * sizes["classes"], *shape), np.uint8)
     labels = np.repeat(np.arange(sizes["classes"], dtype=np.int32), sizes["real"])
-    data = jax.device_put(device.resident(Split(images, labels), sizes["classes"]))
+    data = jax.device_put(device.resident({"images": images}, labels, sizes["classes"]))
     init = jax.jit(lambda key: net.init(key, jnp.zeros((1, *shape)))["params"])
     one = jax.tree.map(lambda x: x[None], init(jax.random.key(0)))
     pool = {"initial": one, "trained": one}
@@ -53,13 +52,13 @@ def measure(sizes: dict[str, int], steps: int) -> dict:
         lambda p, x: net.apply({"params": p}, x),
         optax.adam(1e-3),
         charfn.gaussian(),
-        prepare=normalizer((0.5,) * 3, (0.25,) * 3),
+        normalize=normalizer((0.5,) * 3, (0.25,) * 3),
         feature_dim=sizes["width"] * (sizes["size"] // 4) ** 2,
         ipc=sizes["ipc"],
         factor=2,
         batch_real=sizes["real"],
         num_freqs=sizes["freqs"],
-        chunk=16,
+        microbatch=16,
     )
 
     def step(state, pool, data, key):

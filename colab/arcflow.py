@@ -61,9 +61,7 @@ if not SMOKE:
 # %%
 import jax
 
-from jaxdistill import config as configs
-from jaxdistill.data import sources
-from jaxdistill.errors import InputError
+import jaxdistill
 
 FOLDER = Path("runs")
 
@@ -74,8 +72,8 @@ print(jax.device_count(), "x", jax.devices()[0].device_kind)
 def readable(name):
     """Whether a data set is here, or can be fetched."""
     try:
-        sources.load(name)
-    except InputError as error:
+        jaxdistill.load_data(name)
+    except jaxdistill.InputError as error:
         print(error)
         return False
     return True
@@ -84,18 +82,18 @@ def readable(name):
 dataset = "soft4"
 if accelerated and not SMOKE:
     dataset = next(filter(readable, ("fashion_mnist", "digits")))
-preset = f"flow:dataset={dataset}{',smoke' if SMOKE else ''}"
-
-config = configs.load(preset)
 # What the method is compared with: one straight line a segment, trained in the same way; and
 # straight lines that are drawn to the teacher's ends, for as many of its calls.
-config.eval.baselines = ("linear",) if SMOKE else ("linear", "endpoint")
+preset = f"flow:dataset={dataset},baselines=linear{',smoke' if SMOKE else '+endpoint'}"
+
+config = jaxdistill.load_config(preset)
 if accelerated and not SMOKE:
     # The recipes of the small data sets are written for CPUs.
-    config.teacher.steps, config.teacher.batch = 20_000, 256
-    config.run.steps, config.method.batch = 4000, 256
+    config.teacher.steps, config.teacher.batch_size = 20_000, 256
+    for student in (config.method, *config.baselines.values()):
+        student.steps, student.batch_size = 4000, 256
     config.run.chunk, config.run.checkpoint_every = 100, 1000
-    config.eval.batch = 1000
+    config.evals.samples.batch_size = 1000
 workdir = FOLDER / f"flow-{dataset}{'-smoke' if SMOKE else ''}"
 print(preset, "in", workdir)
 
@@ -111,9 +109,7 @@ print(preset, "in", workdir)
 # folder, and the run ends in the same student as one that was not interrupted.
 
 # %%
-from jaxdistill import flow_train
-
-records = flow_train.train(config, workdir)
+records = jaxdistill.train(config, workdir)
 
 # %% [markdown]
 # ## Look
@@ -168,58 +164,53 @@ plt.show()
 # %%
 from IPython.display import Markdown
 
-columns = [name for name in records[0] if name not in ("wall s", "CPU s")]
-rows = [" | ".join(f"{r[c]:.4g}" if c != "row" else r[c] for c in columns) for r in records]
-display(Markdown("\n".join([" | ".join(columns), " | ".join("---" for _ in columns), *rows])))
+from jaxdistill.eval import results
+
+shown = [record for record in records if record["metric"] not in ("wall s", "CPU s")]
+display(Markdown(results.table(shown)))
 
 # %% [markdown]
 # ## Use
 #
-# The student is what was trained, laid over the teacher it was trained for. The card says with how
-# many calls, and at which times.
+# The student is what was trained, laid over the teacher it was trained for. Neither the config nor
+# the data are needed.
 
 # %%
-import functools
 import time
 
 import jax.numpy as jnp
 
-from jaxdistill import flow_build
-from jaxdistill.flow import samplers
-from jaxdistill.flow.paths import boundaries, shifted
-from jaxdistill.flow.students import sample
-from jaxdistill.io import weights
-
-trained, card = weights.load(workdir / "artifacts", "student")
-teacher, _ = weights.load(workdir / "teacher", "teacher")
-frozen = jax.device_put({"teacher": teacher})
-problem = flow_build.problem_shapes(config)
-student = flow_build.student(config, problem, card["method"])
-settings = {name: card[name] for name in ("calls", "shift", "last")}
-few = jax.jit(functools.partial(sample, student, **settings))
-
-noise = jax.random.normal(jax.random.key(1), (100, *problem.shape))
-label = jnp.arange(100) % max(problem.num_classes, 1)
-examples = few(trained, frozen, noise, label)
-print(card["dataset"], examples.shape, "in", card["calls"], "calls")
+student = jaxdistill.load_student(workdir)
+label = jnp.arange(100) % max(student.num_classes, 1)
+examples = student.sample(jax.random.key(1), label)
+print(student.card["dataset"], examples.shape, "in", student.card["nfe"], "calls")
 
 # %% [markdown]
-# And the teacher with a hundred, for the same noise. This is its network, even for points whose
-# exact velocity the student followed.
+# And the teacher with a hundred. This is its network, even for points whose exact velocity the
+# student followed.
 
 # %%
-module = flow_build.network(config, problem)
-times = shifted(boundaries(100), card["shift"])
+from jaxdistill import settings
+from jaxdistill.flow import samplers
+from jaxdistill.flow.paths import boundaries, shifted
+from jaxdistill.io import weights
+
+experiment = settings.resolve(config)
+task = experiment.family.shapes(experiment)
+teacher = jax.device_put(weights.load(workdir / "teacher", "teacher")[0])
+times = shifted(boundaries(100), task.shift)
 
 
 @jax.jit
-def many(frozen, noise, label):
+def many(teacher, key, label):
     """Euler's method."""
 
     def velocity(x, t, label):
-        return module.apply({"params": frozen["teacher"]}, x, t, label)
+        return task.trunk.apply({"params": teacher}, x, t, label)
 
-    guided = samplers.guided(velocity, label, problem.null, config.teacher.guidance)
+    noise = jax.random.normal(key, (len(label), *task.shape))
+    null = task.num_classes or None
+    guided = samplers.guided(velocity, label, null, config.teacher.guidance)
     return samplers.euler(guided, noise, times)
 
 
@@ -234,5 +225,6 @@ def seconds(function, *arguments, repeats=5):
     return min(spent)
 
 
-short, long = seconds(few, trained, frozen, noise, label), seconds(many, frozen, noise, label)
+key = jax.random.key(1)
+short, long = seconds(student.sample, key, label), seconds(many, teacher, key, label)
 print(f"{1e3 * short:.2f} ms against {1e3 * long:.2f} ms: {long / short:.0f} times faster")

@@ -60,9 +60,7 @@ if not SMOKE:
 # %%
 import jax
 
-from jaxdistill import config as configs
-from jaxdistill.data import sources
-from jaxdistill.errors import InputError
+import jaxdistill
 
 FOLDER = Path("runs")
 
@@ -73,8 +71,8 @@ print(jax.device_count(), "x", jax.devices()[0].device_kind)
 def readable(name):
     """Whether a data set is here, or can be fetched."""
     try:
-        sources.load(name)
-    except InputError as error:
+        jaxdistill.load_data(name)
+    except jaxdistill.InputError as error:
         print(error)
         return False
     return True
@@ -88,14 +86,14 @@ elif accelerated:
 else:
     preset = "ncfm:dataset=digits,ipc=1"
 
-config = configs.load(preset)
+config = jaxdistill.load_config(preset)
 if accelerated:
-    config.run.pass_size = 512  # the recipes of the small data sets are written for CPUs
+    config.run.microbatch = 512  # the recipes of the small data sets are written for CPUs
 workdir = FOLDER / f"{config.data.name}-{config.method.ipc}{'-smoke' if SMOKE else ''}"
 print(preset, "in", workdir)
 
 # %% [markdown]
-# Any setting can be changed here, as in `config.run.steps = 2000`; `print(config)` lists them all.
+# Any setting can be changed here, as in `config.method.steps = 2000`; `print(config)` lists all.
 # A folder goes with the settings it was started with: give changed ones another folder.
 # CIFAR-10 has a much longer recipe than the others.
 #
@@ -107,9 +105,7 @@ print(preset, "in", workdir)
 # not interrupted.
 
 # %%
-from jaxdistill import train
-
-records = train.train(config, workdir)
+records = jaxdistill.train(config, workdir)
 
 # %% [markdown]
 # ## Look
@@ -159,27 +155,29 @@ from jaxdistill.data.augment import normalizer
 from jaxdistill.eval import train_on
 from jaxdistill.nn.convnet import ConvNet
 
-module = ConvNet(len(card["class_names"]), depth=config.model.depth, width=32)
+module = ConvNet(len(card["class_names"]), depth=config.extractor.depth, width=32)
 network = train_on.Network(
     init=lambda key: module.init(key, jnp.zeros((1, *images.shape[1:])))["params"],
     logits=lambda params, x: module.apply({"params": params}, x),
 )
-prepare = normalizer(tuple(card["mean"]), tuple(card["std"]))
+normalize = normalizer(tuple(card["mean"]), tuple(card["std"]))
 params = train_on.train(
     jax.random.key(0),
     network,
     jnp.asarray(images),
     train_on.one_hot(labels, len(card["class_names"])),
-    prepare=prepare,
-    protocol=train_on.Protocol(epochs=20 if SMOKE else 300, strategy=config.eval.strategy),
+    normalize=normalize,
+    protocol=train_on.Protocol(
+        epochs=20 if SMOKE else 300, strategy=config.evals.accuracy.strategy
+    ),
 )
-test = sources.load(
+test = jaxdistill.load_data(
     config.data.name,
     data_dir=config.data.data_dir,
     image_size=config.data.image_size,
     pad_to=config.data.pad_to,
 ).test
 accuracy = train_on.accuracy(
-    network, params, jnp.asarray(test.images), jnp.asarray(test.labels), prepare=prepare
+    network, params, jnp.asarray(test.images), jnp.asarray(test.labels), normalize=normalize
 )
 print(f"{100 * accuracy:.1f} % of {len(test.labels)} test images, from {len(labels)} images")

@@ -1,15 +1,37 @@
-"""Distillation at accelerator speed: data sets, flow teachers and vision-language models."""
+"""Distillation at accelerator speed: data sets, flow teachers and vision-language models.
 
-import importlib
+What a program wants is here, imported on first use: `import jaxdistill` alone imports no JAX.
+"""
 
-__version__ = "0.1.0"
+from jaxdistill.lazy import names
 
-# Pure mathematics that other programs take alone: `from jaxdistill import charfn`.
-_ALONE = {"charfn": "jaxdistill.condense.charfn", "momentum": "jaxdistill.flow.momentum"}
+__version__ = "0.2.0"
+
+__getattr__, __all__ = names(
+    __name__,
+    {
+        "BatchSpec": "jaxdistill.method:BatchSpec",
+        "InputError": "jaxdistill.errors:InputError",
+        "Interrupted": "jaxdistill.errors:Interrupted",
+        "Method": "jaxdistill.method:Method",
+        "Recipe": "jaxdistill.task:Recipe",
+        "charfn": "jaxdistill.condense.charfn",
+        "condense": "jaxdistill.condense",
+        "evaluate": "jaxdistill.experiment:evaluate",
+        "flow": "jaxdistill.flow",
+        "load_config": "jaxdistill.config:load",
+        "load_data": "jaxdistill.data.sources:load",
+        "load_distilled": "jaxdistill.io.artifact:load",
+        "load_student": "jaxdistill.tasks.flow:load_student",
+        "momentum": "jaxdistill.flow.momentum",
+        "nn": "jaxdistill.nn",
+        "resident": "jaxdistill.data.device:resident",
+        "run": "jaxdistill.runner:run",
+        "train": "jaxdistill.experiment:train",
+    },
+)
 
 
-def __getattr__(name: str):
-    """Imports on first use: the package itself brings in nothing."""
-    if name in _ALONE:
-        return importlib.import_module(_ALONE[name])
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__, "__version__"]

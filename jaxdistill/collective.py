@@ -62,6 +62,26 @@ def per_device(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
     return apply
 
 
+def gathered(tree: PyTree, specs: PyTree) -> PyTree:
+    """Makes whole, in the program of one device, what lies split over all.
+
+    Args:
+        tree: This device's shards.
+        specs: How they are split, a prefix of the tree.
+    """
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
+
+    def one(spec, x):
+        for axis, names in enumerate(spec):
+            if names is not None:
+                x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
+        return x
+
+    return jax.tree.map(
+        one, jax.tree.broadcast(specs, tree, is_leaf=is_spec), tree, is_leaf=is_spec
+    )
+
+
 def _place(axis: str) -> tuple[Array | int, int]:
     """The position of this device on an axis, and the length of the axis."""
     try:

@@ -1,14 +1,15 @@
 """Configs: where a name is found, and the argument string that selects a preset."""
 
 import ast
-import difflib
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
+from jaxdistill import keywords, settings
 from jaxdistill.errors import InputError
 
 _LARGEST = 2**63 - 1  # of the whole numbers that arrays hold
@@ -32,16 +33,21 @@ def resolve(spec: str) -> str:
     return f"{path}{colon}{argument}"
 
 
-def load(spec: str) -> ml_collections.ConfigDict:
-    """The `ConfigDict` of `name[:argument]`, for notebooks and scripts.
+def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collections.ConfigDict:
+    """The config of `name[:argument]`, every setting said, for notebooks and scripts.
 
     The file is run as the Python program that it is: load none that you would not run.
 
+    Args:
+        spec: A shipped config or the path of one, and its argument.
+        overrides: Path of a setting -> its text, as on the command line.
+
     Raises:
-        InputError: if there is no such config, it has no `get_config`, or refuses the argument.
+        InputError: If there is no such config, it has no `get_config` or refuses the argument, or a
+            setting is unknown or wrong.
 
     Example:
-        >>> config = load("ncfm:digits,ipc=1")
+        >>> config = load("ncfm:dataset=digits,ipc=1", {"method.steps": "100"})
     """
     path, _, argument = _find(spec)
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -55,6 +61,48 @@ def load(spec: str) -> ml_collections.ConfigDict:
     config = module.get_config(argument or None)
     if not isinstance(config, ml_collections.ConfigDict):
         raise InputError(f"get_config of {path} returns {type(config).__name__}, not a ConfigDict")
+    return complete(config, overrides or {})
+
+
+def complete(
+    config: ml_collections.ConfigDict, overrides: Mapping[str, str]
+) -> ml_collections.ConfigDict:
+    """Says every setting of a config: those overridden, those given, and the others' defaults.
+
+    What a row, an evaluation or the family is called is overridden first, for the settings that
+    there are depend on it.
+
+    Args:
+        config: As `get_config` gives it.
+        overrides: Path of a setting -> its text.
+
+    Raises:
+        InputError: If a setting is unknown or wrong.
+    """
+    plain = config.to_dict()
+    named = {p: text for p, text in overrides.items() if p == "family" or p.endswith(".name")}
+    named.pop("data.name", None)
+    for path, text in named.items():
+        *groups, name = path.split(".")
+        node = plain
+        for group in groups:
+            node = node.setdefault(group, {})
+            if not isinstance(node, dict):
+                raise InputError(f"config.{keywords.shown(path)} is no setting: {group} is a value")
+        node[name] = text
+    said = _in_order(settings.resolve(plain).stated())
+    for path, text in overrides.items():
+        if path not in named:
+            override(said, path, text)
+    return said.lock()
+
+
+def _in_order(tree: Mapping) -> ml_collections.ConfigDict:
+    """Nested dictionaries as a `ConfigDict` that keeps the order of what it holds."""
+    config = ml_collections.ConfigDict(sort_keys=False)
+    for name, value in tree.items():
+        plain = tuple(value) if isinstance(value, list) else value
+        config[name] = _in_order(value) if isinstance(value, Mapping) else plain
     return config
 
 
@@ -64,7 +112,9 @@ def _find(spec: str) -> tuple[Path, str, str]:
     # Unlike Path.is_file, this is False for what no file system takes as a name.
     if path.suffix != ".py" or not os.path.isfile(path):
         names = ", ".join(sorted(shipped()))
-        raise InputError(f"no config {_shown(name)}: give a path to a .py file or one of: {names}")
+        raise InputError(
+            f"no config {keywords.quoted(name)}: give a path to a .py file or one of: {names}"
+        )
     return path, colon, argument
 
 
@@ -72,66 +122,35 @@ def override(config: ml_collections.ConfigDict, path: str, text: str) -> None:
     """Sets `a.b` to what the text says, in the type that the setting has.
 
     Args:
-        config: Changed in place.
+        config: A complete config; changed in place.
         path: Names joined by dots.
         text: A string as it is; everything else as Python writes it, such as `1e-3`,
-            `("random", "herding")` or `None`.
+            `("convnet", "vgg11")` or `None`.
 
     Raises:
-        InputError: if there is no such setting, or the value is of another type.
+        InputError: If there is no such setting, or the value is of another type.
     """
     node, names = config, path.split(".")
     for i, name in enumerate(names):
         options = list(node) if isinstance(node, ml_collections.ConfigDict) else []
         if name not in options:
-            close = ", ".join(difflib.get_close_matches(name, options) or options)
-            wrong = _shown(".".join(["config", *names[: i + 1]]))
-            raise InputError(
-                f"unknown setting {wrong[1:-1]}" + (f"; choose from {close}" if close else "")
-            )
+            here = ".".join(names[: i + 1])
+            raise keywords.unknown(f"config.{here}", options, settings.renamed(here))
         if i < len(names) - 1:
-            node = node.get(name)
-    name, kind = names[-1], node.get_type(names[-1])
-    if kind is ml_collections.ConfigDict:
+            node = node[name]
+    name = names[-1]
+    if isinstance(node[name], ml_collections.ConfigDict):
         raise InputError(f"config.{path} is a group of settings: {', '.join(node[name])}")
+    keyword = settings.keyword(config.to_dict(), names)
     value = text
-    if kind is not str:
+    if keyword.kind is not str or (keyword.optional and text == "None"):
         try:
             value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
         # What it cannot parse also exhausts its stack; {[]: 1} is a TypeError.
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = text
-    before = node[name]
-    try:
-        if not _fits(value, kind, optional=_is_optional(node, name)):
-            raise TypeError
-        node[name] = value
-    except (TypeError, OverflowError):
-        raise InputError(
-            f"config.{path}={_shown(text)} must be of type {kind.__name__}, such as {before!r}"
-        ) from None
-
-
-def _is_optional(node: ml_collections.ConfigDict, name: str) -> bool:
-    """Whether a setting may be None: a placeholder, or one that is None already."""
-    raw = dict(node.items(preserve_field_references=True))[name]
-    return raw is None or isinstance(raw, ml_collections.FieldReference)
-
-
-def _fits(value: Any, kind: type, *, optional: bool) -> bool:
-    """Refuses what ConfigDict lets pass and no setting means.
-
-    That is None, booleans as numbers, numbers that no array holds, and nested containers.
-    """
-    if value is None:
-        return optional
-    if isinstance(value, tuple | list):
-        return all(
-            _fits(x, type(x), optional=False) and not isinstance(x, tuple | list) for x in value
-        )
-    if isinstance(value, bool):
-        return kind is not int and kind is not float
-    return isinstance(value, str | float) or (isinstance(value, int) and abs(value) <= _LARGEST)
+    with config.unlocked(), node.ignore_type():
+        node[name] = keywords.check(f"config.{path}", keyword, value)
 
 
 def parse_argument(argument: str | None, words: tuple[str, ...] = (), **defaults: Any) -> dict:
@@ -157,7 +176,9 @@ def parse_argument(argument: str | None, words: tuple[str, ...] = (), **defaults
             continue
         if not equals or key not in defaults:
             options = ", ".join([f"{k}=…" for k in defaults] + list(words))
-            raise InputError(f"unknown config argument {_shown(item)}; choose from {options}")
+            raise InputError(
+                f"unknown config argument {keywords.quoted(item)}; choose from {options}"
+            )
         result[key] = _convert(key, value, defaults[key])
     return result
 
@@ -165,20 +186,17 @@ def parse_argument(argument: str | None, words: tuple[str, ...] = (), **defaults
 def _convert(key: str, value: str, default: Any) -> Any:
     if isinstance(default, bool):
         if value.lower() not in ("true", "false"):
-            raise InputError(f"config argument {key}={_shown(value)} must be true or false")
+            raise InputError(
+                f"config argument {key}={keywords.quoted(value)} must be true or false"
+            )
         return value.lower() == "true"
     kind = str if default is None else type(default)
     try:
         converted = kind(value)
-        if not _fits(converted, kind, optional=False):
+        if isinstance(converted, int) and abs(converted) > _LARGEST:
             raise ValueError
     except (ValueError, OverflowError):
         raise InputError(
-            f"config argument {key}={_shown(value)} must be of type {kind.__name__}"
+            f"config argument {key}={keywords.quoted(value)} must be of type {kind.__name__}"
         ) from None
     return converted
-
-
-def _shown(text: str) -> str:
-    """Quoted, on one line, and not longer than a line."""
-    return repr(text if len(text) <= 100 else text[:97] + "...")

@@ -64,9 +64,7 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
     if not spec:
         names = ", ".join(sorted(configs.shipped()))
         raise InputError(f"give --config=NAME and --workdir=FOLDER; shipped configs: {names}")
-    config = configs.load(spec)
-    for path, text in overrides.items():
-        configs.override(config, path, text)
+    config = configs.load(spec, overrides)
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     flags.DEFINE_enum("mode", "train", MODES, "What to do.", flag_values=values)
@@ -85,25 +83,21 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         raise InputError("give --workdir=FOLDER; the run and its results go there")
     # Both import JAX: only once the flags are known to be good.
     if values.mode in ("train", "eval"):
+        from jaxdistill import experiment
         from jaxdistill.parallel import processes
-
-        if config.get("family") == "flow":
-            from jaxdistill import flow_train as train
-        else:
-            from jaxdistill import train
 
         _keep_compiled()
         if values.distributed:
             processes.join(values.distributed)
-        action = {"train": train.train, "eval": train.evaluate}[values.mode]
+        action = {"train": experiment.train, "eval": experiment.evaluate}[values.mode]
         action(config, values.workdir, should_stop)
         return
-    from jaxdistill import plan
+    from jaxdistill.compile import export, plan
 
     if compiling:
-        plan.plan(config, values.topology, values.workdir)
+        plan(config, values.topology, values.workdir)
     else:
-        plan.export(config, values.workdir)
+        export(config, values.workdir)
 
 
 def _keep_compiled() -> None:

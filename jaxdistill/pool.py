@@ -25,9 +25,9 @@ def load_or_train(
     network: train_on.Network,
     data: Dataset,
     *,
-    prepare: Callable,
+    normalize: Callable,
     protocol: train_on.Protocol,
-    chunk: int,
+    microbatch: int,
     identity: str,
     should_stop: ShouldStop = never,
 ) -> PyTree:
@@ -40,9 +40,9 @@ def load_or_train(
         size: How many.
         network: What to train.
         data: Its training split is trained on.
-        prepare: Images to normalised images.
+        normalize: Images to normalised images.
         protocol: How to train.
-        chunk: Images in one pass.
+        microbatch: Images in one pass.
         identity: Names this kind of network, data and protocol in the file names.
         should_stop: Whether to give up the networks being trained.
 
@@ -77,9 +77,9 @@ def load_or_train(
                     network,
                     images,
                     targets,
-                    prepare=prepare,
+                    normalize=normalize,
                     protocol=protocol,
-                    chunk=chunk,
+                    microbatch=microbatch,
                     params=initial,
                     on_block=lambda part, first=first, group=group: bar.update(
                         first + part * len(group), {}

@@ -1,49 +1,37 @@
-"""The folder of a run: whose it is, and what every run leaves in it."""
+"""The folder of a run: what it holds, and whose each of its rows is."""
 
 import functools
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from jaxdistill.errors import InputError
 from jaxdistill.io.files import dump, remove_leftovers, write_files
 from jaxdistill.io.reading import read_json
-from jaxdistill.io.versions import versions as of_libraries
+from jaxdistill.io.versions import versions
 from jaxdistill.parallel import processes
+from jaxdistill.settings import difference, digest
+
+_ROW = "row.json"
 
 
-def check(workdir: Path, settings: dict, identity: Callable[[dict], dict]) -> None:
-    """Makes sure that the folder is free, or holds a run with the same settings.
-
-    Args:
-        workdir: The folder; it need not exist.
-        settings: The config as JSON has it.
-        identity: Takes out of settings those that must be the same.
+def check(workdir: Path) -> None:
+    """Refuses a workdir of a version whose runs are not understood.
 
     Raises:
-        InputError: If it holds another run, or what is no run's.
+        InputError: In this case.
     """
-    stored = workdir / "config.json"
-    if not stored.is_file():
-        return
-    try:
-        before = identity(read_json(stored))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"{stored} is not a run's config ({error}); use another workdir"
-        ) from error
-    changed = _difference(before, identity(settings))
-    if changed:
-        raise InputError(
-            f"workdir {workdir} was started with another config ({changed});"
-            " use another workdir, or the config it was started with"
-        )
+    if (workdir / "config.json").is_file() and not (workdir / _ROW).is_file():
+        config = _read(workdir / "config.json")
+        if config is not None and "baselines" not in config:
+            raise InputError(
+                f"workdir {workdir} was made by a version before 0.2, whose settings had other "
+                "names; use another workdir, and read what it made with "
+                "jaxdistill.load_distilled or that version"
+            )
 
 
-def make(workdir: Path, settings: dict) -> None:
+def make(workdir: Path, config: Mapping[str, Any]) -> None:
     """Makes the folder, writes `config.json` and `versions.json`, removes what a kill left over.
 
     Of several processes the first does it, and the others wait.
@@ -61,41 +49,82 @@ def make(workdir: Path, settings: dict) -> None:
                 remove_leftovers(folder)
         write_files(
             {
-                workdir / "config.json": functools.partial(dump, settings),
+                workdir / "config.json": functools.partial(dump, config),
                 workdir / "versions.json": functools.partial(dump, versions()),
             }
         )
     processes.wait("set up")
 
 
-def of(setup: Any, method: str) -> Path:
-    """Where a method of a run lives: the run's own in the workdir, a baseline below it.
+def compare(folder: Path, wanted: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Makes sure that a row's folder is free, or holds a row of the same settings and data.
+
+    They are compared one by one. A setting that was not there yet when the row was begun counts as
+    its default of today, so that new settings leave older workdirs valid, while a default that has
+    changed shows as a difference.
 
     Args:
-        setup: Of either family, with `workdir` and `config`.
-        method: One of `settings.rows`.
+        folder: Of the row; it need not exist.
+        wanted: What decides what the row is; what is not known yet may be left out.
+        defaults: Of its settings.
+
+    Raises:
+        InputError: If it holds another row, or what is no row's.
     """
-    main = method == setup.config.method.name
-    return setup.workdir if main else setup.workdir / "baselines" / method
+    stored = _read(folder / _ROW)
+    if stored is None:
+        return
+    known = {name: value for name, value in stored.items() if name in wanted}
+    changed = difference(known, wanted, defaults)
+    if changed:
+        raise InputError(
+            f"workdir {folder} was started with another config ({changed});"
+            " use another workdir, or the config it was started with"
+        )
 
 
-def versions() -> dict:
-    """Of the libraries, and what they run on."""
-    return of_libraries() | {
-        "platform": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-    }
+def claim(folder: Path, wanted: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Writes whose the folder is, if nobody has; else makes sure that it is this row's.
+
+    Args:
+        folder: Of the row.
+        wanted: All that decides what the row is.
+        defaults: Of its settings.
+
+    Returns:
+        A hash of what is written there, by which checkpoints and artefacts know the row.
+
+    Raises:
+        InputError: As `compare` does.
+    """
+    compare(folder, wanted, defaults)
+    processes.wait(f"{folder.name} is compared")
+    if processes.is_first() and not (folder / _ROW).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files({folder / _ROW: functools.partial(dump, dict(wanted))})
+    processes.wait(f"{folder.name} is claimed")
+    return digest(identity(folder))
 
 
-def _difference(before: Mapping, now: Mapping, prefix: str = "") -> str:
-    """The first settings that differ, as `a.b=1, now 2`."""
-    found = []
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found.append(_difference(old, new, f"{prefix}{key}."))
-        elif old != new:
-            found.append(f"{prefix}{key}={old}, now {new}")
-    return "; ".join(filter(None, found))
+def identity(folder: Path) -> dict[str, Any]:
+    """What a row's folder says that it is, as it was when the row was begun.
+
+    Raises:
+        InputError: If it says nothing.
+    """
+    stored = _read(folder / _ROW)
+    if stored is None:
+        raise InputError(f"{folder} holds no {_ROW}: no row was begun there")
+    return stored
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        stored = read_json(path)
+        if not isinstance(stored, dict):
+            raise InputError("it is no object")
+    except InputError as error:
+        raise InputError(f"{path} is not a run's config ({error}); use another workdir") from error
+    return stored

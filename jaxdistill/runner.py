@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int32, Key, PRNGKeyArray, PyTree
 
+from jaxdistill import collective
 from jaxdistill.data import device, stream
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.interrupt import ShouldStop, never
@@ -231,33 +232,39 @@ def programs(
     """
     spec = method.batches
     draw = partial(device.draw, spec)
-    initial = partial(_initial, method, draw)
+    fixed = method.frozen_specs(frozen, mesh)
+    # Programs of one device gather what lies split, each leaf where a step uses it.
+    own = _gathering(method, fixed) if spec.kind == "per_class" and backend == "jit" else method
+    shapes = jax.eval_shape(
+        partial(_initial, method, draw),
+        key,
+        frozen,
+        stream.first_shape(spec, data) if isinstance(data, stream.Stream) else data,
+    )
     classes = data.counts.shape[0] if spec.kind == "per_class" else 0
     first_layout = layout = backends.data_spec(spec)
     if isinstance(data, stream.Stream):
         if backend == "pmap":
             raise InputError("the pmap backend does not take streamed data; use the jit backend")
         first_layout, layout = stream.first_spec(spec), stream.window_spec(spec)
-        data = stream.first_shape(spec, data)
-    shapes = jax.eval_shape(initial, key, frozen, data)
     specs = TrainState(PartitionSpec(), PartitionSpec(), method.specs(shapes.method, mesh))
-    fixed = method.frozen_specs(frozen, mesh)
     backends.check(spec, classes, specs, fixed, mesh, backend)
-    steps = partial(_steps, method, chunk)
+    initial, steps = partial(_initial, own, draw), partial(_steps, own, chunk)
     return Programs(
-        backends.compile_init(initial, spec, specs, mesh, first_layout),
+        backends.compile_init(initial, spec, specs, mesh, fixed, first_layout),
         backends.compile_chunk(steps, draw, spec, specs, mesh, backend, fixed, layout),
         abstract(shapes, mesh, specs),
     )
 
 
-def initial_state(
-    method: Method, *, data: PyTree = (), frozen: Frozen = (), key: PRNGKeyArray
-) -> State:
-    """The method's state before the first step of `run` with the same arguments."""
-    feed = _Feed(method.batches, data, make_mesh(jax.local_devices()[:1]))
-    initial = partial(_initial, method, partial(device.draw, method.batches))
-    return jax.jit(initial)(key, frozen, feed.first(key)).method
+def _gathering(method: Method, specs: PyTree) -> Method:
+    """The method, given its device's shards of what is frozen."""
+    return method._replace(
+        init=lambda key, frozen, batch: method.init(key, collective.gathered(frozen, specs), batch),
+        step=lambda state, frozen, batch, key: method.step(
+            state, collective.gathered(frozen, specs), batch, key
+        ),
+    )
 
 
 def _initial(method: Method, draw: Callable, key, frozen, data) -> TrainState:

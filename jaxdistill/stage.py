@@ -2,20 +2,22 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdistill import runner, settings
+from jaxdistill import runner
+from jaxdistill.data import device
 from jaxdistill.interrupt import ShouldStop
 from jaxdistill.io import checkpoint
 from jaxdistill.method import Frozen, Method, State
 from jaxdistill.parallel import processes
+from jaxdistill.settings import Run
+from jaxdistill.task import Part, Recipe
 
 
 class Outcome(NamedTuple):
@@ -24,7 +26,7 @@ class Outcome(NamedTuple):
     Attributes:
         method: What has run in the end.
         state: Its state.
-        rate_factor: Of the rates at the end; 1 if the run never had to be restarted.
+        rate_factor: Of the learning rates at the end; 1 if the run never had to be restarted.
         cost: For a card: steps, wall and CPU seconds.
     """
 
@@ -36,13 +38,14 @@ class Outcome(NamedTuple):
 
 def run(
     name: str,
-    build: Callable[[ml_collections.ConfigDict], Method],
-    config: ml_collections.ConfigDict,
+    build: Callable[[float], Method],
     *,
-    rates: Sequence[str],
+    seed: int,
+    run: Run,
+    backend: str,
     folder: Path,
     identity: str,
-    place: Callable[[], PyTree],
+    examples: Part,
     frozen: Frozen,
     steps: int,
     mesh: Mesh,
@@ -52,12 +55,13 @@ def run(
 
     Args:
         name: What to call it.
-        build: The method that a config means.
-        config: With `seed`, `run` and `parallel`.
-        rates: Paths of the settings that a restart lowers.
+        build: The method, with its learning rates times a factor.
+        seed: The root of all that is drawn.
+        run: How the loop runs.
+        backend: `jit` or `pmap`.
         folder: Gets `metrics.jsonl` and `checkpoints/`.
         identity: Of what is run; a checkpoint of another is refused.
-        place: Gives the data as the runner takes it, for a method that is fed examples.
+        examples: What batches are drawn from, for a method that is fed examples.
         frozen: As the runner takes it.
         steps: Length of the whole run.
         mesh: The devices.
@@ -73,35 +77,35 @@ def run(
     began = time.perf_counter(), time.process_time()
     state = None
     while state is None:
-        method = build(_slowed(config, rates, rate_factor))
+        method = build(rate_factor)
         fed = method.batches.kind not in ("keys", "none")
         try:
             state = runner.run(
                 method,
-                data=place() if fed else (),
+                data=examples.load() if fed else (),
                 frozen=frozen,
-                key=jax.random.key(config.seed),
+                key=jax.random.key(seed),
                 steps=steps,
-                chunk=config.run.chunk,
+                chunk=run.chunk,
                 mesh=mesh,
-                backend=config.parallel.backend,
+                backend=backend,
                 workdir=folder,
-                checkpoint_every=config.run.checkpoint_every,
+                checkpoint_every=run.checkpoint_every,
                 metadata={
                     "config_hash": identity,
                     "method": name,
                     "restarts": restarts,
                     "rate_factor": rate_factor,
                 },
-                tensorboard=config.run.tensorboard,
+                tensorboard=run.tensorboard,
                 progress=name,
                 should_stop=should_stop,
             )
         except runner.Diverged as error:
-            if restarts >= config.run.restarts:
+            if restarts >= run.restarts:
                 raise
-            restarts, rate_factor = restarts + 1, rate_factor * config.run.restart_factor
-            told = f"restart {restarts} of {config.run.restarts} with the rates x {rate_factor:.3g}"
+            restarts, rate_factor = restarts + 1, rate_factor * run.restart_factor
+            told = f"restart {restarts} of {run.restarts} with the rates x {rate_factor:.3g}"
             if processes.is_first():
                 print(f"{name}: {error}; {told}", file=sys.stderr)
     jax.block_until_ready(state)
@@ -115,11 +119,16 @@ def run(
     return Outcome(method, state, rate_factor, cost)
 
 
-def _slowed(
-    config: ml_collections.ConfigDict, rates: Sequence[str], factor: float
-) -> ml_collections.ConfigDict:
-    config = config.copy_and_resolve_references()
-    for path in rates:
-        group, _, name = path.rpartition(".")
-        settings.at(config, group)[name] *= factor
-    return config
+def output_shapes(recipe: Recipe, examples: Part) -> PyTree:
+    """The shapes of what a recipe's method puts out; nothing is read or run.
+
+    Args:
+        recipe: The recipe.
+        examples: What its batches are drawn from.
+    """
+    method = recipe.method
+
+    def output(key, frozen, data):
+        return method.output(method.init(key, frozen, device.draw(method.batches, data, key)))
+
+    return jax.eval_shape(output, jax.random.key(0), recipe.frozen.shapes, examples.shapes)

@@ -9,10 +9,9 @@ from jax.sharding import PartitionSpec
 
 from jaxdistill import collective, runner
 from jaxdistill.condense.charfn import ECF, discrepancy_at, ecf
-from jaxdistill.data.dataset import Split
 from jaxdistill.data.device import resident
 from jaxdistill.errors import InputError
-from jaxdistill.method import CLASS_AXIS, BatchSpec, Method, replicated
+from jaxdistill.method import CLASS_AXIS, DATA_AXIS, BatchSpec, Method, replicated
 from jaxdistill.parallel.mesh import fully_sharded, make_mesh
 
 CLASSES, SIDE, FEATURES, FREQS = 8, 8, 12, 32
@@ -93,7 +92,7 @@ def toy_data(per_class=24):
     shift = 12 * labels[:, None, None, None]
     images = rng.integers(0, 160, (len(labels), SIDE, SIDE, 1)) + shift
     features = rng.normal(size=(SIDE * SIDE, FEATURES)).astype(np.float32) / SIDE
-    return resident(Split(images.astype(np.uint8), labels), CLASSES), jnp.asarray(features)
+    return resident({"images": images.astype(np.uint8)}, labels, CLASSES), jnp.asarray(features)
 
 
 def by_class(state, mesh):
@@ -112,27 +111,28 @@ def min_max(statistic=collective.mean, size=16, seen=None):
         size: Real images per class and step.
         seen: A list that gets the shape of the batch whenever the step is traced.
     """
-    images_tx, scale_tx = optax.sgd(2.0, momentum=0.5), optax.adam(0.02)
+    images_optimizer, scale_optimizer = optax.sgd(2.0, momentum=0.5), optax.adam(0.02)
     flat = lambda x: x.reshape(*x.shape[:2], -1)  # noqa: E731
 
     def init(key, frozen, batch):
-        images = batch[:, :2].astype(jnp.float32) / 255
+        images = batch["images"][:, :2].astype(jnp.float32) / 255
         log_scale = jnp.zeros(frozen.shape[-1])
         return {
             "images": images,
             "average": images,
-            "images_opt": images_tx.init(images),
+            "images_opt": images_optimizer.init(images),
             "log_scale": log_scale,
-            "scale_opt": scale_tx.init(log_scale),
+            "scale_opt": scale_optimizer.init(log_scale),
             "key": key,
             "steps": 0,
         }
 
     def step(state, frozen, batch, key):
+        fed = batch["images"]
         if seen is not None:
-            seen.append(batch.shape)
+            seen.append(fed.shape)
         freqs = jax.random.normal(key, (FREQS, FEATURES))
-        real = flat(batch.astype(jnp.float32) / 255) @ frozen
+        real = flat(fed.astype(jnp.float32) / 255) @ frozen
 
         def loss(images, log_scale):
             scaled = freqs * jnp.exp(log_scale)
@@ -143,10 +143,10 @@ def min_max(statistic=collective.mean, size=16, seen=None):
         slopes = jax.grad(loss, (0, 1), has_aux=True)
         grads, value = slopes(state["images"], state["log_scale"])
         descent, ascent = collective.mean(grads)
-        ascent = collective.class_mean(ascent / batch.shape[0])
-        moves, images_opt = images_tx.update(descent, state["images_opt"])
+        ascent = collective.class_mean(ascent / fed.shape[0])
+        moves, images_opt = images_optimizer.update(descent, state["images_opt"])
         images = jnp.clip(state["images"] + moves, 0, 1)
-        rises, scale_opt = scale_tx.update(-ascent, state["scale_opt"])
+        rises, scale_opt = scale_optimizer.update(-ascent, state["scale_opt"])
         return {
             "images": images,
             "average": 0.9 * state["average"] + 0.1 * images,
@@ -289,9 +289,6 @@ def test_a_teacher_split_over_the_devices_teaches_the_same():
     assert layouts[-1].shard_shape((16, 256)) == (2, 256)
     with pytest.raises(InputError, match="keeps state and teacher whole"):
         run_on(8, "pmap", method(small), (), teacher, 1)
-    with pytest.raises(InputError, match="sees what is frozen whole"):
-        data, _ = toy_data()
-        run_on(8, "jit", min_max()._replace(frozen_specs=small), data, jnp.ones((64, 1024)), 1)
 
 
 def test_classes_are_split_with_all_that_belongs_to_them():
@@ -326,6 +323,37 @@ def test_a_method_that_splits_nothing_by_class_is_refused_there():
 
 def test_classes_that_do_not_divide_are_refused():
     images = np.zeros((48, SIDE, SIDE, 1), np.uint8)
-    six = resident(Split(images, np.arange(48, dtype=np.int32) % 6), 6)
+    six = resident({"images": images}, np.arange(48, dtype=np.int32) % 6, 6)
     with pytest.raises(InputError, match="6 classes cannot be split evenly over 4 devices"):
         run_on(8, "jit", min_max(size=2), six, toy_data()[1], 1, by_class=4)
+
+
+@pytest.mark.parametrize("by_class", [1, 4])
+def test_what_is_frozen_may_be_split_for_steps_by_class_too(by_class):
+    data, frozen = toy_data()
+    layouts = []
+
+    def split(tree, mesh):
+        del mesh
+        layouts.append(jax.tree.map(lambda _: PartitionSpec((CLASS_AXIS, DATA_AXIS)), tree))
+        return layouts[-1]
+
+    tested = min_max()._replace(frozen_specs=split)
+    records, state = run_on(1, "jit", min_max(), data, frozen, 3)
+    others, other = run_on(8, "jit", tested, data, frozen, 3, by_class)
+    assert layouts
+    wrong = differences([v for _, v in others], [v for _, v in records], 1e-4)
+    assert not {**wrong, **differences(other, state, 1e-4)}
+
+
+def test_a_split_part_lies_on_each_device_in_part_and_is_gathered_whole():
+    frozen = jnp.arange(64.0)
+
+    def step(state, frozen, batch, key):
+        return frozen[:64].sum(), {"length": jnp.float32(frozen.shape[0])}
+
+    whole = lambda tree, mesh: PartitionSpec((CLASS_AXIS, DATA_AXIS))  # noqa: E731
+    init = lambda key, frozen, batch: frozen.sum()  # noqa: E731
+    probe = Method(init, step, lambda s: s, BatchSpec("per_class", 8), frozen_specs=whole)
+    records, state = run_on(8, "jit", probe, toy_data()[0], frozen, 1)
+    assert float(state) == 63 * 32 and records[0][1]["length"] == 64

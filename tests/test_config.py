@@ -1,5 +1,7 @@
 """Which programs are configs, and what a flag may set."""
 
+import functools
+
 import pytest
 
 from jaxdistill import config as configs
@@ -35,11 +37,15 @@ def test_a_config_of_ones_own(tmp_path):
     path.write_text(
         "import ml_collections\n"
         "def get_config(argument):\n"
-        "    return ml_collections.ConfigDict({'argument': argument})\n"
+        "    method = {'name': 'random', 'ipc': int(argument or 1)}\n"
+        "    given = {'family': 'condense', 'data': {'name': 'digits'}, 'method': method}\n"
+        "    return ml_collections.ConfigDict(given)\n"
     )
     assert configs.resolve(f"{path}:a:b=c") == f"{path}:a:b=c"
-    assert configs.load(f"{path}:a:b=c").argument == "a:b=c"
-    assert configs.load(str(path)).argument is None
+    assert configs.load(f"{path}:3").method.ipc == 3
+    config = configs.load(str(path))
+    assert config.method.ipc == 1
+    assert (config.run.chunk, config.pool.size, config.data.placement) == (10, 4, "resident")
 
 
 @pytest.mark.parametrize(
@@ -49,22 +55,22 @@ def test_a_config_of_ones_own(tmp_path):
         ("seed", "true"),
         ("seed", "1.0"),
         ("seed", "9" * 30),
-        ("method.rate", "None"),
-        ("method.rate", "True"),
-        ("method.rate", "{[]: 1}"),
-        ("method.rate", "-" * 5000 + "1"),
-        ("method.rate", "__import__('os').getpid()"),
-        ("eval.soft_labels", "1"),
-        ("eval.baselines", "random"),
-        ("eval.baselines", "None"),
-        ("eval.baselines", "(('random',),)"),
-        ("eval.baselines", "('random', None)"),
-        ("eval.baselines", "{'random': 1}"),
+        ("method.learning_rate", "None"),
+        ("method.learning_rate", "True"),
+        ("method.learning_rate", "{[]: 1}"),
+        ("method.learning_rate", "-" * 5000 + "1"),
+        ("method.learning_rate", "__import__('os').getpid()"),
+        ("evals.accuracy.soft_labels", "1"),
+        ("evals.accuracy.networks", "vgg11"),
+        ("evals.accuracy.networks", "None"),
+        ("evals.accuracy.networks", "(('vgg11',),)"),
+        ("evals.accuracy.networks", "('vgg11', None)"),
+        ("evals.accuracy.networks", "{'vgg11': 1}"),
     ],
 )
 def test_values_of_another_type_change_nothing(path, text):
     config = configs.load("ncfm")
-    with pytest.raises(InputError, match=rf"config\.{path}=.* must be of type") as error:
+    with pytest.raises(InputError, match=rf"config\.{path} is .*; it must be ") as error:
         configs.override(config, path, text)
     assert len(str(error.value)) < 250
     assert config == configs.load("ncfm")
@@ -74,11 +80,11 @@ def test_values_of_another_type_change_nothing(path, text):
     ("path", "text", "value"),
     [
         ("seed", "7", 7),
-        ("method.rate", "1", 1.0),
-        ("method.rate", "3e-4", 3e-4),
-        ("eval.soft_labels", "true", True),
-        ("eval.baselines", "['random']", ("random",)),
-        ("eval.baselines", "()", ()),
+        ("method.learning_rate", "1", 1.0),
+        ("method.learning_rate", "3e-4", 3e-4),
+        ("evals.accuracy.soft_labels", "true", True),
+        ("evals.accuracy.networks", "['vgg11']", ("vgg11",)),
+        ("evals.accuracy.networks", "()", ()),
         ("data.image_size", "64", 64),
         ("data.image_size", "None", None),
         ("data.name", "None", "None"),
@@ -88,8 +94,7 @@ def test_values_of_another_type_change_nothing(path, text):
 def test_values_that_fit(path, text, value):
     config = configs.load("ncfm:dataset=tiny_imagenet")
     configs.override(config, path, text)
-    group, _, name = path.rpartition(".")
-    found = config[group][name] if group else config[name]
+    found = functools.reduce(lambda node, name: node[name], path.split("."), config)
     assert found == value and type(found) is type(value)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill import runner
+from jaxdistill import main, runner
 from jaxdistill.data import device, sources
+from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.io import artifact
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
@@ -38,7 +39,7 @@ def test_the_smallest_method_finds_the_class_means(tmp_path, monkeypatch):
 def test_the_smallest_method_runs_on_both_backends(tmp_path, monkeypatch):
     build = runpy.run_path(str(EXAMPLES / "smallest_method.py"))["mean_matching"]
     digits = sources.load("digits")
-    data = device.resident(digits.train, digits.num_classes)
+    data = device.resident({"images": digits.train.images}, digits.train.labels, 10)
     states = [
         runner.run(
             build(optax.adam(0.05), ipc=2, batch_real=16),
@@ -132,6 +133,44 @@ def test_pytorch_reads_an_artefact(workdir, monkeypatch):
     pytest.importorskip("torch")
     names = run("read_with_pytorch.py", workdir, monkeypatch)
     assert tuple(names["dataset"].tensors[0].shape) == (6, 3, 5, 4)
+
+
+def test_a_distilled_set_is_read_in_a_work_directory(workdir, monkeypatch, capsys):
+    names = run("use_distilled.py", workdir, monkeypatch)
+    assert names["distilled"].images.shape == (6, 5, 4, 3)
+    assert capsys.readouterr().out == "noise (6, 5, 4, 3) (6,)\n"
+
+
+@pytest.mark.parametrize("library", ["flax", "equinox"])
+def test_networks_of_other_libraries_are_functions_too(library, tmp_path, monkeypatch):
+    pytest.importorskip(library)
+    name = {"flax": "with_nnx.py", "equinox": "with_equinox.py"}[library]
+    names = run(name, tmp_path, monkeypatch)
+    images = np.asarray(names["images"])
+    assert images.shape == (10, 1, 8, 8, 1) and images.min() >= 0 and images.max() <= 1
+    assert np.abs(images - np.asarray(names["matches"][0])).mean() > 0.01
+
+
+def test_a_method_outside_the_package_runs_resumes_and_leaves_what_others_leave(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(EXAMPLES / "my_method")
+    flags = [f"--config={EXAMPLES / 'my_method' / 'my_config.py'}", f"--workdir={tmp_path}"]
+    flags += ["--config.method.steps=6", "--config.run.chunk=2", "--config.run.checkpoint_every=2"]
+    flags += ["--config.evals.accuracy.epochs=3"]
+    stops = iter([False, False, True])
+    with pytest.raises(Interrupted, match="stopped after step"):
+        main.run(flags, lambda: next(stops))
+    main.run(flags)
+    assert "| my_method |" in capsys.readouterr().out
+    distilled = artifact.load(tmp_path)
+    assert distilled.images.shape == (20, 8, 8, 1) and distilled.card["method"] == "my_method"
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
+    with pytest.raises(InputError, match=r"method\.learning_rate is -1.0; it must be a number"):
+        main.run([*flags, "--config.method.learning_rate=-1.0"])
+    with pytest.raises(InputError, match=r"unknown setting config\.method\.rates; choose from"):
+        main.run([*flags, "--config.method.rates=1.0"])
 
 
 def test_the_readme_shows_the_library_example():

@@ -98,9 +98,10 @@ def inside(*names):
 
 
 METHODS = inside("condense", "flow", "vlm")
-# The modules of a family that build its runs, and those that carry them out.
-BUILDERS = inside("settings", "build", "flow_build")
-STAGES = inside("train", "flow_train", "flow_eval", "stage", "run_folder")
+# What stands between a method and a run, and knows neither.
+BETWEEN = inside("collective", "errors", "keywords", "method", "task")
+# The modules that carry runs out.
+ABOVE = inside("tasks", "stage", "run_folder", "experiment", "compile", "config", "main")
 
 
 @pytest.mark.parametrize(
@@ -186,47 +187,56 @@ def test_unpickling_would_be_seen(source):
 
 @pytest.mark.parametrize("room", METHODS)
 def test_methods_know_neither_runner_nor_files(room):
-    assert not strays(room, [room, *inside("collective", "data.augment", "errors", "method", "nn")])
+    assert not strays(room, [room, *BETWEEN, *inside("data.augment", "lazy", "nn")])
 
 
 def test_networks_know_only_networks():
-    assert not strays(f"{PACKAGE}.nn", inside("nn", "errors"))
+    assert not strays(f"{PACKAGE}.nn", inside("nn", "errors", "lazy", "task"))
+
+
+@pytest.mark.parametrize("module", BETWEEN)
+def test_the_contract_knows_nothing_but_itself(module):
+    assert not strays(module, BETWEEN)
 
 
 @pytest.mark.parametrize("room", inside("io", "data"))
 def test_files_and_data_know_no_method(room):
-    above = [*METHODS, *BUILDERS, *STAGES, *inside("eval", "runner", "plan", "main")]
+    above = [*METHODS, *ABOVE, *inside("eval", "pool", "runner", "settings", "task")]
     assert not breaches(where=(room,), forbidden=above)
 
 
 def test_evaluation_knows_neither_runner_nor_checkpoints():
-    above = [*BUILDERS, *STAGES, *inside("runner", "main", "io.checkpoint")]
-    assert not breaches(where=inside("eval"), forbidden=above)
+    assert not breaches(
+        where=inside("eval"), forbidden=[*ABOVE, *inside("runner", "io.checkpoint")]
+    )
 
 
 def test_the_runner_takes_any_method():
-    above = [*METHODS, *BUILDERS, *STAGES, *inside("main")]
+    above = [*METHODS, *ABOVE, *inside("eval", "task", "settings")]
     assert not breaches(where=inside("runner"), forbidden=above)
 
 
-def test_parts_are_built_without_being_run():
-    above = [*STAGES, *inside("runner", "plan", "main", "io.checkpoint")]
-    assert not breaches(where=BUILDERS, forbidden=above)
-    assert not breaches(where=inside("plan"), forbidden=STAGES)
-    assert "jaxdistill.build" in {use.name for use in USES if use.module == "jaxdistill.plan"}
+def test_nothing_above_the_families_names_a_method():
+    """A method is found by its name; only a family knows mathematics of its own room."""
+    where = inside("experiment", "compile", "config", "main", "settings", "stage", "run_folder")
+    assert not breaches(where=where, forbidden=[*METHODS, *inside("tasks.condense", "tasks.flow")])
+
+
+def test_programs_are_looked_at_without_being_run():
+    assert not breaches(
+        where=inside("compile"), forbidden=inside("stage", "run_folder", "eval", "experiment")
+    )
 
 
 def test_families_do_not_know_each_other():
-    condensation, flows = inside("build", "train", "condense"), ["flow_build", "flow_train"]
-    flows = inside(*flows, "flow_eval", "flow")
+    condensation, flows = inside("tasks.condense", "condense"), inside("tasks.flow", "flow")
     assert not breaches(where=condensation, forbidden=flows)
     assert not breaches(where=flows, forbidden=condensation)
 
 
 def test_flags_and_configs_stay_at_the_edge():
     assert not breaches(but=inside("main"), forbidden=["absl.flags", "absl.app"])
-    edge = [*BUILDERS, *inside("main", "train", "plan", "config", "flow_train", "stage")]
-    assert not breaches(but=edge, forbidden=["ml_collections"])
+    assert not breaches(but=inside("config"), forbidden=["ml_collections"])
 
 
 def test_resumable_code_draws_only_from_keys():
@@ -251,6 +261,22 @@ def test_importing_the_package_is_cheap():
 def test_pure_mathematics_comes_alone(name):
     heavy = ["flax", "optax", "orbax", "tensorflow_datasets", "sklearn", "PIL", "ml_collections"]
     assert loaded(f"from {PACKAGE} import {name}", heavy) == []
+
+
+def test_every_public_name_is_there_and_comes_on_first_use():
+    assert jaxdistill.__all__ == sorted(set(jaxdistill.__all__))
+    for name in jaxdistill.__all__:
+        assert getattr(jaxdistill, name) is not None
+    assert set(jaxdistill.__all__) <= set(dir(jaxdistill))
+    assert jaxdistill.condense.ncfm.recipe and jaxdistill.flow.arcflow.recipe
+
+
+@pytest.mark.parametrize("room", ["condense", "flow"])
+def test_rooms_have_their_modules(room):
+    package = getattr(jaxdistill, room)
+    assert "recipe" not in package.__all__ and len(package.__all__) > 5
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        package.nothing  # noqa: B018
 
 
 def test_what_is_not_there_is_an_attribute_error():

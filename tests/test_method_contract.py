@@ -10,16 +10,20 @@ import optax
 import pytest
 
 from jaxdistill.condense import charfn
-from jaxdistill.condense.coreset import CORESETS, Table
+from jaxdistill.condense.coreset import Table
 from jaxdistill.condense.dm import dm
+from jaxdistill.condense.herding import herding
+from jaxdistill.condense.k_center import k_center
 from jaxdistill.condense.ncfm import OBJECTIVES, ncfm
+from jaxdistill.condense.random import random_subset
 from jaxdistill.data.augment import normalizer
 from jaxdistill.data.device import draw
 from jaxdistill.method import Method
 from tests.test_backends import CLASSES, SIDE, assert_backends_agree, toy_data
 
 DIM, IPC, REAL = 6, 2, 16
-PREPARE = normalizer((0.3,), (0.3,))
+CORESETS = {"random": random_subset, "herding": herding, "k_center": k_center}
+NORMALIZE = normalizer((0.3,), (0.3,))
 
 fast_jit = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
 
@@ -60,7 +64,7 @@ def ncfm_case(learned=False, strategy="flip_crop", **options):
         optax.sgd(1e-3, momentum=0.5),
         sampler if learned else charfn.gaussian(),
         optax.adam(1e-2) if learned else None,
-        prepare=PREPARE,
+        normalize=NORMALIZE,
         feature_dim=DIM,
         ipc=IPC,
         batch_real=REAL,
@@ -75,23 +79,23 @@ def dm_case(strategy="flip_crop"):
     def network_init(key):
         return {"w": jax.random.normal(key, (SIDE * SIDE, DIM)) / SIDE}
 
-    options = {"prepare": PREPARE, "ipc": IPC, "batch_real": REAL, "strategy": strategy}
+    options = {"normalize": NORMALIZE, "ipc": IPC, "batch_real": REAL, "strategy": strategy}
     return Case(dm(features, network_init, optax.sgd(0.1), **options), (), IPC)
 
 
 def coreset_case(name):
     data, _ = toy_data()
-    images = jnp.asarray(data.pixels.reshape(-1, *data.image_shape))
+    images = jnp.asarray(data.examples["images"].reshape(-1, *data.shapes[0]))
     index = jnp.arange(len(images), dtype=jnp.int32).reshape(CLASSES, -1)
     counts = jnp.asarray(data.counts)
-    table = Table(images, index, counts, features(network(0), PREPARE(images)))
+    table = Table(images, index, counts, features(network(0), NORMALIZE(images)))
     return Case(CORESETS[name](IPC), table, IPC)
 
 
 CASES = {
     "ncfm, gaussian": ncfm_case,
     "ncfm, learned": partial(ncfm_case, learned=True, warmup=1),
-    "ncfm, fine-tuned": partial(ncfm_case, finetune_rate=0.01, calibration=1.0),
+    "ncfm, fine-tuned": partial(ncfm_case, finetune_learning_rate=0.01, calibration=1.0),
     "dm": dm_case,
     **{name: partial(coreset_case, name) for name in CORESETS},
 }
@@ -172,7 +176,7 @@ def test_any_number_of_devices_gives_the_same():
     cases = {
         "gaussian": ncfm_case(strategy="crop"),
         **{o: ncfm_case(learned=True, objective=o, strategy="none") for o in OBJECTIVES},
-        "fine-tuned": ncfm_case(finetune_rate=0.01, calibration=1.0, strategy="none"),
+        "fine-tuned": ncfm_case(finetune_learning_rate=0.01, calibration=1.0, strategy="none"),
         "dm": dm_case(strategy="flip"),
     }
     tested = together({name: case.method for name, case in cases.items()})

@@ -24,9 +24,9 @@ def load(folder):
         2,
         NETWORK,
         sources.load("digits"),
-        prepare=lambda x: x.astype(jnp.float32) / 255,
+        normalize=lambda x: x.astype(jnp.float32) / 255,
         protocol=train_on.Protocol(epochs=1, strategy="none"),
-        chunk=64,
+        microbatch=64,
         identity="linear",
     )
 

@@ -209,7 +209,7 @@ def test_the_state_is_donated_and_nothing_else(backend):
 
 def test_a_batch_differs_from_step_to_step():
     data, _ = toy_data()
-    mean = lambda batch: batch.astype(jnp.float32).mean()  # noqa: E731
+    mean = lambda batch: batch["images"].astype(jnp.float32).mean()  # noqa: E731
     probe = Method(
         lambda key, frozen, batch: mean(batch),
         lambda state, frozen, batch, key: (state, {"mean": mean(batch), "first": state}),
@@ -261,7 +261,7 @@ def test_divergence_without_a_checkpoint_says_so():
         ({"checkpoint_every": 5}, "checkpoints and TensorBoard events need a workdir"),
         ({"tensorboard": True}, "need a workdir; give one"),
         ({"method": min_max()}, "takes per_class batches; give it the data"),
-        ({"method": min_max(size=32), "data": toy_data()[0]}, "class '0' has 24 images"),
+        ({"method": min_max(size=32), "data": toy_data()[0]}, "class '0' has 24 examples"),
         ({"backend": "xmap"}, "no parallel backend is called 'xmap'"),
     ],
 )

@@ -42,8 +42,8 @@ def apply(trainable, frozen, x, t, label):
 
 student = Student(init, apply, momentum_policy())
 source = from_noise((2,), 256, fixed(2), num_classes=0)
-tx = optax.adam(optax.cosine_decay_schedule(3e-3, 600))
-method = arcflow(student, teacher, tx, source=source, shift=SHIFT, teacher_steps=200)
+optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, 600))
+method = arcflow(student, teacher, optimizer, source=source, shift=SHIFT, teacher_steps=200)
 state = runner.run(method, key=jax.random.key(0), steps=600, chunk=100)
 
 noise, label = jax.random.normal(jax.random.key(1), (2000, 2)), jnp.zeros(2000, jnp.int32)
@@ -58,5 +58,5 @@ def error(ends):
 
 coarse = shifted(boundaries(2), SHIFT)
 euler = error(samplers.euler(lambda x, t: teacher((), x, t, label), noise, coarse))
-ours = error(sample(student, method.output(state), (), noise, label, calls=2, shift=SHIFT))
+ours = error(sample(student, method.output(state), (), noise, label, nfe=2, shift=SHIFT))
 print(f"Euler with 2 calls: {euler:.3f}\nstudent with 2 calls: {ours:.3f}")

@@ -141,9 +141,9 @@ def sampling_floor(
 
 
 class FrequencySampler(NamedTuple):
-    """A law of frequencies: `init(key, dim) -> params` and `draw(params, key, num, dim)`.
+    """A distribution of frequencies: `init(key, dim) -> params` and `draw(params, key, num, dim)`.
 
-    The draw is differentiable in the parameters; a fixed law has an empty parameter tree.
+    The draw is differentiable in the parameters; a fixed distribution has an empty parameter tree.
     """
 
     init: Callable[[PRNGKeyArray, int], Any]
@@ -173,8 +173,8 @@ def scale_mixture(
 
     Rows of noise go through the network, which gives every dimension a scale between
     `scale / spread` and `scale * spread`; each row of scales is shared by `repeat` frequencies.
-    With an output of zero the law is `gaussian(scale)`. The bounds are needed: free ascent of the
-    discrepancy drifts to frequencies so high that only sampling noise is left to match.
+    With an output of zero the distribution is `gaussian(scale)`. The bounds are needed: free ascent
+    of the discrepancy drifts to frequencies so high that only sampling noise is left to match.
 
     Args:
         net_init: `(key, dim) -> params` of the network.

@@ -1,10 +1,10 @@
 """Coresets: real images chosen per class by their features, as methods of the common contract.
 
 Each step picks one more image of every class, so `ipc` steps make the set; the smallest class must
-have that many. `frozen` is the table
-that the choice is made from, see `feature_table`.
+have that many. `frozen` is the `Table` that the choice is made from.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdistill.errors import InputError
 from jaxdistill.method import BatchSpec, Method
+from jaxdistill.task import CondenseTask, Part, Recipe
 
 
 class Table(NamedTuple):
@@ -55,27 +57,34 @@ def feature_table(
     params: Any,
     images: Array,
     *,
-    prepare: Callable[[Array], Array],
-    chunk: int = 128,
+    normalize: Callable[[Array], Array],
+    microbatch: int = 128,
 ) -> Float[Array, "n d"]:
-    """Features of all images, `chunk` at a time, without augmentation.
+    """Features of all images, `microbatch` at a time, without augmentation.
 
     Args:
         features: `(params, normalised images) -> features`.
         params: Parameters of a network trained on the training set.
         images: uint8 images (n, H, W, C).
-        prepare: uint8 images to normalised images.
-        chunk: Images in one pass.
+        normalize: uint8 images to normalised images.
+        microbatch: Images in one pass.
     """
     n = images.shape[0]
-    parts = -(-n // chunk)
-    index = (jnp.arange(parts * chunk) % n).reshape(parts, chunk)
-    out = lax.map(lambda i: features(params, prepare(images[i])), index)
-    return out.reshape(parts * chunk, -1)[:n]
+    parts = -(-n // microbatch)
+    index = (jnp.arange(parts * microbatch) % n).reshape(parts, microbatch)
+    out = lax.map(lambda i: features(params, normalize(images[i])), index)
+    return out.reshape(parts * microbatch, -1)[:n]
 
 
-def _coreset(ipc: int, summarise: Callable, score: Callable, update: Callable) -> Method:
-    """A greedy choice: the highest score among the images not taken, `ipc` times."""
+def greedy(ipc: int, summarise: Callable, score: Callable, update: Callable) -> Method:
+    """A greedy choice: the highest score among the images not taken, `ipc` times.
+
+    Args:
+        ipc: Images of each class.
+        summarise: `rows -> summary`, what the rule remembers before the first choice.
+        score: `(rows, summary, step, key) -> scores` (n_max,).
+        update: `(rows, summary, pick) -> summary`, after a choice.
+    """
 
     def init(key, frozen, batch):
         del key, batch
@@ -119,59 +128,56 @@ def _coreset(ipc: int, summarise: Callable, score: Callable, update: Callable) -
     return Method(init, step, output, BatchSpec("none"))
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
+    """The features of one class, the repeats among them, and the mean of the real ones."""
+
     features: Array
     mean: Array
 
 
-def _rows(table: Table, c: Array) -> _Rows:
+def _rows(table: Table, c: Array) -> Rows:
     features = table.features[table.index[c]]
     real = (jnp.arange(features.shape[0]) < table.counts[c])[:, None]
-    return _Rows(features, jnp.sum(features * real, 0) / table.counts[c])
+    return Rows(features, jnp.sum(features * real, 0) / table.counts[c])
 
 
-def random_subset(ipc: int) -> Method:
-    """Images drawn uniformly without replacement."""
-    return _coreset(
-        ipc,
-        summarise=lambda rows: (),
-        score=lambda rows, summary, step, key: jax.random.uniform(key, rows.features.shape[:1]),
-        update=lambda rows, summary, pick: (),
-    )
+def coreset(task: CondenseTask, method: Method, ipc: int, *, features: bool = True) -> Recipe:
+    """The recipe of a coreset.
+
+    Args:
+        task: What it is for.
+        method: The rule.
+        ipc: Images of each class.
+        features: Whether the rule looks at features, those of the first trained extractor.
+
+    Raises:
+        InputError: If the smallest class has too few images.
+    """
+    count, name = task.smallest_class
+    if count < ipc:
+        raise InputError(
+            f"class {name!r} has {count} training images, but ipc={ipc} asks for {ipc}; lower it"
+        )
+    return Recipe(method, steps=ipc, frozen=_table(task, features), rates=())
 
 
-def herding(ipc: int) -> Method:
-    """Greedily keeps the mean of the chosen features close to the class mean (Welling, 2009)."""
+def _table(task: CondenseTask, wanted: bool) -> Part:
+    train = task.train.shapes
+    dim = task.network.feature_dim if wanted else 0
+    features = jax.ShapeDtypeStruct((train["images"].shape[0], dim), jnp.float32)
 
-    def score(rows, chosen_sum, step, key):
-        mean = (chosen_sum + rows.features) / (step + 1)
-        return -jnp.sum(jnp.square(mean - rows.mean), -1)
+    def load():
+        train = jax.tree.map(jnp.asarray, task.train.load())
+        features = jnp.zeros((train["images"].shape[0], 0))
+        if wanted:
+            params = jax.tree.map(lambda x: x[0], task.extractors.load()["trained"])
+            look = functools.partial(
+                feature_table,
+                task.network.features,
+                normalize=task.normalize,
+                microbatch=task.microbatch,
+            )
+            features = jax.jit(look)(params, train["images"])
+        return Table(train["images"], train["index"], train["counts"], features)
 
-    return _coreset(
-        ipc,
-        summarise=lambda rows: jnp.zeros_like(rows.mean),
-        score=score,
-        update=lambda rows, chosen_sum, pick: chosen_sum + rows.features[pick],
-    )
-
-
-def k_center(ipc: int) -> Method:
-    """Farthest-first traversal from the image nearest to the class mean (Gonzalez, 1985)."""
-
-    def distance(rows, point):
-        return jnp.sum(jnp.square(rows.features - point), -1)
-
-    def score(rows, nearest, step, key):
-        return jnp.where(step == 0, -distance(rows, rows.mean), nearest)
-
-    return _coreset(
-        ipc,
-        summarise=lambda rows: jnp.full(rows.features.shape[:1], jnp.inf),
-        score=score,
-        update=lambda rows, nearest, pick: jnp.minimum(
-            nearest, distance(rows, rows.features[pick])
-        ),
-    )
-
-
-CORESETS = {"random": random_subset, "herding": herding, "k_center": k_center}
+    return Part(Table(train["images"], train["index"], train["counts"], features), load)

@@ -14,16 +14,22 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jaxdistill import collective
 from jaxdistill.condense.synthetic import (
+    Factor,
     Features,
+    ImagesPerClass,
     Pixels,
     by_class,
     decoded,
     initial_pixels,
     real_needed,
     real_statistic,
+    start_of,
     synthetic_outputs,
 )
+from jaxdistill.data.augment import parse
+from jaxdistill.keywords import Count, Dtype, Fraction, Rate
 from jaxdistill.method import BatchSpec, Method
+from jaxdistill.task import CondenseTask, Recipe
 
 
 class DMState(NamedTuple):
@@ -36,16 +42,16 @@ class DMState(NamedTuple):
 def dm(
     features: Features,
     network_init: Callable[[PRNGKeyArray], Any],
-    images_tx: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     *,
-    prepare: Callable[[Array], Array],
+    normalize: Callable[[Array], Array],
     ipc: int,
     factor: int = 1,
     start: str = "random",
     pixels: Pixels | None = None,
     batch_real: int = 256,
     strategy: str = "color_crop_cutout_flip_scale_rotate",
-    chunk: int = 128,
+    microbatch: int = 128,
     real_dtype: DTypeLike = jnp.float32,
 ) -> Method:
     """Builds the DM method: every step draws a fresh random network. `frozen` is not used.
@@ -53,15 +59,15 @@ def dm(
     Args:
         features: `(params, normalised images) -> penultimate features`.
         network_init: `key -> params` of a random network.
-        images_tx: Optimiser of the pixels, acting image by image; see `ncfm`.
-        prepare: uint8 or [0, 1] images to normalised images.
+        optimizer: Optimiser of the pixels, acting image by image; see `ncfm`.
+        normalize: uint8 or [0, 1] images to normalised images.
         ipc: Synthetic images per class.
         factor: Tiles per side stored in each synthetic image (1 in the paper).
         start: Initial images, see `initial_pixels`.
         pixels: Initial images given outright, instead of `start`.
         batch_real: Real images of each class per step.
         strategy: Siamese augmentation.
-        chunk: Images in one pass of the network, on each device.
+        microbatch: Images in one pass of the network, on each device.
         real_dtype: Of the network on the real images, which takes no gradient; bfloat16 halves
             what its activations move. Features and all that follows are float32.
 
@@ -70,25 +76,28 @@ def dm(
     """
     needed = 1 if pixels is not None else real_needed(start, ipc, factor)
     num_real = max(batch_real, needed)
-    augmentation = {"prepare": prepare, "strategy": strategy}
+    augmentation = {"normalize": normalize, "strategy": strategy}
 
     def init(key, frozen, batch):
         del frozen
-        first = initial_pixels(key, batch, ipc=ipc, factor=factor, start=start, pixels=pixels)
-        return DMState(first, images_tx.init(first))
+        first = initial_pixels(
+            key, batch["images"], ipc=ipc, factor=factor, start=start, pixels=pixels
+        )
+        return DMState(first, optimizer.init(first))
 
     def step(state, frozen, batch, key):
         del frozen
         k_net, k_augment = jax.random.split(key)
         params = network_init(k_net)
-        keys = collective.class_keys(k_augment, batch.shape[0])
+        classes = batch["images"].shape[0]
+        keys = collective.class_keys(k_augment, classes)
         target = real_statistic(
             lambda real: real.mean(1),
             features,
             params,
-            batch,
+            batch["images"],
             keys,
-            chunk=chunk,
+            microbatch=microbatch,
             dtype=real_dtype,
             **augmentation,
         )
@@ -96,16 +105,16 @@ def dm(
 
         def loss(pixels):
             out, rows = synthetic_outputs(
-                features, params, pixels, keys, factor=factor, chunk=chunk, **augmentation
+                features, params, pixels, keys, factor=factor, microbatch=microbatch, **augmentation
             )
             return jnp.sum(jnp.square(rows.class_means(out) - target))
 
         value, grads = jax.value_and_grad(loss)(state.pixels)
-        updates, pixels_opt = images_tx.update(
+        updates, pixels_opt = optimizer.update(
             collective.mean(grads), state.pixels_opt, state.pixels
         )
         pixels = jnp.clip(optax.apply_updates(state.pixels, updates), 0.0, 1.0)
-        return DMState(pixels, pixels_opt), {"match": value / batch.shape[0]}
+        return DMState(pixels, pixels_opt), {"match": value / classes}
 
     def output(state):
         # Bilinear weights may sum to a hair above one.
@@ -117,3 +126,51 @@ def dm(
         return by_class(state, state.pixels.shape)
 
     return Method(init, step, output, BatchSpec("per_class", num_real), specs)
+
+
+def recipe(
+    task: CondenseTask,
+    *,
+    ipc: ImagesPerClass = 1,
+    steps: Count = 20_000,
+    factor: Factor = 1,
+    start: str = "random",
+    learning_rate: Rate = 0.02,
+    learning_rate_decay: Fraction = 0.05,
+    batch_real: Count = 256,
+    real_dtype: Dtype = "float32",
+    strategy: str = "color_crop_cutout_flip_scale_rotate",
+) -> Recipe:
+    """DM with random networks of the extractors' shape, and Adam on the pixels.
+
+    Args:
+        task: What it is for.
+        ipc: Synthetic images per class.
+        steps: Length of the run.
+        factor: Tiles per side that a synthetic image stores.
+        start: `tiled`, `random`, `noise`, or the path of a `distilled.npz`.
+        learning_rate: Of the pixels.
+        learning_rate_decay: The last learning rate over the first, by a cosine.
+        batch_real: Real images of each class in a step.
+        real_dtype: Of the network on the real images.
+        strategy: Siamese augmentation; see `jaxdistill.data.augment`.
+
+    Raises:
+        InputError: If the settings do not fit each other or the task.
+    """
+    parse(strategy)
+    method = dm(
+        task.network.features,
+        task.network.init,
+        optax.adam(optax.cosine_decay_schedule(learning_rate, steps, learning_rate_decay)),
+        normalize=task.normalize,
+        ipc=ipc,
+        factor=factor,
+        start=start,
+        pixels=start_of(task, start=start, ipc=ipc, factor=factor, batch_real=batch_real),
+        batch_real=batch_real,
+        strategy=strategy,
+        microbatch=task.microbatch,
+        real_dtype=real_dtype,
+    )
+    return Recipe(method, steps)

@@ -14,9 +14,9 @@ def soft_labels(
     teachers: Any,
     images: Float[Array, "n h w c"],
     *,
-    prepare: Callable[[Array], Array],
+    normalize: Callable[[Array], Array],
     temperature: float = 1.0,
-    chunk: int = 128,
+    microbatch: int = 128,
 ) -> Float[Array, "n classes"]:
     """Mean class probabilities of the teachers on images without augmentation.
 
@@ -24,19 +24,19 @@ def soft_labels(
         logits: `(params, normalised images) -> logits`.
         teachers: Parameters stacked over teachers.
         images: Distilled images in [0, 1].
-        prepare: Images in [0, 1] to normalised images.
+        normalize: Images in [0, 1] to normalised images.
         temperature: Divides the logits; above 1 the labels are softer.
-        chunk: Images in one pass.
+        microbatch: Images in one pass.
 
     Returns:
         Probabilities whose rows sum to one.
     """
     n = images.shape[0]
-    parts = -(-n // chunk)
-    index = (jnp.arange(parts * chunk) % n).reshape(parts, chunk)
+    parts = -(-n // microbatch)
+    index = (jnp.arange(parts * microbatch) % n).reshape(parts, microbatch)
 
     def one(teacher):
-        out = lax.map(lambda i: logits(teacher, prepare(images[i])), index)
-        return jax.nn.softmax(out.reshape(parts * chunk, -1)[:n] / temperature)
+        out = lax.map(lambda i: logits(teacher, normalize(images[i])), index)
+        return jax.nn.softmax(out.reshape(parts * microbatch, -1)[:n] / temperature)
 
     return lax.map(one, teachers).mean(0)

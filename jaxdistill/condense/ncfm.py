@@ -1,12 +1,12 @@
 """NCFM: data-set distillation by matching characteristic functions of features.
 
 Wang et al., "Dataset Distillation with Neural Characteristic Function: A Minmax Perspective"
-(CVPR 2025, arXiv:2502.20653). Images descend, and the law of frequencies ascends, the
+(CVPR 2025, arXiv:2502.20653). Images descend, and the distribution of frequencies ascends, the
 discrepancy between the characteristic functions of real and synthetic features.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +18,29 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxdistill import collective
 from jaxdistill.condense import charfn
 from jaxdistill.condense.synthetic import (
+    Factor,
     Features,
+    ImagesPerClass,
     Pixels,
     Rows,
     by_class,
     classes_a_pass,
     decoded,
-    in_chunks,
+    in_microbatches,
     initial_pixels,
     over_classes,
     real_needed,
     real_statistic,
+    start_of,
     synthetic_outputs,
     synthetic_rows,
 )
+from jaxdistill.data.augment import parse
 from jaxdistill.errors import InputError
+from jaxdistill.keywords import Between, Count, Dtype, Fraction, Natural, Rate, Weight
 from jaxdistill.method import CLASS_AXIS, BatchSpec, Method
+from jaxdistill.nn.frequency_net import ReleasedSampleNet, ScaleNet
+from jaxdistill.task import CondenseTask, Recipe
 
 #: Factor of the published loss on the mean discrepancy.
 LOSS_SCALE = 300.0
@@ -51,7 +58,7 @@ class NCFMState(NamedTuple):
         step: Number of steps taken.
         pixels: Synthetic images (classes, ipc, H, W, C) in [0, 1].
         pixels_opt: State of the pixels' optimiser.
-        sampler: Parameters of the law of frequencies.
+        sampler: Parameters of the distribution of frequencies.
         sampler_opt: State of the sampler's optimiser.
         tuned: The trained ends of the extractor pool when they are fine-tuned, else `()`.
     """
@@ -101,11 +108,11 @@ def check_objective(objective: str, alpha: float, beta: float) -> None:
 def ncfm(
     features: Features,
     logits: Callable[[Any, Float[Array, "b h w c"]], Float[Array, "b classes"]],
-    images_tx: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     sampler: charfn.FrequencySampler,
-    sampler_tx: optax.GradientTransformation | None = None,
+    sampler_optimizer: optax.GradientTransformation | None = None,
     *,
-    prepare: Callable[[Array], Array],
+    normalize: Callable[[Array], Array],
     feature_dim: int,
     ipc: int,
     factor: int = 2,
@@ -116,12 +123,12 @@ def ncfm(
     alpha: float = 0.5,
     beta: float = 0.5,
     calibration: float = 0.0,
-    finetune_rate: float = 0.0,
+    finetune_learning_rate: float = 0.0,
     strategy: str = "color_crop_cutout",
     objective: str = "gap",
     ascent_steps: int = 1,
     warmup: int = 0,
-    chunk: int = 128,
+    microbatch: int = 128,
     real_dtype: DTypeLike = jnp.float32,
 ) -> Method:
     """Builds the NCFM method.
@@ -132,12 +139,12 @@ def ncfm(
     Args:
         features: `(params, normalised images) -> penultimate features`.
         logits: `(params, normalised images) -> logits`, used by calibration and fine-tuning.
-        images_tx: Optimiser of the pixels (descent). It must act image by image, as Adam does and
+        optimizer: Optimiser of the pixels (descent). It must act image by image, as Adam does and
             clipping by a global norm does not, where classes are split over devices.
-        sampler: Law of the frequencies, see `jaxdistill.condense.charfn`.
-        sampler_tx: Optimiser of the sampler (it is fed the negative gradient: ascent). Needed
-            if the sampler has parameters.
-        prepare: uint8 or [0, 1] images to normalised ones, see `data.augment.normalizer`.
+        sampler: Distribution of the frequencies, see `jaxdistill.condense.charfn`.
+        sampler_optimizer: Optimiser of the sampler (it is fed the negative gradient: ascent).
+            Needed if the sampler has parameters.
+        normalize: uint8 or [0, 1] images to normalised ones, see `data.augment.normalizer`.
         feature_dim: Length of a feature vector.
         ipc: Synthetic images per class.
         factor: Tiles per side stored in each synthetic image.
@@ -149,7 +156,7 @@ def ncfm(
         beta: Weight of the phase term.
         calibration: Weight of the cross-entropy of the synthetic images under the trained
             network. At 0 it costs nothing.
-        finetune_rate: SGD rate at which the chosen trained network of the pool follows the
+        finetune_learning_rate: SGD rate at which the chosen trained network of the pool follows the
             synthetic images, after each step. At 0 the pool is frozen.
         strategy: Siamese augmentation shared by the real and synthetic images of a class.
         objective: What the sampler maximises: `gap`, the discrepancy itself; `excess`, what
@@ -157,7 +164,7 @@ def ncfm(
             discrepancy over that expected gap.
         ascent_steps: Ascent steps of the sampler per descent step.
         warmup: Steps before the sampler begins to ascend.
-        chunk: Images in one pass of the network, on each device.
+        microbatch: Images in one pass of the network, on each device.
         real_dtype: Of the network on the real images, which takes no gradient; bfloat16 halves
             what its activations move. Features and all that follows are float32.
 
@@ -174,31 +181,33 @@ def ncfm(
     needed = 1 if pixels is not None else real_needed(start, ipc, factor)
     probe = jax.eval_shape(lambda k: sampler.init(k, feature_dim), jax.random.key(0))
     learned = bool(jax.tree.leaves(probe))
-    if learned and sampler_tx is None:
-        raise InputError("a sampler with parameters needs sampler_tx, an optax optimiser")
-    sampler_tx = sampler_tx or optax.identity()
+    if learned and sampler_optimizer is None:
+        raise InputError("a sampler with parameters needs sampler_optimizer, an optax optimiser")
+    sampler_optimizer = sampler_optimizer or optax.identity()
 
     num_real = max(batch_real, needed)
 
     def init(key, frozen, batch):
         k_pixels, k_sampler = jax.random.split(key)
-        first = initial_pixels(k_pixels, batch, ipc=ipc, factor=factor, start=start, pixels=pixels)
+        first = initial_pixels(
+            k_pixels, batch["images"], ipc=ipc, factor=factor, start=start, pixels=pixels
+        )
         params = sampler.init(k_sampler, feature_dim)
         return NCFMState(
             step=jnp.zeros((), jnp.int32),
             pixels=first,
-            pixels_opt=images_tx.init(first),
+            pixels_opt=optimizer.init(first),
             sampler=params,
-            sampler_opt=sampler_tx.init(params),
-            tuned=frozen["trained"] if finetune_rate else (),
+            sampler_opt=sampler_optimizer.init(params),
+            tuned=frozen["trained"] if finetune_learning_rate else (),
         )
 
-    augmentation = {"prepare": prepare, "strategy": strategy}
+    augmentation = {"normalize": normalize, "strategy": strategy}
 
     def classification_losses(params, pixels, keys):
         """The mean cross-entropy of each class."""
         out, rows = synthetic_outputs(
-            logits, params, pixels, keys, factor=factor, chunk=chunk, **augmentation
+            logits, params, pixels, keys, factor=factor, microbatch=microbatch, **augmentation
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(out, rows.labels)
         return rows.class_means(losses[:, None])[:, 0]
@@ -223,14 +232,15 @@ def ncfm(
 
         value, grads = jax.value_and_grad(gain)(params)
         grads = collective.mean(collective.class_mean(grads))
-        updates, opt = sampler_tx.update(jax.tree.map(jnp.negative, grads), opt, params)
+        updates, opt = sampler_optimizer.update(jax.tree.map(jnp.negative, grads), opt, params)
         return optax.apply_updates(params, updates), opt, value
 
     def step(state, frozen, batch, key):
         k_net, k_freq, k_match, k_calib, k_ascent, k_tune = jax.random.split(key, 6)
-        pool = {**frozen, "trained": state.tuned} if finetune_rate else frozen
+        pool = {**frozen, "trained": state.tuned} if finetune_learning_rate else frozen
         blend, trained, index = pick_extractor(pool, k_net)
-        classes = batch.shape[0]
+        real_images = batch["images"]
+        classes = real_images.shape[0]
         match_keys, calib_keys = (collective.class_keys(k, classes) for k in (k_match, k_calib))
         freqs = jax.lax.stop_gradient(sampler.draw(state.sampler, k_freq, num_freqs, feature_dim))
 
@@ -243,9 +253,9 @@ def ncfm(
             statistic,
             features,
             blend,
-            batch,
+            real_images,
             match_keys,
-            chunk=chunk,
+            microbatch=microbatch,
             dtype=real_dtype,
             **augmentation,
         )
@@ -257,14 +267,14 @@ def ncfm(
             return charfn.ecf(by_class, freqs), syn if learned else ()
 
         def loss(pixels):
-            group = classes_a_pass(pixels, factor, chunk)
+            group = classes_a_pass(pixels, factor, microbatch)
             rows = synthetic_rows(pixels, match_keys, factor=factor, kept=not group, **augmentation)
             if group:  # the phases too are made anew for each pass
                 syn_ecf, syn = over_classes(
                     whole_classes, pixels, match_keys, group, factor=factor, **augmentation
                 )
             else:
-                syn = in_chunks(lambda part: features(blend, part), rows.images, chunk)
+                syn = in_microbatches(lambda part: features(blend, part), rows.images, microbatch)
                 syn = charfn.normalize_rows(syn)
                 syn_ecf = _synthetic_ecf(syn, freqs, rows)
             gap = charfn.discrepancy_at(real_ecf, syn_ecf, alpha=alpha, beta=beta)
@@ -277,7 +287,7 @@ def ncfm(
             return total, (metrics, syn, rows)
 
         (_, (metrics, syn, rows)), grads = jax.value_and_grad(loss, has_aux=True)(state.pixels)
-        updates, pixels_opt = images_tx.update(
+        updates, pixels_opt = optimizer.update(
             collective.mean(grads), state.pixels_opt, state.pixels
         )
         new_pixels = jnp.clip(optax.apply_updates(state.pixels, updates), 0.0, 1.0)
@@ -295,11 +305,13 @@ def ncfm(
             metrics |= {"sampler_gain": gain, "freq_rms": jnp.sqrt(jnp.mean(jnp.square(freqs)))}
 
         tuned = state.tuned
-        if finetune_rate:
+        if finetune_learning_rate:
             keys = collective.class_keys(k_tune, classes)
             grads = jax.grad(lambda p: classification_losses(p, new_pixels, keys).mean())(trained)
             grads = collective.mean(collective.class_mean(grads))
-            tuned = jax.tree.map(lambda t, g: t.at[index].add(-finetune_rate * g), tuned, grads)
+            tuned = jax.tree.map(
+                lambda t, g: t.at[index].add(-finetune_learning_rate * g), tuned, grads
+            )
         state = NCFMState(state.step + 1, new_pixels, pixels_opt, params, opt, tuned)
         return state, metrics
 
@@ -341,3 +353,110 @@ def _specs(state: NCFMState, mesh: Mesh) -> NCFMState:
         pixels=PartitionSpec(CLASS_AXIS),
         pixels_opt=by_class(state.pixels_opt, state.pixels.shape),
     )
+
+
+def recipe(
+    task: CondenseTask,
+    *,
+    ipc: ImagesPerClass = 1,
+    steps: Count = 20_000,
+    factor: Factor = 2,
+    start: str = "tiled",
+    learning_rate: Rate = 0.02,
+    learning_rate_decay: Fraction = 0.05,
+    batch_real: Count = 1024,
+    real_dtype: Dtype = "float32",
+    strategy: str = "color_crop_cutout",
+    num_freqs: Count = 4096,
+    alpha: Weight = 0.5,
+    beta: Weight = 0.5,
+    calibration: Weight = 0.0,
+    finetune_learning_rate: Rate = 0.0,
+    sampler: Literal["gaussian", "learned", "released"] = "gaussian",
+    freq_scale: Annotated[float, Between(1e-6, 1e6)] = 2.0,
+    freq_spread: Annotated[float, Between(1, 1e6)] = 1.5,
+    objective: Literal["ratio", "gap", "excess"] = "ratio",
+    ascent_steps: Annotated[int, Between(1, 1000)] = 1,
+    warmup: Natural = 100,
+    sampler_learning_rate: Annotated[float, Between(0, 1e38)] = 3e-4,
+    sampler_clip: Annotated[float, Between(1e-12, 1e12)] = 1.0,
+) -> Recipe:
+    """NCFM on the extractors of a task, with Adam on the pixels.
+
+    Args:
+        task: What it is for.
+        ipc: Synthetic images per class.
+        steps: Length of the run.
+        factor: Tiles per side that a synthetic image stores.
+        start: `tiled`, `random`, `noise`, or the path of a `distilled.npz`.
+        learning_rate: Of the pixels.
+        learning_rate_decay: The last learning rate over the first, by a cosine.
+        batch_real: Real images of each class in a step.
+        real_dtype: Of the network on the real images. Accelerators wait for memory there; CPUs
+            gain nothing.
+        strategy: Siamese augmentation; see `jaxdistill.data.augment`.
+        num_freqs: Frequencies in a step.
+        alpha: Weight of the amplitude term.
+        beta: Weight of the phase term.
+        calibration: Weight of the cross-entropy under the trained extractor.
+        finetune_learning_rate: Of the extractors on the synthetic images; at 0 they are frozen.
+        sampler: The distribution of the frequencies: `gaussian`; `learned`, a mixture of scales;
+            `released`, the network of the published code.
+        freq_scale: Standard deviation of the Gaussian frequencies.
+        freq_spread: A learned scale stays within `freq_scale` over and times this.
+        objective: What a learned sampler maximises; see `ncfm`.
+        ascent_steps: Steps of the sampler in one of the images.
+        warmup: Steps before the sampler begins.
+        sampler_learning_rate: Of the sampler.
+        sampler_clip: Global norm that its gradients are clipped to.
+
+    Raises:
+        InputError: If the settings do not fit each other or the task.
+    """
+    parse(strategy)
+    net = task.network
+    distribution, sampler_optimizer = _sampler(sampler, freq_scale, freq_spread), None
+    if sampler != "gaussian":
+        sampler_optimizer = optax.chain(
+            optax.clip_by_global_norm(sampler_clip), optax.adam(sampler_learning_rate)
+        )
+    method = ncfm(
+        net.features,
+        net.logits,
+        optax.adam(optax.cosine_decay_schedule(learning_rate, steps, learning_rate_decay)),
+        distribution,
+        sampler_optimizer,
+        normalize=task.normalize,
+        feature_dim=net.feature_dim,
+        ipc=ipc,
+        factor=factor,
+        start=start,
+        pixels=start_of(task, start=start, ipc=ipc, factor=factor, batch_real=batch_real),
+        batch_real=batch_real,
+        num_freqs=num_freqs,
+        alpha=alpha,
+        beta=beta,
+        calibration=calibration,
+        finetune_learning_rate=finetune_learning_rate,
+        strategy=strategy,
+        objective=objective,
+        ascent_steps=ascent_steps,
+        warmup=warmup,
+        microbatch=task.microbatch,
+        real_dtype=real_dtype,
+    )
+    rates = ("learning_rate", "sampler_learning_rate", "finetune_learning_rate")
+    return Recipe(method, steps, task.extractors, rates)
+
+
+def _sampler(name: str, scale: float, spread: float) -> charfn.FrequencySampler:
+    if name == "gaussian":
+        return charfn.gaussian(scale)
+    net = {"learned": ScaleNet(), "released": ReleasedSampleNet()}[name]
+    functions = (
+        lambda key, dim: net.init(key, jnp.zeros((2, dim)))["params"],
+        lambda params, noise: net.apply({"params": params}, noise),
+    )
+    if name == "released":
+        return charfn.direct(*functions)
+    return charfn.scale_mixture(*functions, scale=scale, spread=spread)

@@ -5,10 +5,11 @@ These functions run in the program of one device; see `jaxdistill.collective`.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
@@ -18,12 +19,19 @@ from jaxdistill import collective
 from jaxdistill.condense.decode import check_factor, decode, encode
 from jaxdistill.data.augment import augment
 from jaxdistill.errors import InputError
+from jaxdistill.keywords import Between
 from jaxdistill.method import CLASS_AXIS
+from jaxdistill.task import CondenseTask
 
 Pixels = Float[Array, "classes ipc h w c"]
 Features = Callable[[Any, Float[Array, "b h w c"]], Float[Array, "b d"]]
 
 STARTS = ("tiled", "random", "noise")
+
+ImagesPerClass = Annotated[int, Between(1, 10_000)]
+"""How many synthetic images a class gets."""
+Factor = Annotated[int, Between(1, 64)]
+"""Tiles per side that a synthetic image stores; see `jaxdistill.condense.decode`."""
 
 
 def real_needed(start: str, ipc: int, factor: int) -> int:
@@ -33,6 +41,54 @@ def real_needed(start: str, ipc: int, factor: int) -> int:
             f"unknown start {start!r}; choose from {', '.join(STARTS)}, or give images"
         )
     return {"tiled": ipc * factor**2, "random": ipc, "noise": 1}[start]
+
+
+def start_of(
+    task: CondenseTask, *, start: str, ipc: int, factor: int, batch_real: int = 1
+) -> Float[Array, "classes ipc h w c"] | None:
+    """Checks what a method starts from, and reads it where it lies on disk.
+
+    Args:
+        task: What the method is for.
+        start: One of `STARTS`, or the path of a distilled set, a `.npz`.
+        ipc: Images per class.
+        factor: Tiles per side of an image.
+        batch_real: Real images of each class in a step.
+
+    Returns:
+        The images of the distilled set, as `initial_pixels` takes them; None for the other starts.
+
+    Raises:
+        InputError: If there is no such start, the factor does not divide the image, the smallest
+            class has too few images, or the distilled set does not fit.
+    """
+    check_factor(task.image_shape, factor)
+    stored = start.endswith(".npz")
+    count, name = task.smallest_class
+    wanted = {f"ipc={ipc}": ipc, f"batch_real={batch_real}": batch_real}
+    if not stored:
+        wanted[f"a {start} start with ipc={ipc}, factor={factor}"] = real_needed(start, ipc, factor)
+    for setting, images in wanted.items():
+        if count < images:
+            raise InputError(
+                f"class {name!r} has {count} training images, but {setting} asks for {images}; "
+                "lower it"
+            )
+    return _stored(task, start, ipc, factor) if stored else None
+
+
+def _stored(task: CondenseTask, path: str, ipc: int, factor: int) -> Array:
+    images, labels = task.distilled(path)
+    per_class, shape = ipc * factor**2, images.shape[1:]
+    # Clipped, for a foreign label may be enormous; it then makes the counts wrong.
+    counts = np.bincount(np.minimum(labels, task.num_classes), minlength=task.num_classes)
+    if shape != task.image_shape or len(counts) != task.num_classes or any(counts != per_class):
+        raise InputError(
+            f"{path} has {counts.min()} to {counts.max()} images of shape {shape} a class;"
+            f" ipc={ipc} with factor={factor} starts from {per_class} of shape {task.image_shape}"
+        )
+    images = images[np.argsort(labels, kind="stable")].reshape(-1, per_class, *shape)
+    return jax.vmap(lambda x: encode(x, factor))(jnp.asarray(images))
 
 
 def initial_pixels(
@@ -92,14 +148,14 @@ def real_statistic(
     images: UInt8[Array, "classes n h w c"],
     keys: Key[Array, " classes"],
     *,
-    prepare: Callable[[Array], Array],
+    normalize: Callable[[Array], Array],
     strategy: str,
-    chunk: int,
+    microbatch: int,
     dtype: DTypeLike = jnp.float32,
 ) -> PyTree:
     """A statistic of the features of augmented real images, class by class, without gradients.
 
-    No more features than those of `chunk` images, or of one class, exist at a time.
+    No more features than those of `microbatch` images, or of one class, exist at a time.
 
     Args:
         statistic: `features of g classes -> tree` of arrays with a leading axis of g.
@@ -107,24 +163,24 @@ def real_statistic(
         params: Parameters of the network.
         images: Real images.
         keys: One key per class for the augmentation that the class shares.
-        prepare: uint8 or [0, 1] images to normalised images.
+        normalize: uint8 or [0, 1] images to normalised images.
         strategy: Augmentation, see `jaxdistill.data.augment`.
-        chunk: Most images in one forward pass; bounds memory and, on CPU, keeps it in the cache.
-            A pass takes several whole classes, or a part of one that divides it.
+        microbatch: Most images in one forward pass; bounds memory and, on CPU, keeps it in the
+            cache. A pass takes several whole classes, or a part of one that divides it.
         dtype: Of the network's parameters and activations; the statistic is taken of float32.
 
     Returns:
         The statistics of all classes.
     """
     classes, n, *shape = images.shape
-    group = next(g for g in range(max(1, min(classes, chunk // n)), 0, -1) if classes % g == 0)
-    parts = next(p for p in range(-(-group * n // chunk), n + 1) if n % p == 0)
+    group = next(g for g in range(max(1, min(classes, microbatch // n)), 0, -1) if classes % g == 0)
+    parts = next(p for p in range(-(-group * n // microbatch), n + 1) if n % p == 0)
 
     params = jax.tree.map(lambda x: x.astype(dtype), params)
 
     def one_class(args):
         part, key = args
-        return augment(key, prepare(part), strategy, compose=True, siamese=True)
+        return augment(key, normalize(part), strategy, compose=True, siamese=True)
 
     def one_group(args):
         images, keys = args
@@ -166,7 +222,7 @@ def synthetic_rows(
     pixels: Pixels,
     keys: Key[Array, " classes"],
     *,
-    prepare: Callable[[Array], Array],
+    normalize: Callable[[Array], Array],
     strategy: str,
     factor: int = 1,
     kept: bool = True,
@@ -179,7 +235,7 @@ def synthetic_rows(
     Args:
         pixels: Those of this device's classes.
         keys: One key per class, those of the real images.
-        prepare: uint8 or [0, 1] images to normalised images.
+        normalize: uint8 or [0, 1] images to normalised images.
         strategy: Augmentation that the class shares.
         factor: Tiles per side stored in each image.
         kept: Whether the images are wanted.
@@ -198,7 +254,7 @@ def synthetic_rows(
         first = jnp.minimum(index * rows // m, classes - touched)
         if touched < classes:
             pixels, keys = (lax.dynamic_slice_in_dim(x, first, touched) for x in (pixels, keys))
-        images = _augmented(pixels, keys, factor, prepare, strategy)
+        images = _augmented(pixels, keys, factor, normalize, strategy)
         images = images if number == 1 else images[position - first * m]
     return Rows(
         images,
@@ -207,10 +263,10 @@ def synthetic_rows(
     )
 
 
-def _augmented(pixels, keys, factor, prepare, strategy) -> Float[Array, "rows h w c"]:
+def _augmented(pixels, keys, factor, normalize, strategy) -> Float[Array, "rows h w c"]:
     # Not vmap, under which some generators (rbg) draw other numbers than for the real images.
     batch = lax.map(
-        lambda pair: augment(pair[0], prepare(pair[1]), strategy, compose=True, siamese=True),
+        lambda pair: augment(pair[0], normalize(pair[1]), strategy, compose=True, siamese=True),
         (keys, decoded(pixels, factor)),
     )
     return batch.reshape(-1, *pixels.shape[2:])
@@ -220,7 +276,7 @@ def _augmented(pixels, keys, factor, prepare, strategy) -> Float[Array, "rows h 
 _KEPT_BYTES = 2**26
 
 
-def classes_a_pass(pixels: Pixels, factor: int, chunk: int) -> int:
+def classes_a_pass(pixels: Pixels, factor: int, microbatch: int) -> int:
     """How many classes at a time `over_classes` should take; 0 where their images can be kept.
 
     The images of 100 classes of 200 are a quarter of a gigabyte, and augmentation and its
@@ -230,9 +286,9 @@ def classes_a_pass(pixels: Pixels, factor: int, chunk: int) -> int:
     classes, ipc, *shape = pixels.shape
     m = ipc * factor**2
     few = 4 * classes * m * math.prod(shape) <= _KEPT_BYTES
-    if few or m > chunk or collective.share()[1] > 1:
+    if few or m > microbatch or collective.share()[1] > 1:
         return 0
-    return next(g for g in range(min(classes, chunk // m), 0, -1) if classes % g == 0)
+    return next(g for g in range(min(classes, microbatch // m), 0, -1) if classes % g == 0)
 
 
 def over_classes(
@@ -241,7 +297,7 @@ def over_classes(
     keys: Key[Array, " classes"],
     group: int,
     *,
-    prepare: Callable[[Array], Array],
+    normalize: Callable[[Array], Array],
     strategy: str,
     factor: int = 1,
 ) -> PyTree:
@@ -255,7 +311,7 @@ def over_classes(
         pixels: Those of this device's classes.
         keys: One key per class, as for `synthetic_rows`, like the rest.
         group: Classes at a time, a divisor of their number.
-        prepare: uint8 or [0, 1] images to normalised images.
+        normalize: uint8 or [0, 1] images to normalised images.
         strategy: Augmentation that the class shares.
         factor: Tiles per side stored in each image.
 
@@ -265,7 +321,7 @@ def over_classes(
 
     @jax.checkpoint
     def one_group(args):
-        return function(_augmented(*args, factor, prepare, strategy))
+        return function(_augmented(*args, factor, normalize, strategy))
 
     groups = (pixels.reshape(-1, group, *pixels.shape[1:]), keys.reshape(-1, group))
     out = lax.map(one_group, groups)
@@ -278,23 +334,23 @@ def synthetic_outputs(
     pixels: Pixels,
     keys: Key[Array, " classes"],
     *,
-    prepare: Callable[[Array], Array],
+    normalize: Callable[[Array], Array],
     strategy: str,
     factor: int,
-    chunk: int,
+    microbatch: int,
 ) -> tuple[Float[Array, "r d"], Rows]:
     """Outputs of a network for this device's share of the synthetic images, and the share.
 
     Differentiable in the pixels and the parameters. The arguments are those of `real_statistic`
     and `synthetic_rows`.
     """
-    augmentation = {"prepare": prepare, "strategy": strategy, "factor": factor}
-    group = classes_a_pass(pixels, factor, chunk)
+    augmentation = {"normalize": normalize, "strategy": strategy, "factor": factor}
+    group = classes_a_pass(pixels, factor, microbatch)
     rows = synthetic_rows(pixels, keys, kept=not group, **augmentation)
     run = lambda part: apply(params, part)  # noqa: E731
     if group:
         return over_classes(run, pixels, keys, group, **augmentation), rows
-    return in_chunks(run, rows.images, chunk), rows
+    return in_microbatches(run, rows.images, microbatch), rows
 
 
 def by_class(tree: PyTree, shape: tuple[int, ...]) -> PyTree:
@@ -308,10 +364,10 @@ def by_class(tree: PyTree, shape: tuple[int, ...]) -> PyTree:
     return jax.tree.map(lambda x: split if x.shape == shape else whole, tree)
 
 
-def in_chunks(run: Callable[[Array], Array], batch: Array, chunk: int) -> Array:
+def in_microbatches(run: Callable[[Array], Array], batch: Array, microbatch: int) -> Array:
     """Applies `run` to slices of the leading axis, recomputing each slice for the gradient."""
     n = batch.shape[0]
-    parts = -(-n // chunk)
+    parts = -(-n // microbatch)
     if parts <= 1:
         return run(batch)
     # Equal slices: the last one is filled up with copies of the first image, dropped afterwards.

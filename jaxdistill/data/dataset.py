@@ -34,6 +34,14 @@ class Split(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over the images, their labels and the shapes of both."""
+        images, labels = self
+        digest = hashlib.sha256(repr((images.shape, labels.shape)).encode())
+        digest.update(np.ascontiguousarray(images))
+        digest.update(np.ascontiguousarray(labels, dtype="<i4"))
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -67,12 +75,8 @@ class Dataset:
         return height, width, channels
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 over the training images, their labels and the shapes of both."""
-        images, labels = self.train
-        digest = hashlib.sha256(repr((images.shape, labels.shape)).encode())
-        digest.update(np.ascontiguousarray(images))
-        digest.update(np.ascontiguousarray(labels, dtype="<i4"))
-        return digest.hexdigest()
+        """Hex SHA-256 of the training split; see `Split.fingerprint`."""
+        return self.train.fingerprint()
 
 
 def from_arrays(

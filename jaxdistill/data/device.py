@@ -1,9 +1,11 @@
-"""A data set held on the devices, and batches drawn there from a key.
+"""Examples held on the devices, and batches drawn there from a key.
 
-The images stay uint8, and nothing crosses from the host after they have been uploaded.
+Examples are trees of arrays: images, captions as ids, two tokenizations of one text. Numbers stay
+as they are stored, such as uint8, and nothing crosses from the host after the upload.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,38 +13,43 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, PRNGKeyArray
+from jaxtyping import Array, Int, Int32, PRNGKeyArray, PyTree
 
 from jaxdistill import collective
-from jaxdistill.data.dataset import Split, per_class_table
+from jaxdistill.data.dataset import per_class_table
 from jaxdistill.errors import InputError
 from jaxdistill.method import Batch, BatchSpec
 
 # Far from the small numbers that splitting a key folds into it: other keys than those of `choose`.
 _KEYS = 0x6B657973
+# What `draw` puts beside the examples of a uniform batch.
+_RESERVED = ("labels", "keys")
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["pixels", "counts"],
-    meta_fields=["image_shape"],
+    data_fields=["examples", "counts"],
+    meta_fields=["shapes", "labelled"],
 )
 @dataclass(frozen=True, eq=False)
 class Resident:
     """A pytree of arrays whose leading axis is the class, so that devices can divide the classes.
 
     Attributes:
-        pixels: uint8 (classes, m, H * W * C). The images, one a row: TPUs would pad a last axis of
-            one or three channels to 128. Shorter classes start over up to the longest's length.
-        counts: int32 (classes,). Images of each class.
-        image_shape: (H, W, C).
+        examples: A dict, or a tree of dicts, of arrays (classes, m, ...). The numbers of an example
+            are one axis, whatever its shape: TPUs would pad a last axis of one or three channels
+            to 128. Classes with fewer examples start over up to the length of the largest.
+        counts: int32 (classes,). Examples of each class; one class where there are no labels.
+        shapes: The shape of one example in each array, in the order of the tree's leaves.
+        labelled: Whether the classes mean something.
 
     Programs are compiled from shapes alone, so the arrays may be those.
     """
 
-    pixels: Any
+    examples: Any
     counts: Any
-    image_shape: tuple[int, int, int]
+    shapes: tuple[tuple[int, ...], ...]
+    labelled: bool = True
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["batches"], meta_fields=[])
@@ -51,30 +58,88 @@ class Window:
     """The batches of some consecutive steps, sent to the devices; see `data.stream`.
 
     Attributes:
-        batches: What `draw` gives, with a leading axis of steps. In the program of one device, its
-            part.
+        batches: What `draw` gives, less the keys, with a leading axis of steps. In the program of
+            one device, its part.
     """
 
     batches: Any
 
 
-def resident(split: Split, num_classes: int) -> Resident:
-    """Arranges a split by class, on the host; `runner.run` uploads it.
+def resident(
+    examples: Mapping[str, PyTree],
+    labels: Int[np.ndarray, " n"] | None = None,
+    num_classes: int | None = None,
+) -> Resident:
+    """Arranges examples by class, on the host; `runner.run` uploads them.
 
     Args:
-        split: Images uint8 (N, H, W, C) and labels (N,).
-        num_classes: Number of classes; each must occur.
+        examples: Arrays by name, each with a leading axis of the same N examples.
+        labels: Class ids (N,), where there are classes.
+        num_classes: Number of classes, where there are labels; each class must occur.
 
     Raises:
-        InputError: If the images are not of that form, a class is empty or a label out of range.
+        InputError: If the arrays are not of one length or a name is taken, a class is empty, or a
+            label is out of range.
     """
-    images, labels = split
-    if images.dtype != np.uint8 or images.ndim != 4:
+    table, counts = tabulate(examples, labels, num_classes)
+
+    def arrange(array):
+        size = math.prod(array.shape[1:])
+        return array.reshape(len(array), size)[table] if array.ndim > 2 else array[table]
+
+    examples = jax.tree.map(np.asarray, dict(examples))
+    shapes = tuple(x.shape[1:] for x in jax.tree.leaves(examples))
+    return Resident(jax.tree.map(arrange, examples), counts, shapes, labels is not None)
+
+
+def resident_shapes(
+    examples: Mapping[str, PyTree], classes: int, per_class: int, labelled: bool = True
+) -> Resident:
+    """The shapes of `resident`, for programs that are compiled without the data.
+
+    Args:
+        examples: `jax.ShapeDtypeStruct`s of one example, by name.
+        classes: Number of classes, 1 where there are no labels.
+        per_class: Examples of the largest class.
+        labelled: Whether there are labels.
+    """
+
+    def arrange(x):
+        shape = (math.prod(x.shape),) if len(x.shape) > 1 else x.shape
+        return jax.ShapeDtypeStruct((classes, per_class, *shape), x.dtype)
+
+    return Resident(
+        jax.tree.map(arrange, dict(examples)),
+        jax.ShapeDtypeStruct((classes,), jnp.int32),
+        tuple(x.shape for x in jax.tree.leaves(dict(examples))),
+        labelled,
+    )
+
+
+def tabulate(
+    examples: Mapping[str, PyTree],
+    labels: Int[np.ndarray, " n"] | None,
+    num_classes: int | None,
+) -> tuple[Int32[np.ndarray, "c m"], Int32[np.ndarray, " c"]]:
+    """The positions of the examples of each class, and their numbers; see `per_class_table`.
+
+    Raises:
+        InputError: As `resident` does.
+    """
+    lengths = {len(x) for x in jax.tree.leaves(dict(examples))}
+    if labels is not None:
+        lengths.add(len(labels))
+    if len(lengths) != 1:
         raise InputError(
-            f"images must be uint8 (N, H, W, C), not {images.dtype} of shape {images.shape}"
+            f"examples are arrays of one length, not of {sorted(lengths) or 'none'}; give each "
+            "array, and the labels, a row for every example"
         )
-    table, counts = per_class_table(labels, num_classes)
-    return Resident(images.reshape(len(images), -1)[table], counts, images.shape[1:])
+    if taken := [name for name in _RESERVED if name in examples]:
+        raise InputError(f"examples are called {taken[0]}, which batches have beside; rename them")
+    if labels is None:
+        (count,) = lengths
+        return per_class_table(np.zeros(count, np.int32), 1)
+    return per_class_table(labels, num_classes)
 
 
 def check(spec: BatchSpec, data: Any, class_names: Sequence[str] | None = None) -> None:
@@ -86,7 +151,8 @@ def check(spec: BatchSpec, data: Any, class_names: Sequence[str] | None = None) 
         class_names: For the message; the class ids by default.
 
     Raises:
-        InputError: If the batch is empty, there are no data, or a class has too few images.
+        InputError: If the batch is empty, there are no data, there are no classes to take it from,
+            or a class has too few examples.
     """
     if spec.size < 1 and spec.kind != "none":
         raise InputError(f"a {spec.kind} batch of {spec.size} examples; ask for at least one")
@@ -96,12 +162,14 @@ def check(spec: BatchSpec, data: Any, class_names: Sequence[str] | None = None) 
         raise InputError(
             f"the method takes {spec.kind} batches; give it the data to draw them from"
         )
+    if spec.kind == "per_class" and not data.labelled:
+        raise InputError("the method takes examples of each class; give it data with labels")
     counts = np.asarray(data.counts)
     smallest = int(counts.argmin())
     if spec.kind == "per_class" and counts[smallest] < spec.size:
         name = smallest if class_names is None else class_names[smallest]
         raise InputError(
-            f"class '{name}' has {counts[smallest]} images, the batch asks for {spec.size} of "
+            f"class '{name}' has {counts[smallest]} examples, the batch asks for {spec.size} of "
             f"each class; lower it to {counts[smallest]} or less"
         )
 
@@ -116,7 +184,7 @@ def draw(
     """Draws a batch. Pure, and of fixed shapes, so it can be part of a compiled step.
 
     The draws of a class are distinct and equally likely, and depend on the key and the class
-    alone. Those of a `uniform` batch are independent: an image may occur twice.
+    alone. Those of a `uniform` batch are independent: an example may occur twice.
 
     Args:
         spec: What is wanted; see `check`.
@@ -127,42 +195,47 @@ def draw(
         row: Which of the batches of a window; key and part have had their say there.
 
     Returns:
-        For `per_class` uint8 (classes, size, H, W, C); for `uniform` a dict of `images`, uint8
-        (size, H, W, C), `labels`, int32 (size,), and `keys` (size,); for `keys` a dict of these
-        alone; for `none` an empty tuple.
+        For `per_class` the tree of examples, with leading axes (classes, size); for `uniform` the
+        examples with a leading axis (size,), and beside them `labels`, int32 (size,), where there
+        are classes, and `keys` (size,); for `keys` a dict of these alone; for `none` an empty
+        tuple.
     """
     if spec.kind == "none":
         return ()
     if spec.kind == "per_class":
-        return _images(spec, data, key, part, row)
+        return _examples(spec, data, key, part, row)
     keys = {"keys": _slice(jax.random.split(jax.random.fold_in(key, _KEYS), spec.size), part)}
-    return keys if spec.kind == "keys" else _images(spec, data, key, part, row) | keys
+    return keys if spec.kind == "keys" else _examples(spec, data, key, part, row) | keys
 
 
-def _images(spec, data, key, part, row):
+def _examples(spec, data, key, part, row):
     if isinstance(data, Window):
         return jax.tree.map(lambda x: x[row], data.batches)
-    data = jax.tree.map(jnp.asarray, data)
-    labels, columns = choose(spec, data.counts, data.pixels.shape[1], key)
+    leaves, structure = jax.tree.flatten(data.examples)
+    labels, columns = choose(spec, jnp.asarray(data.counts), leaves[0].shape[1], key)
     labels, columns = (_slice(x, part) for x in (labels, columns))
-    images = data.pixels[labels, columns].reshape(*columns.shape, *data.image_shape)
-    return images if spec.kind == "per_class" else {"images": images, "labels": labels}
+    drawn = [
+        jnp.asarray(x)[labels, columns].reshape(*columns.shape, *shape)
+        for x, shape in zip(leaves, data.shapes, strict=True)
+    ]
+    examples = jax.tree.unflatten(structure, drawn)
+    return examples | {"labels": labels} if spec.kind == "uniform" and data.labelled else examples
 
 
 def choose(
     spec: BatchSpec, counts: Int32[Array, " c"], columns: int, key: PRNGKeyArray
 ) -> tuple[Int32[Array, "*batch"], Int32[Array, "*batch"]]:
-    """Which images a batch consists of.
+    """Which examples a batch consists of.
 
     Args:
         spec: What is wanted.
-        counts: Images of each class.
+        counts: Examples of each class.
         columns: Length of the longest class.
         key: Decides the draw.
 
     Returns:
-        For each image its class, counted from the first in `counts`, and its position among the
-        images of the class: (classes, size) for `per_class`, (size,) for `uniform`.
+        For each example its class, counted from the first in `counts`, and its position among
+        those of the class: (classes, size) for `per_class`, (size,) for `uniform`.
     """
     if spec.kind == "uniform":
         ends = jnp.cumsum(counts)

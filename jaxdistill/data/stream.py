@@ -1,23 +1,22 @@
 """A data set that stays on the host: the batches of the coming steps are sent to the devices.
 
-For data that do not fit on the devices. The images of a step are chosen by the same function of
+For data that do not fit on the devices. The examples of a step are chosen by the same function of
 the same key as from a resident set, so both give the same batches, and the step in a checkpoint
 is the whole state of the stream. Grain reads ahead in threads while the devices compute.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Int, PRNGKeyArray, PyTree
 
 from jaxdistill.data import device
-from jaxdistill.data.dataset import Split, per_class_table
 from jaxdistill.data.device import Window
 from jaxdistill.method import CLASS_AXIS, DATA_AXIS, BatchSpec
 
@@ -26,45 +25,50 @@ _THREADS = 4
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """A split on the host, which may be memory-mapped.
+    """Examples on the host, which may be memory-mapped.
 
     Attributes:
-        images: uint8 (N, H, W, C).
+        examples: A dict, or a tree of dicts, of arrays (N, ...).
         table: int32 (classes, m). Row c lists the positions of class c, and starts over up to the
             row's length.
-        counts: int32 (classes,). Images of each class.
+        counts: int32 (classes,). Examples of each class; one class where there are no labels.
+        labelled: Whether the classes mean something.
     """
 
-    images: np.ndarray
+    examples: Any
     table: np.ndarray
     counts: np.ndarray
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
-        return self.images.shape[1:]
+    labelled: bool = True
 
 
-def stream(split: Split, num_classes: int) -> Stream:
-    """Tabulates a split by class; the images stay where they are.
+def stream(
+    examples: Mapping[str, PyTree],
+    labels: Int[np.ndarray, " n"] | None = None,
+    num_classes: int | None = None,
+) -> Stream:
+    """Tabulates examples by class; the examples stay where they are.
 
     Args:
-        split: Images uint8 (N, H, W, C) and labels (N,).
-        num_classes: Number of classes; each must occur.
+        examples: As `device.resident` takes them, like the rest.
+        labels: Class ids (N,), where there are classes.
+        num_classes: Number of classes, where there are labels.
 
     Raises:
-        InputError: If a class is empty or a label out of range.
+        InputError: As `device.resident` does.
     """
-    return Stream(split.images, *per_class_table(split.labels, num_classes))
+    table, counts = device.tabulate(examples, labels, num_classes)
+    return Stream(dict(examples), table, counts, labels is not None)
 
 
 def first_shape(spec: BatchSpec, data: Stream) -> Window:
     """The shapes of `first_window`."""
-    images = jax.ShapeDtypeStruct
-    if spec.kind == "per_class":
-        return Window(images((1, len(data.counts), spec.size, *data.image_shape), np.uint8))
-    batch = images((1, spec.size, *data.image_shape), np.uint8)
-    return Window({"images": batch, "labels": images((1, spec.size), np.int32)})
+    shape = (1, len(data.counts), spec.size) if spec.kind == "per_class" else (1, spec.size)
+    batches = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((*shape, *x.shape[1:]), x.dtype), data.examples
+    )
+    if spec.kind == "uniform" and data.labelled:
+        batches |= {"labels": jax.ShapeDtypeStruct(shape, np.int32)}
+    return Window(batches)
 
 
 def first_spec(spec: BatchSpec) -> PartitionSpec:
@@ -122,41 +126,48 @@ def windows(
 
 
 class _Source(NamedTuple):
-    """Reads the images that this process's devices hold, and no others."""
+    """Reads the examples that this process's devices hold, and no others."""
 
     spec: BatchSpec
     data: Stream
     sharding: NamedSharding
 
-    def read(self, key: PRNGKeyArray) -> tuple[np.ndarray, np.ndarray]:
-        """The labels of a batch, and this process's block of its images."""
+    def read(self, key: PRNGKeyArray) -> tuple[np.ndarray, PyTree]:
+        """The labels of a batch, and this process's block of its examples."""
         labels, columns = _choose(self.spec, self.data.counts, self.data.table.shape[1], key)
         labels, columns = np.asarray(labels), np.asarray(columns)
         chosen = self.data.table[labels, columns]
-        return labels, self.data.images[chosen[self._block(chosen.shape)]]
+        own = chosen[self._block(chosen.shape)]
+        return labels, jax.tree.map(lambda x: x[own], self.data.examples)
 
-    def window(self, steps: list[tuple[np.ndarray, np.ndarray]], size: int) -> Window:
+    def window(self, steps: list[tuple[np.ndarray, PyTree]], size: int) -> Window:
         """Uploads the batches of some steps, the last one repeated up to `size`."""
         steps = [*steps, *[steps[-1]] * (size - len(steps))]
-        labels, images = (np.stack(x) for x in zip(*steps, strict=True))
+        labels = np.stack([labels for labels, _ in steps])
+        examples = jax.tree.map(lambda *x: np.stack(x), *(examples for _, examples in steps))
         # The block begins where this process's part does.
-        start = (0, *(s.start for s in self._block(labels.shape[1:])), 0, 0, 0)
-        shape = (*labels.shape, *self.data.image_shape)
+        start = (0, *(s.start for s in self._block(labels.shape[1:])))
 
-        def own(index):
-            spans = (s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-            return images[
-                tuple(slice(a - o, b - o) for (a, b), o in zip(spans, start, strict=True))
-            ]
+        def upload(block):
+            rest = block.shape[labels.ndim :]
+            shape, first = (*labels.shape, *rest), (*start, *(0 for _ in rest))
 
-        batches = jax.make_array_from_callback(shape, self.sharding, own)
-        if self.spec.kind == "per_class":
-            return Window(batches)
-        labels = jax.make_array_from_callback(labels.shape, self.sharding, lambda i: labels[i])
-        return Window({"images": batches, "labels": labels})
+            def own(index):
+                spans = (s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+                return block[
+                    tuple(slice(a - o, b - o) for (a, b), o in zip(spans, first, strict=True))
+                ]
+
+            return jax.make_array_from_callback(shape, self.sharding, own)
+
+        batches = jax.tree.map(upload, examples)
+        if self.spec.kind == "uniform" and self.data.labelled:
+            whole = jax.make_array_from_callback(labels.shape, self.sharding, lambda i: labels[i])
+            batches |= {"labels": whole}
+        return Window(batches)
 
     def _block(self, shape: tuple[int, ...]) -> tuple[slice, ...]:
-        """The smallest block of the chosen images of a batch that holds all of this process."""
+        """The smallest block of the chosen examples of a batch that holds all of this process."""
         parts = self.sharding.addressable_devices_indices_map((1, *shape)).values()
         spans = (
             [s.indices(n)[:2] for s in axis]

@@ -1,41 +1,91 @@
-"""Records of measured accuracies, and the table made from them."""
+"""Records of measurements, of one form for every evaluation, and the table made from them."""
 
 import json
+import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxdistill.errors import InputError
 from jaxdistill.io.files import write_files
 from jaxdistill.io.reading import read_json
+from jaxdistill.parallel import processes
 
 
 class Cell(NamedTuple):
     """What one measurement is of.
 
     Attributes:
-        network: Architecture of the fresh network.
-        method: How its training set was made.
-        labels: `hard` or `soft`.
-        seed: Seed of the fresh network.
-        protocol: Hash of everything else that decides the measurement.
+        evaluation: The name that the config gives it.
+        row: What is measured: a method, perhaps with the way it is used.
+        metric: What is measured of it: a column.
+        seed: Of the measurement.
+        protocol: Hash of everything else that decides it.
     """
 
-    network: str
-    method: str
-    labels: str
+    evaluation: str
+    row: str
+    metric: str
     seed: int
     protocol: str
+
+
+class Results:
+    """The measurements of a workdir: read at the start, written whole after each new one.
+
+    Several processes each write what they measure to a file of their own, and `gather` puts them
+    together.
+
+    Attributes:
+        measured: Cell -> `value`, and what else is known of the measurement.
+    """
+
+    def __init__(self, workdir: Path):
+        """Reads what all processes of this start and of earlier ones have measured."""
+        self._whole = workdir / "results.json"
+        part = "" if processes.is_first() else f"-{jax.process_index()}"
+        self._own = workdir / f"results{part}.json"
+        self.measured: dict[Cell, dict[str, Any]] = {}
+        self.gather()
+
+    def gather(self) -> None:
+        """Waits for all processes, and reads what each has measured."""
+        processes.wait("results are written")
+        parts = sorted(self._whole.parent.glob("results-*.json"))
+        measured = read(self._whole)
+        for part in parts:
+            measured |= read(part)
+        processes.wait("results are read")
+        if parts and processes.is_first():
+            write(self._whole, measured)
+            for part in parts:
+                part.unlink()
+        processes.wait("results are gathered")
+        self.measured = measured
+
+    def missing(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Those of the cells that are not measured yet."""
+        return [cell for cell in cells if cell not in self.measured]
+
+    def keep(self, measured: Mapping[Cell, Mapping[str, Any]]) -> None:
+        """Adds measurements, and writes all."""
+        self.measured |= {cell: dict(values) for cell, values in measured.items()}
+        write(self._own, self.measured)
+
+    def records(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
+        """The measurements of some cells, each as one dict."""
+        return [cell._asdict() | self.measured[cell] for cell in cells]
 
 
 def read(path: Path) -> dict[Cell, dict]:
     """The measurements on disk; none if there is no file.
 
     Raises:
-        InputError: if the file is not of this form.
+        InputError: If the file is not of this form.
     """
     if not path.exists():
         return {}
@@ -44,22 +94,29 @@ def read(path: Path) -> dict[Cell, dict]:
         if not isinstance(records, list):
             raise TypeError("not a list")
         return dict(map(_measurement, records))
-    except (ValueError, TypeError) as error:
+    except (InputError, TypeError) as error:
         raise InputError(f"{path} is not a list of results ({error}); delete it") from error
 
 
 def _measurement(record: object) -> tuple[Cell, dict]:
     """The two halves of a record as `write` makes it, checked as far as `table` relies on it."""
-    if not isinstance(record, dict) or not {*Cell._fields, "accuracy"} <= record.keys():
-        raise TypeError(f"each needs {', '.join(Cell._fields)}, accuracy")
+    if not isinstance(record, dict) or not {*Cell._fields, "value"} <= record.keys():
+        raise TypeError(f"each needs {', '.join(Cell._fields)}, value")
     rest = dict(record)
     cell = Cell(*(rest.pop(field) for field in Cell._fields))
     for name, value in cell._asdict().items():
         if type(value) is not Cell.__annotations__[name]:
             raise TypeError(f"{name} is {reprlib.repr(value)}")
-    if type(rest["accuracy"]) not in (int, float) or not 0 <= rest["accuracy"] <= 1:
-        raise TypeError(f"accuracy is {reprlib.repr(rest['accuracy'])}")
+    if type(rest["value"]) not in (int, float) or not _is_finite(rest["value"]):
+        raise TypeError(f"value is {reprlib.repr(rest['value'])}")
     return cell, rest
+
+
+def _is_finite(value: float | int) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def write(path: Path, measured: Mapping[Cell, dict]) -> None:
@@ -69,30 +126,40 @@ def write(path: Path, measured: Mapping[Cell, dict]) -> None:
     write_files({path: lambda file: file.write(text.encode())})
 
 
-def table(records: Sequence[Mapping]) -> str:
-    """A Markdown table: a row per method, a column per network and kind of label.
+def percent(values: Sequence[float | int]) -> str:
+    """Fractions as percentages, mean ± population standard deviation over seeds."""
+    values = [100 * value for value in values]
+    return f"{np.mean(values):.1f} ± {np.std(values):.1f}"
 
-    Hard and soft labels never share a column.
+
+def plain(values: Sequence[float | int]) -> str:
+    """Numbers as they are, with the population standard deviation where there are several."""
+    spread = f" ± {np.std(values):.2g}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4g}{spread}"
+
+
+def table(
+    records: Iterable[Mapping[str, Any]], shown: Callable[[Sequence[float | int]], str] = plain
+) -> str:
+    """A Markdown table: a row for each row of the records, a column for each metric.
 
     Args:
-        records: Fields of `Cell` and `accuracy` as a fraction.
-
-    Returns:
-        Percentages, mean ± population standard deviation over seeds.
+        records: Fields of `Cell`, and `value`.
+        shown: The values of a cell over its seeds, as a text.
     """
-    methods = list(dict.fromkeys(r["method"] for r in records))
-    columns = list(dict.fromkeys((r["network"], r["labels"]) for r in records))
-    rows = [["method", *(f"{network}, {labels} labels" for network, labels in columns)]]
-    for method in methods:
-        cells = []
-        for column in columns:
-            values = [
-                100 * r["accuracy"]
-                for r in records
-                if r["method"] == method and (r["network"], r["labels"]) == column
-            ]
-            cells.append(f"{np.mean(values):.1f} ± {np.std(values):.1f}" if values else "–")
-        rows.append([method, *cells])
+    values: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        values.setdefault((record["row"], record["metric"]), []).append(record["value"])
+    rows, metrics = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
+    lines = [["row", *metrics]]
+    for row in rows:
+        cells = [values.get((row, metric)) for metric in metrics]
+        lines.append([row, *(shown(cell) if cell else "–" for cell in cells)])
+    return markdown(lines)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts, the first row its head, in columns of one width."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"

@@ -75,15 +75,27 @@ _SEED_AXIS = "seed"
 
 @functools.partial(
     jax.jit,
-    static_argnames=("network", "protocol", "prepare", "chunk", "mesh"),
+    static_argnames=("network", "protocol", "normalize", "microbatch", "mesh"),
     donate_argnames="carry",
 )
 def _train_block(
-    carry, keys, images, targets, rate, first, count, *, network, protocol, prepare, chunk, mesh
+    carry,
+    keys,
+    images,
+    targets,
+    rate,
+    first,
+    count,
+    *,
+    network,
+    protocol,
+    normalize,
+    microbatch,
+    mesh,
 ):
     """`count` optimiser steps from the `first` of a stage, of all networks; one program."""
     steps = functools.partial(
-        _train_steps, network=network, protocol=protocol, prepare=prepare, chunk=chunk
+        _train_steps, network=network, protocol=protocol, normalize=normalize, microbatch=microbatch
     )
 
     def local(carry, keys, *args):
@@ -104,7 +116,7 @@ def _initial(keys, *, network):
 
 
 def _train_steps(
-    carry, key, images, targets, rate, first, count, *, network, protocol, prepare, chunk
+    carry, key, images, targets, rate, first, count, *, network, protocol, normalize, microbatch
 ):
     """`count` optimiser steps of one network."""
     n = images.shape[0]
@@ -127,23 +139,23 @@ def _train_steps(
             weight /= weight.sum()
             index = order[index % n]
             x, y = images[index], targets[index]
-        x = augment(jax.random.fold_in(k_augment, position), prepare(x), protocol.strategy)
+        x = augment(jax.random.fold_in(k_augment, position), normalize(x), protocol.strategy)
 
         def loss(params, part):
             x, y, weight = part
             return jnp.sum(weight * optax.softmax_cross_entropy(network.logits(params, x), y))
 
-        grads = _accumulate(jax.grad(loss), params, (x, y, weight), chunk)
+        grads = _accumulate(jax.grad(loss), params, (x, y, weight), microbatch)
         updates, opt = tx.update(grads, opt, params)
         return _Carry(jax.tree.map(lambda p, u: p - rate * u, params, updates), opt)
 
     return lax.fori_loop(first, first + count, step, carry)
 
 
-def _accumulate(grad: Callable, params: Any, batch: tuple, chunk: int) -> Any:
+def _accumulate(grad: Callable, params: Any, batch: tuple, microbatch: int) -> Any:
     """Sums the gradients of slices of a batch, one slice at a time."""
     n = batch[0].shape[0]
-    parts = -(-n // chunk)
+    parts = -(-n // microbatch)
     if parts <= 1:
         return grad(params, batch)
     size = -(-n // parts)
@@ -182,9 +194,9 @@ def train_many(
     images: Array,
     targets: Float[Array, "n classes"],
     *,
-    prepare: Callable[[Array], Array],
+    normalize: Callable[[Array], Array],
     protocol: Protocol,
-    chunk: int = 256,
+    microbatch: int = 256,
     params: Any = None,
     on_block: Callable[[float], None] = lambda fraction: None,
     should_stop: ShouldStop = never,
@@ -198,9 +210,9 @@ def train_many(
         network: What to train.
         images: uint8, or float32 in [0, 1], (n, H, W, C).
         targets: One-hot or soft labels.
-        prepare: Images to normalised images.
+        normalize: Images to normalised images.
         protocol: How.
-        chunk: Images in one pass; gradients of a batch are accumulated over passes.
+        microbatch: Images in one pass; gradients of a batch are accumulated over passes.
         params: Initial parameters with a leading axis of networks, instead of `network.init`.
         on_block: Called now and then with the fraction done.
         should_stop: Whether to give up.
@@ -224,7 +236,12 @@ def train_many(
     mesh = Mesh(np.array(devices), (_SEED_AXIS,))
     own = NamedSharding(mesh, PartitionSpec(_SEED_AXIS))
     images, targets = jax.device_put((images, targets), NamedSharding(mesh, PartitionSpec()))
-    options = {"network": network, "protocol": protocol, "prepare": prepare, "chunk": chunk}
+    options = {
+        "network": network,
+        "protocol": protocol,
+        "normalize": normalize,
+        "microbatch": microbatch,
+    }
 
     per_epoch = -(-images.shape[0] // min(protocol.batch, images.shape[0]))
     edges = [0, *(int(protocol.epochs * f) for f in protocol.decay_at), protocol.epochs]
@@ -254,16 +271,16 @@ def train_many(
     return jax.tree.map(lambda x: x[:count], jax.device_put(params, devices[0]))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "prepare", "chunk"))
-def _count_correct(params, images, labels, *, network, prepare, chunk):
+@functools.partial(jax.jit, static_argnames=("network", "normalize", "microbatch"))
+def _count_correct(params, images, labels, *, network, normalize, microbatch):
     n = images.shape[0]
-    parts = -(-n // chunk)
-    index = (jnp.arange(parts * chunk) % n).reshape(parts, chunk)
-    valid = (jnp.arange(parts * chunk) < n).reshape(parts, chunk)
+    parts = -(-n // microbatch)
+    index = (jnp.arange(parts * microbatch) % n).reshape(parts, microbatch)
+    valid = (jnp.arange(parts * microbatch) < n).reshape(parts, microbatch)
 
     def one(args):
         i, ok = args
-        guess = network.logits(params, prepare(images[i])).argmax(-1)
+        guess = network.logits(params, normalize(images[i])).argmax(-1)
         return jnp.sum((guess == labels[i]) & ok)
 
     return lax.map(one, (index, valid)).sum()
@@ -275,11 +292,13 @@ def accuracy(
     images: UInt8[Array, "n h w c"],
     labels: Int[Array, " n"],
     *,
-    prepare: Callable[[Array], Array],
-    chunk: int = 256,
+    normalize: Callable[[Array], Array],
+    microbatch: int = 256,
 ) -> float:
     """The fraction of images whose highest logit is the label's, without augmentation."""
-    correct = _count_correct(params, images, labels, network=network, prepare=prepare, chunk=chunk)
+    correct = _count_correct(
+        params, images, labels, network=network, normalize=normalize, microbatch=microbatch
+    )
     return int(correct) / images.shape[0]
 
 

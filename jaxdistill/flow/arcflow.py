@@ -5,14 +5,16 @@ asked a few times, at random places, and the mean velocity of the curve there is
 teacher's answer. At first the teacher's steps lead from place to place, later the student's own.
 """
 
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxdistill.errors import InputError
+from jaxdistill.flow import adapt
 from jaxdistill.flow.paths import expand, shifted
+from jaxdistill.flow.policies import momentum_policy
 from jaxdistill.flow.students import (
     Segment,
     Source,
@@ -22,7 +24,13 @@ from jaxdistill.flow.students import (
     streams,
     student_method,
 )
+from jaxdistill.keywords import Between, Fraction, Rate, grouped
 from jaxdistill.method import Method
+from jaxdistill.nn.momentum_head import MomentumHead
+from jaxdistill.task import FlowTask, Recipe
+
+Part = Annotated[float, Between(0, 0.99)]
+"""A part that leaves something."""
 
 # Of the loss alone it only matters where gradients are clipped.
 _LOSS_SCALE = 15.0
@@ -31,14 +39,14 @@ _LOSS_SCALE = 15.0
 def arcflow(
     student: Student,
     teacher: Teacher,
-    tx: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     *,
     source: Source,
     queries: int = 4,
     shift: float = 1.0,
     window: float = 3 / 128,
     teacher_steps: int = 0,
-    drop: float = 0.0,
+    mode_dropout: float = 0.0,
     **options: Any,
 ) -> Method:
     """The training of an ArcFlow student; of any policy, in fact.
@@ -48,23 +56,24 @@ def arcflow(
     Args:
         student: The network and its policy.
         teacher: The velocity to follow.
-        tx: Optimiser of what is trained.
+        optimizer: Optimiser of what is trained.
         source: Where examples come from.
         queries: Teacher calls in a segment, for each example.
         shift: See `paths.shifted`.
         window: Raw time beyond the teacher's step over which the student's velocity is averaged;
             0 compares the velocity at the place itself, once the teacher's steps are gone.
         teacher_steps: Steps over which the teacher's share of the way falls from all to none.
-        drop: Share of the modes left out while the student moves, though not in the loss.
+        mode_dropout: Share of the modes left out while the student moves, though not in the loss.
         **options: Of `student_method`.
 
     Raises:
         InputError: For numbers that cannot be meant.
     """
-    if queries < 1 or not 0 <= window < 1 or not 0 <= drop < 1 or teacher_steps < 0:
+    if queries < 1 or not 0 <= window < 1 or not 0 <= mode_dropout < 1 or teacher_steps < 0:
         raise InputError(
-            f"queries={queries}, window={window}, drop={drop}, teacher_steps={teacher_steps}: give "
-            "at least one query, a window and a dropout in [0, 1) and no negative steps"
+            f"queries={queries}, window={window}, mode_dropout={mode_dropout}, "
+            f"teacher_steps={teacher_steps}: give at least one query, a window and a dropout in "
+            "[0, 1) and no negative steps"
         )
     policy = student.policy
 
@@ -73,8 +82,8 @@ def arcflow(
         ahead = jnp.minimum(window, start - end)
         own, teachers = _gaps(keys, queries, start - end - ahead, share)
         curve = jax.lax.stop_gradient(field)
-        if drop:
-            curve = policy.drop(curve, streams(keys, 3)[2], drop)
+        if mode_dropout:
+            curve = policy.drop(curve, streams(keys, 3)[2], mode_dropout)
 
         def ask(carry, gaps):
             x, raw = carry
@@ -96,7 +105,7 @@ def arcflow(
         last = policy.transition(curve, last, shifted(raw, shift), shifted(end, shift))
         return Segment(loss, jax.lax.stop_gradient(last), jnp.int32(queries))
 
-    return student_method(match, student, teacher, tx, source=source, shift=shift, **options)
+    return student_method(match, student, teacher, optimizer, source=source, shift=shift, **options)
 
 
 def _gaps(keys, queries, length, share):
@@ -110,3 +119,90 @@ def _gaps(keys, queries, length, share):
     cuts = jax.vmap(lambda k: jax.random.uniform(k, (queries - 1,)), out_axes=1)(k_teacher)
     teachers = jnp.diff(jnp.sort(cuts, 0), axis=0, prepend=0.0, append=1.0)
     return own * (1.0 - share) * length, teachers * share * length
+
+
+class Matching(NamedTuple):
+    """The settings of students that are matched along their own way.
+
+    Attributes:
+        queries: Teacher calls in a segment.
+        window: Raw time beyond the teacher's step over which the velocity is averaged.
+        teacher_share: Part of the training in which the teacher leads, fading.
+        mode_dropout: Share of the modes left out on the way.
+    """
+
+    queries: Annotated[int, Between(1, 1000)] = 4
+    window: Part = 3 / 128
+    teacher_share: Fraction = 0.3
+    mode_dropout: Part = 0.0
+
+
+def matched(
+    task: FlowTask,
+    student: Student,
+    matching: Matching,
+    training: adapt.Training,
+    segments: adapt.Segments,
+    *,
+    gamma_rate_scale: float = 1.0,
+) -> Recipe:
+    """The recipe of a student that is trained as ArcFlow's is, whatever its policy.
+
+    Args:
+        task: What it is for.
+        student: The network and its policy.
+        matching: How it is matched.
+        training: The settings of every student.
+        segments: What it goes through.
+        gamma_rate_scale: Learning rate of the gammas over that of the rest.
+
+    Raises:
+        InputError: If the settings do not fit each other or the task.
+    """
+    method = arcflow(
+        student,
+        task.velocity,
+        adapt.optimizer(training, gamma_rate_scale=gamma_rate_scale),
+        queries=matching.queries,
+        window=matching.window,
+        teacher_steps=int(matching.teacher_share * training.steps),
+        mode_dropout=matching.mode_dropout,
+        **adapt.options(task, training, segments),
+    )
+    return adapt.student_recipe(task, student, method, training, last=segments.last)
+
+
+def recipe(
+    task: FlowTask,
+    *,
+    modes: Annotated[int, Between(1, 1000)] = 8,
+    log_gamma: tuple[float, ...] = (-1.6094, 1.3863),
+    gamma_rate_scale: Rate = 0.1,
+    unit: Literal["time", "step"] = "time",
+    **rest: Annotated[Any, Matching, adapt.Training, adapt.Segments],
+) -> Recipe:
+    """An ArcFlow student of the task's teacher.
+
+    Args:
+        task: What it is for.
+        modes: Modes of the curve.
+        log_gamma: Lowest and highest logarithm of gamma at the start, evenly spaced between: by
+            default gamma is 0.2 to 4.
+        gamma_rate_scale: Learning rate of the gammas over that of the rest.
+        unit: Of gamma's exponent: a unit of time, or the fraction of the segment.
+        **rest: Of `Matching`, `adapt.Training` and `adapt.Segments`.
+
+    Raises:
+        InputError: If the settings do not fit each other or the task.
+    """
+    matching, training, segments = grouped(rest, Matching, adapt.Training, adapt.Segments)
+    if len(log_gamma) != 2:
+        raise InputError(f"method.log_gamma is {log_gamma}; give the lowest and the highest")
+    if segments.elastic and unit == "step":
+        raise InputError(
+            "method.elastic goes with gammas of a unit of time: one output serves segments of "
+            "several lengths; set method.unit=time"
+        )
+    head = MomentumHead(modes, task.shape[-1], task.trunk.patch, log_gamma)
+    student = adapt.adapted(task, head, momentum_policy(unit), training)
+    return matched(task, student, matching, training, segments, gamma_rate_scale=gamma_rate_scale)

@@ -1,22 +1,27 @@
 """Endpoint regression: one straight line from where a segment starts to where the teacher ends."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxdistill.errors import InputError
+from jaxdistill.flow import adapt
 from jaxdistill.flow.paths import expand, shifted
+from jaxdistill.flow.policies import momentum_policy
 from jaxdistill.flow.samplers import euler
 from jaxdistill.flow.students import Segment, Source, Student, Teacher, mean_square, student_method
+from jaxdistill.keywords import Between, grouped
 from jaxdistill.method import Method
+from jaxdistill.nn.momentum_head import MomentumHead
+from jaxdistill.task import FlowTask, Recipe
 
 
 def endpoint_regression(
     student: Student,
     teacher: Teacher,
-    tx: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     *,
     source: Source,
     queries: int = 4,
@@ -31,7 +36,7 @@ def endpoint_regression(
     Args:
         student: The network and its policy.
         teacher: The velocity to follow.
-        tx: Optimiser of what is trained.
+        optimizer: Optimiser of what is trained.
         source: Where examples come from.
         queries: Euler steps of the teacher in a segment, even in raw time.
         shift: See `paths.shifted`.
@@ -55,4 +60,33 @@ def endpoint_regression(
         after = jax.lax.stop_gradient(policy.transition(field, x, t, t_end))
         return Segment(loss, after, jnp.int32(queries))
 
-    return student_method(match, student, teacher, tx, source=source, shift=shift, **options)
+    return student_method(match, student, teacher, optimizer, source=source, shift=shift, **options)
+
+
+def recipe(
+    task: FlowTask,
+    *,
+    queries: Annotated[int, Between(1, 1000)] = 4,
+    **rest: Annotated[Any, adapt.Training, adapt.Segments],
+) -> Recipe:
+    """A linear student of the ends of the teacher's Euler steps.
+
+    Args:
+        task: What it is for.
+        queries: Euler steps of the teacher in a segment.
+        **rest: Of `adapt.Training` and `adapt.Segments`.
+
+    Raises:
+        InputError: If the settings do not fit each other or the task.
+    """
+    training, segments = grouped(rest, adapt.Training, adapt.Segments)
+    head = MomentumHead(1, task.shape[-1], task.trunk.patch, curved=False)
+    student = adapt.adapted(task, head, momentum_policy(), training)
+    method = endpoint_regression(
+        student,
+        task.velocity,
+        adapt.optimizer(training),
+        queries=queries,
+        **adapt.options(task, training, segments),
+    )
+    return adapt.student_recipe(task, student, method, training, last=segments.last)

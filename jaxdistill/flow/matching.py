@@ -34,7 +34,7 @@ class MatchingState(NamedTuple):
 def flow_matching(
     init: Callable[[PRNGKeyArray], PyTree],
     velocity: Callable[[PyTree, Examples, Times, Labels], Examples],
-    tx: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     *,
     batches: BatchSpec,
     data: Callable[[Batch], tuple[Examples, Labels]],
@@ -49,15 +49,15 @@ def flow_matching(
     Args:
         init: `key -> params`.
         velocity: `(params, x, t, label) -> u`.
-        tx: Optimiser.
+        optimizer: Optimiser.
         batches: What a step is fed; it must have `keys`.
         data: `batch -> (data, label)`.
         shift: See `paths.shifted`.
         null: The label that says nothing.
         label_drop: Share of the labels replaced by it, which guidance needs.
         decay: Of the moving average.
-        exact: The velocity of the data's law where it is known: it has the same mean as what is
-            learned from without it, and no noise.
+        exact: The velocity of the data's distribution where it is known: it has the same mean as
+            what is learned from without it, and no noise.
 
     Raises:
         InputError: If labels are to be dropped and there is no null label.
@@ -68,7 +68,7 @@ def flow_matching(
     def make(key, frozen, batch):
         del frozen, batch
         params = init(key)
-        return MatchingState(params, tx.init(params), params, jnp.int32(0))
+        return MatchingState(params, optimizer.init(params), params, jnp.int32(0))
 
     def step(state, frozen, batch, key):
         del frozen, key
@@ -87,7 +87,7 @@ def flow_matching(
 
         value, grads = jax.value_and_grad(loss)(state.params)
         grads = collective.mean(grads)
-        updates, opt = tx.update(grads, state.opt, state.params)
+        updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         # Early on, as short as the training so far.
         keep = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
@@ -97,6 +97,14 @@ def flow_matching(
     return Method(make, step, lambda state: state.average, batches)
 
 
-def uint8_data(batch: Batch) -> tuple[Examples, Array]:
-    """Images of a `uniform` batch in [-1, 1], and their labels."""
-    return batch["images"].astype(jnp.float32) / 127.5 - 1.0, batch["labels"]
+def examples_of(batch: Batch) -> tuple[Examples, Array]:
+    """The examples of a `uniform` batch in the units of a flow, and their labels.
+
+    Args:
+        batch: Its `images` are uint8, which become float32 in [-1, 1], or latents, which stay.
+            Without labels all are 0.
+    """
+    images = batch["images"]
+    if images.dtype == jnp.uint8:
+        images = images.astype(jnp.float32) / 127.5 - 1.0
+    return images, batch.get("labels", jnp.zeros(images.shape[0], jnp.int32))

@@ -1,7 +1,7 @@
 """Progressive distillation (Salimans and Ho 2022): each round a student of half as many steps."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ from jaxtyping import Array, Int32, PyTree
 
 from jaxdistill import collective
 from jaxdistill.errors import InputError
+from jaxdistill.flow import adapt
 from jaxdistill.flow.paths import Examples, expand, interpolate, shifted
+from jaxdistill.flow.policies import momentum_policy
 from jaxdistill.flow.samplers import euler
 from jaxdistill.flow.students import (
     Labels,
@@ -22,7 +24,10 @@ from jaxdistill.flow.students import (
     power_average,
     streams,
 )
+from jaxdistill.keywords import Between, grouped
 from jaxdistill.method import Batch, BatchSpec, Method
+from jaxdistill.nn.momentum_head import MomentumHead
+from jaxdistill.task import FlowTask, Recipe
 
 
 class ProgressiveState(NamedTuple):
@@ -48,19 +53,19 @@ class ProgressiveState(NamedTuple):
 def progressive(
     student: Student,
     teacher: Teacher,
-    tx: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     *,
     batches: BatchSpec,
     data: Callable[[Batch], tuple[Examples, Labels]],
     steps: int,
-    calls: int = 2,
-    first_calls: int = 16,
-    teacher_calls: int = 1,
+    nfe: int = 2,
+    first_nfe: int = 16,
+    teacher_nfe: int = 1,
     shift: float = 1.0,
     ema_power: float = 7.0,
     ema_from: int = 100,
 ) -> Method:
-    """Halves the number of calls round by round, from `first_calls` of the teacher to `calls`.
+    """Halves the number of calls round by round, from `first_nfe` of the teacher to `nfe`.
 
     A round's target is the mean velocity of two steps of the round before, the first round's that
     of the teacher itself. Segments are even in raw time.
@@ -68,13 +73,13 @@ def progressive(
     Args:
         student: The network and a policy, meant to be a straight line.
         teacher: The velocity to follow.
-        tx: Optimiser of what is trained; it starts anew each round.
+        optimizer: Optimiser of what is trained; it starts anew each round.
         batches: What a step is fed; it must have `keys`.
         data: `batch -> (data, label)`; segments are entered from the path of data to noise.
         steps: Of all rounds together, which share them evenly.
-        calls: Of the last student.
-        first_calls: Of the teacher; `calls` times a power of two.
-        teacher_calls: Network calls of one of its velocities, for the count of queries.
+        nfe: Of the last student.
+        first_nfe: Of the teacher; `nfe` times a power of two.
+        teacher_nfe: Network calls of one of its velocities, for the count of queries.
         shift: See `paths.shifted`.
         ema_power: See `students.power_average`.
         ema_from: Steps of a round before its average begins.
@@ -83,10 +88,10 @@ def progressive(
         InputError: If the numbers of calls do not fit, a round would have no step, or, from
             `init`, the teacher's output has not the shape of the examples.
     """
-    rounds = max(first_calls // max(calls, 1), 1).bit_length() - 1
-    if calls < 1 or rounds < 1 or first_calls != calls * 2**rounds:
+    rounds = max(first_nfe // max(nfe, 1), 1).bit_length() - 1
+    if nfe < 1 or rounds < 1 or first_nfe != nfe * 2**rounds:
         raise InputError(
-            f"first_calls={first_calls} must be calls={calls} times a power of two, 2 at least"
+            f"first_nfe={first_nfe} must be nfe={nfe} times a power of two, 2 at least"
         )
     if steps < rounds:
         raise InputError(f"{steps} steps for {rounds} rounds; give each one at least")
@@ -99,7 +104,7 @@ def progressive(
         check_velocity(teacher, frozen, x, jnp.ones(x.shape[0]), label)
         trainable = student.init(key, frozen)
         zero, copy = jnp.int32(0), lambda: jax.tree.map(jnp.copy, trainable)
-        return ProgressiveState(trainable, copy(), tx.init(trainable), copy(), zero, zero)
+        return ProgressiveState(trainable, copy(), optimizer.init(trainable), copy(), zero, zero)
 
     def line(params, frozen, x, start, end, label):
         """The mean velocity that a student gives for a segment."""
@@ -114,7 +119,7 @@ def progressive(
         state = jax.lax.cond((within == 0) & (done > 0), next_round, lambda s: s, state)
         x0, label = data(batch)
         k_noise, k_place = streams(batch["keys"], 2)
-        count = first_calls / 2.0 ** (done + 1)
+        count = first_nfe / 2.0 ** (done + 1)
         start = jnp.ceil((1.0 - jax.vmap(jax.random.uniform)(k_place)) * count) / count
         middle, end = start - 0.5 / count, start - 1.0 / count
         noise = noise_like(x0, k_noise)
@@ -139,12 +144,12 @@ def progressive(
 
         value, grads = jax.value_and_grad(loss)(state.trainable)
         grads = collective.mean(grads)
-        updates, opt = tx.update(grads, state.opt, state.trainable)
+        updates, opt = optimizer.update(grads, state.opt, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         average = power_average(state.average, trainable, within, power=ema_power, begin=ema_from)
         # Of the round before, whose student is a teacher too.
-        queries = jnp.where(done == 0, 2 * teacher_calls, 2)
-        metrics = {"loss": value, "calls": count, "queries": queries.astype(jnp.float32)}
+        queries = jnp.where(done == 0, 2 * teacher_nfe, 2)
+        metrics = {"loss": value, "nfe": count, "queries": queries.astype(jnp.float32)}
         state = ProgressiveState(
             trainable, state.teacher, opt, average, state.step + 1, state.queries + queries
         )
@@ -152,6 +157,47 @@ def progressive(
 
     def next_round(state):
         new = jax.tree.map(jnp.copy, state.average)
-        return state._replace(trainable=new, teacher=state.average, opt=tx.init(state.average))
+        return state._replace(
+            trainable=new, teacher=state.average, opt=optimizer.init(state.average)
+        )
 
     return Method(init, step, lambda state: state.average, batches)
+
+
+def recipe(
+    task: FlowTask,
+    *,
+    first_nfe: Annotated[int, Between(2, 10**6)] = 16,
+    **rest: Annotated[Any, adapt.Training],
+) -> Recipe:
+    """A linear student by progressive distillation, from real examples.
+
+    Args:
+        task: What it is for.
+        first_nfe: Euler steps of the teacher in the first round: `nfe` times a power of two.
+        **rest: Of `adapt.Training`.
+
+    Raises:
+        InputError: If the settings do not fit each other or the task.
+    """
+    (training,) = grouped(rest, adapt.Training)
+    # The rate falls in each round anew.
+    rounds = max((first_nfe // training.nfe).bit_length() - 1, 1)
+    steps = -(-training.steps // rounds)
+    head = MomentumHead(1, task.shape[-1], task.trunk.patch, curved=False)
+    student = adapt.adapted(task, head, momentum_policy(), training)
+    method = progressive(
+        student,
+        task.velocity,
+        adapt.optimizer(training, steps=steps),
+        batches=task.batches(training.batch_size),
+        data=task.data,
+        steps=training.steps,
+        nfe=training.nfe,
+        first_nfe=first_nfe,
+        teacher_nfe=task.nfe,
+        shift=task.shift,
+        ema_power=training.ema_power,
+        ema_from=adapt.warmup_of(training, steps),
+    )
+    return adapt.student_recipe(task, student, method, training)

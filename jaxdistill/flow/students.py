@@ -4,6 +4,7 @@ A student takes a few *segments* from noise to data, with one network call in ea
 training goes through the segments in sampling order, each from where the student got to.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -69,13 +70,13 @@ Schedule = Callable[[Key[Array, " n"]], Float[Array, "boundaries n"]]
 """Draws the boundaries of a step, in raw time, for each example from its key."""
 
 
-def fixed(calls: int, last: float = 1.0) -> Schedule:
+def fixed(nfe: int, last: float = 1.0) -> Schedule:
     """The same segments always: those of sampling with that many calls; see `paths.boundaries`."""
-    raw = boundaries(calls, last)
-    return lambda keys: jnp.broadcast_to(raw[:, None], (calls + 1, keys.shape[0]))
+    raw = boundaries(nfe, last)
+    return lambda keys: jnp.broadcast_to(raw[:, None], (nfe + 1, keys.shape[0]))
 
 
-def elastic(calls: Sequence[int]) -> Schedule:
+def elastic(nfe: Sequence[int]) -> Schedule:
     """Two segments that together visit all those of sampling with any of several numbers of calls.
 
     For each example a number N of calls and one of its segments, from j/N to (j + 1)/N of the way,
@@ -85,9 +86,9 @@ def elastic(calls: Sequence[int]) -> Schedule:
     Raises:
         InputError: If there is no number, or one that is not positive.
     """
-    if not calls or min(calls) < 1:
-        raise InputError(f"numbers of calls {tuple(calls)}; give some, each at least 1")
-    options = jnp.asarray(calls)
+    if not nfe or min(nfe) < 1:
+        raise InputError(f"numbers of calls {tuple(nfe)}; give some, each at least 1")
+    options = jnp.asarray(nfe)
 
     def one(key):
         k_calls, k_place = jax.random.split(key)
@@ -225,11 +226,11 @@ def student_method(
     match: Match,
     student: Student,
     teacher: Teacher,
-    tx: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     *,
     source: Source,
     shift: float = 1.0,
-    teacher_calls: int = 1,
+    teacher_nfe: int = 1,
     weight_by_length: bool = True,
     ema_power: float = 7.0,
     ema_from: int = 100,
@@ -240,10 +241,10 @@ def student_method(
         match: What is asked of the student in a segment.
         student: The student; its outputs must have the shape of the teacher's.
         teacher: The teacher.
-        tx: Optimiser of what is trained.
+        optimizer: Optimiser of what is trained.
         source: Where examples come from.
         shift: See `paths.shifted`.
-        teacher_calls: Network calls of one of its velocities, for the count of queries.
+        teacher_nfe: Network calls of one of its velocities, for the count of queries.
         weight_by_length: Whether a segment counts by its length in raw time, as it should where
             all of a path's segments are gone through. One of no length never counts.
         ema_power: Exponent of the moving average (Karras et al. 2023): larger is shorter.
@@ -259,7 +260,7 @@ def student_method(
         trainable = student.init(key, frozen)
         zero = jnp.int32(0)
         return StudentState(
-            trainable, tx.init(trainable), jax.tree.map(jnp.copy, trainable), zero, zero
+            trainable, optimizer.init(trainable), jax.tree.map(jnp.copy, trainable), zero, zero
         )
 
     def step(state, frozen, batch, key):
@@ -295,12 +296,12 @@ def student_method(
             (first.raw[:-1], first.raw[1:], indices),
         )
         grads = collective.mean(grads)
-        updates, opt = tx.update(grads, state.opt, state.trainable)
+        updates, opt = optimizer.update(grads, state.opt, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         average = power_average(
             state.average, trainable, state.step, power=ema_power, begin=ema_from
         )
-        asked = teacher_calls * queries.sum().astype(jnp.int32)
+        asked = teacher_nfe * queries.sum().astype(jnp.int32)
         metrics = {"loss": losses.sum(), "grad_norm": optax.tree.norm(grads)}
         metrics["queries"] = asked.astype(jnp.float32)
         total = state.queries + asked
@@ -333,7 +334,7 @@ def sample(
     noise: Examples,
     label: Labels,
     *,
-    calls: int,
+    nfe: int,
     shift: float = 1.0,
     last: float = 1.0,
 ) -> Examples:
@@ -345,12 +346,12 @@ def sample(
         frozen: What the method was given.
         noise: Where to start.
         label: What is asked for.
-        calls: Segments, and network calls.
+        nfe: Segments, and network calls.
         shift: As in training.
         last: See `paths.boundaries`.
     """
-    raw = boundaries(calls, last)
-    times = jnp.broadcast_to(shifted(raw, shift)[:, None], (calls + 1, noise.shape[0]))
+    raw = boundaries(nfe, last)
+    times = jnp.broadcast_to(shifted(raw, shift)[:, None], (nfe + 1, noise.shape[0]))
 
     def segment(x, ts):
         start, end = ts
@@ -359,3 +360,42 @@ def sample(
         return student.policy.transition(field, x, start, end), None
 
     return jax.lax.scan(segment, noise, (times[:-1], times[1:]))[0]
+
+
+def trace(
+    student: Student,
+    trainable: PyTree,
+    frozen: Frozen,
+    noise: Examples,
+    label: Labels,
+    *,
+    nfe: int,
+    parts: int,
+    shift: float = 1.0,
+    last: float = 1.0,
+) -> Float[Array, "times n ..."]:
+    """The states on the way of `sample`, for pictures: some in each segment, even in raw time.
+
+    Args:
+        student: The student.
+        trainable: Its output of training.
+        frozen: What the method was given.
+        noise: Where to start.
+        label: What is asked for.
+        nfe: Segments, and network calls.
+        parts: States in a segment.
+        shift: As in training.
+        last: See `paths.boundaries`.
+
+    Returns:
+        The states, the noise first: `nfe * parts + 1` of them.
+    """
+    raw, x, states = boundaries(nfe, last), noise, [noise]
+    for start, end in itertools.pairwise(raw):
+        fine = shifted(jnp.linspace(start, end, parts + 1), shift)
+        times = [jnp.full(noise.shape[0], t) for t in fine]
+        outputs = student.apply(trainable, frozen, x, times[0], label)
+        field = student.policy.begin(outputs, x, times[0], times[-1])
+        states += [student.policy.transition(field, x, times[0], t) for t in times[1:]]
+        x = states[-1]
+    return jnp.stack(states)

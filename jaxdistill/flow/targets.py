@@ -1,4 +1,4 @@
-"""Laws of points in the plane, for which much is known exactly.
+"""Distributions of points in the plane, for which much is known exactly.
 
 Points are arrays (n, 1, 1, 2), as images of one pixel, so that everything made for images takes
 them.
@@ -16,7 +16,7 @@ from jaxdistill.flow.paths import Examples, Times, expand
 
 
 class Target(NamedTuple):
-    """A law of points.
+    """A distribution of points.
 
     Attributes:
         sample: `key -> (1, 1, 2)`, one point.

@@ -120,7 +120,8 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Distilled
     """Reads and validates a distilled data set. Safe on untrusted files: nothing is unpickled.
 
     Args:
-        path: the directory, or the `.npz` itself; the card is the `.json` of the same name.
+        path: the directory, a workdir that has it as `artifacts`, or the `.npz` itself; the card
+            is the `.json` of the same name.
         max_bytes: refuse arrays that would take more memory than this, before reading them.
 
     Returns:
@@ -131,7 +132,8 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Distilled
     """
     path = Path(path)
     if os.path.isdir(path):
-        path = path / "distilled.npz"
+        inner = path / "artifacts"
+        path = (inner if os.path.isdir(inner) else path) / "distilled.npz"
     try:
         arrays = read_npz(
             path,

@@ -81,10 +81,6 @@ def check(
         )
     layouts = [shardings(s, mesh) for s in (frozen_specs, specs)]
     split = [not all(s.is_fully_replicated for s in jax.tree.leaves(tree)) for tree in layouts]
-    if spec.kind == "per_class" and split[0]:
-        raise InputError(
-            "a method on batches of each class sees what is frozen whole; leave frozen_specs out"
-        )
     if backend == "jit":
         return
     if any(split):
@@ -101,11 +97,16 @@ def _is_spec(leaf: Any) -> bool:
 
 
 def compile_init(
-    init: Callable, spec: BatchSpec, specs: PyTree, mesh: Mesh, data_layout: PartitionSpec
+    init: Callable,
+    spec: BatchSpec,
+    specs: PyTree,
+    mesh: Mesh,
+    frozen_specs: PyTree,
+    data_layout: PartitionSpec,
 ) -> Callable:
     """Compiles `(key, frozen, data) -> state`, with the state laid out as the specs say."""
     if spec.kind == "per_class":
-        init = _one_device(init, mesh, (PartitionSpec(), PartitionSpec(), data_layout), specs)
+        init = _one_device(init, mesh, (PartitionSpec(), frozen_specs, data_layout), specs)
     return jax.jit(init, out_shardings=shardings(specs, mesh))
 
 

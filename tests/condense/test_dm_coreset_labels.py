@@ -6,12 +6,17 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill.condense.coreset import CORESETS, Table, feature_table
+from jaxdistill.condense.coreset import Table, feature_table
 from jaxdistill.condense.dm import dm
+from jaxdistill.condense.herding import herding
+from jaxdistill.condense.k_center import k_center
 from jaxdistill.condense.labels import soft_labels
+from jaxdistill.condense.random import random_subset
 
 CLASSES, SIDE, DIM = 3, 8, 6
 COUNTS = (9, 5, 12)
+
+CORESETS = {"random": random_subset, "herding": herding, "k_center": k_center}
 
 
 def rng(seed=0):
@@ -22,7 +27,7 @@ def linear(params, images):
     return images.reshape(images.shape[0], -1) @ params
 
 
-def prepare(images):
+def normalize(images):
     scale = 255 if images.dtype == jnp.uint8 else 1
     return images.astype(jnp.float32) / scale - 0.5
 
@@ -43,17 +48,17 @@ def enlarge():
 
 def make_dm(rate=0.05, **options):
     network = lambda key: weights()  # noqa: E731
-    defaults = {"prepare": prepare, "ipc": 2, "batch_real": 8}
+    defaults = {"normalize": normalize, "ipc": 2, "batch_real": 8}
     return dm(linear, network, optax.sgd(rate), **{**defaults, **options})
 
 
-@pytest.mark.parametrize("chunk", [128, 4])
-def test_a_step_of_dm_against_numpy(chunk):
-    method = make_dm(factor=2, strategy="none", chunk=chunk)
+@pytest.mark.parametrize("microbatch", [128, 4])
+def test_a_step_of_dm_against_numpy(microbatch):
+    method = make_dm(factor=2, strategy="none", microbatch=microbatch)
     # In the range 26 to 230, so that no pixel meets the bounds.
     batch = (26 + 0.8 * uint8_images(CLASSES, 8)).astype(jnp.uint8)
-    state = method.init(jax.random.key(0), (), batch)
-    after, metrics = jax.jit(method.step)(state, (), batch, jax.random.key(1))
+    state = method.init(jax.random.key(0), (), {"images": batch})
+    after, metrics = jax.jit(method.step)(state, (), {"images": batch}, jax.random.key(1))
 
     w, up = np.float64(weights()), enlarge()
     pixels = np.float64(state.pixels)
@@ -71,10 +76,10 @@ def test_a_step_of_dm_against_numpy(chunk):
 def test_dm_moves_the_images_towards_the_real_means():
     method = make_dm(rate=0.5, start="noise", strategy="flip_crop")
     batch = uint8_images(CLASSES, 8) // 4
-    state = method.init(jax.random.key(0), (), batch)
+    state = method.init(jax.random.key(0), (), {"images": batch})
 
     def step(state, key):
-        state, metrics = method.step(state, (), batch, key)
+        state, metrics = method.step(state, (), {"images": batch}, key)
         return state, (metrics["match"], state.pixels.min(), state.pixels.max())
 
     keys = jax.random.split(jax.random.key(1), 40)
@@ -137,7 +142,7 @@ def test_greedy_choices_against_brute_force(name, reference):
 
 def test_random_images_are_distinct_and_evenly_drawn():
     frozen = table(np.zeros((sum(COUNTS), 0), np.float32))
-    method = CORESETS["random"](3)
+    method = random_subset(3)
 
     @jax.jit
     @jax.vmap
@@ -158,9 +163,9 @@ def test_random_images_are_distinct_and_evenly_drawn():
 
 def test_feature_table_pads_the_last_chunk():
     images, w = uint8_images(11), weights()
-    expected = np.asarray(prepare(images)).reshape(11, -1) @ np.asarray(w)
-    for chunk in (4, 64):
-        features = feature_table(linear, w, images, prepare=prepare, chunk=chunk)
+    expected = np.asarray(normalize(images)).reshape(11, -1) @ np.asarray(w)
+    for microbatch in (4, 64):
+        features = feature_table(linear, w, images, normalize=normalize, microbatch=microbatch)
         np.testing.assert_allclose(features, expected, atol=1e-5)
 
 
@@ -171,8 +176,8 @@ def test_soft_labels_are_the_mean_probabilities_of_the_teachers():
     logits = np.einsum("np,tpc->tnc", x, np.float64(teachers)) / 2
     odds = np.exp(logits)
     expected = (odds / odds.sum(-1, keepdims=True)).mean(0)
-    out = soft_labels(linear, teachers, images, prepare=prepare, temperature=2.0, chunk=3)
+    out = soft_labels(linear, teachers, images, normalize=normalize, temperature=2.0, microbatch=3)
     np.testing.assert_allclose(out, expected, atol=1e-6)
     np.testing.assert_allclose(out.sum(-1), 1, rtol=1e-6)
-    sharper = soft_labels(linear, teachers, images, prepare=prepare, chunk=3)
+    sharper = soft_labels(linear, teachers, images, normalize=normalize, microbatch=3)
     assert (sharper.max(-1) > out.max(-1)).all()

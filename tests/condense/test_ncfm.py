@@ -43,7 +43,7 @@ def logits(params, images):
     return features(params, images) @ params["head"]
 
 
-def prepare(images):
+def normalize(images):
     scale = 255 if images.dtype == jnp.uint8 else 1
     return images.astype(jnp.float32) / scale - 0.5
 
@@ -75,31 +75,33 @@ def module_sampler(kind, module):
     )
 
 
-def make(sampler=None, images_tx=None, sampler_tx=None, **options):
+def make(sampler=None, optimizer=None, sampler_optimizer=None, **options):
     options = {
         "ipc": 1,
         "batch_real": REAL,
         "num_freqs": FREQS,
         "feature_dim": DIM,
-        "prepare": prepare,
+        "normalize": normalize,
         "strategy": "none",
         **options,
     }
     sampler = sampler or charfn.gaussian()
-    return ncfm(features, logits, images_tx or optax.sgd(1e-3), sampler, sampler_tx, **options)
+    return ncfm(
+        features, logits, optimizer or optax.sgd(1e-3), sampler, sampler_optimizer, **options
+    )
 
 
 def run(method, pool, batch, steps):
     """The initial state, the last one, and what changed and the metrics after every step."""
 
     def step(state, k):
-        state, metrics = method.step(state, pool, batch, k)
+        state, metrics = method.step(state, pool, {"images": batch}, k)
         changed = {name: getattr(state, name) for name in ("step", "pixels", "sampler", "tuned")}
         return state, (changed, metrics)
 
     @fast_jit
     def all_steps(k):
-        state = method.init(k, pool, batch)
+        state = method.init(k, pool, {"images": batch})
         return state, *jax.lax.scan(step, state, jax.random.split(k, steps))
 
     first, last, (states, metrics) = all_steps(key(1))
@@ -160,7 +162,7 @@ def test_one_step_against_numpy(objective, batch):
     # Networks that are equal at both ends: any point between them is the same.
     network = networks(1)
     pool = {"initial": network, "trained": network}
-    method = make(law, optax.sgd(1e-4), optax.sgd(0.1), objective=objective, ipc=2, chunk=8)
+    method = make(law, optax.sgd(1e-4), optax.sgd(0.1), objective=objective, ipc=2, microbatch=8)
     first, after, _, metrics = run(method, pool, batch, 1)
 
     reference = Reference(network["w"][0], batch, freqs)
@@ -203,7 +205,7 @@ def test_the_sampler_moves_and_raises_the_discrepancy_at_fixed_images(sampler, p
             network, _, _ = pick_extractor(pool, k_net)
             freqs = sampler.draw(params, k_freqs, 64, DIM)
             gap = lambda a, b: charfn.discrepancy(  # noqa: E731
-                features(network, prepare(a)), features(network, prepare(b)), freqs
+                features(network, normalize(a)), features(network, normalize(b)), freqs
             )
             return jax.vmap(gap)(batch, syn).mean()
 
@@ -216,7 +218,7 @@ def test_the_sampler_moves_and_raises_the_discrepancy_at_fixed_images(sampler, p
 
 
 def test_the_images_move_and_match_better(pool, batch):
-    method = make(images_tx=optax.adam(0.02), start="noise", num_freqs=64)
+    method = make(optimizer=optax.adam(0.02), start="noise", num_freqs=64)
     first, last, states, metrics = run(method, pool, batch, 200)
     assert jnp.abs(last.pixels - first.pixels).max() > 0.05
     assert metrics["match"][-50:].mean() < 0.75 * metrics["match"][:10].mean()
@@ -226,18 +228,18 @@ def test_the_images_move_and_match_better(pool, batch):
 
 
 def test_a_class_depends_on_its_own_real_images_only(pool, batch):
-    method = make(images_tx=optax.sgd(1e-4), strategy="color_crop_cutout")
-    state = method.init(key(0), pool, batch)
+    method = make(optimizer=optax.sgd(1e-4), strategy="color_crop_cutout")
+    state = method.init(key(0), pool, {"images": batch})
     step = fast_jit(method.step)
-    plain, _ = step(state, pool, batch, key(1))
-    other, _ = step(state, pool, batch.at[1].set(255 - batch[1]), key(1))
+    plain, _ = step(state, pool, {"images": batch}, key(1))
+    other, _ = step(state, pool, {"images": batch.at[1].set(255 - batch[1])}, key(1))
     np.testing.assert_array_equal(plain.pixels[jnp.array([0, 2])], other.pixels[jnp.array([0, 2])])
     assert jnp.abs(plain.pixels[1] - other.pixels[1]).max() > 1e-4
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_real_and_synthetic_images_are_augmented_alike(impl, batch):
-    options = {"prepare": prepare, "strategy": "color_crop_cutout"}
+    options = {"normalize": normalize, "strategy": "color_crop_cutout"}
     flat = lambda params, images: images.reshape(images.shape[0], -1)  # noqa: E731
 
     @fast_jit
@@ -247,8 +249,8 @@ def test_real_and_synthetic_images_are_augmented_alike(impl, batch):
         rows = synthetic_rows(fractions, keys, **options)
         # Passes of a part of a class, of one class, and of all classes.
         reals = [
-            real_statistic(lambda f: f, flat, (), batch, keys, chunk=chunk, **options)
-            for chunk in (8, 20, 64)
+            real_statistic(lambda f: f, flat, (), batch, keys, microbatch=microbatch, **options)
+            for microbatch in (8, 20, 64)
         ]
         return reals, flat((), rows.images), rows.labels, rows.weights
 
@@ -262,11 +264,11 @@ def test_real_and_synthetic_images_are_augmented_alike(impl, batch):
 def test_half_precision_on_the_real_path_changes_little_and_stays_there(pool, batch):
     steps = {}
     for dtype in ("float32", "bfloat16"):
-        method = make(images_tx=optax.sgd(1e-4), real_dtype=dtype)
-        state = method.init(key(0), pool, batch)
-        program = str(jax.make_jaxpr(method.step)(state, pool, batch, key(1)))
+        method = make(optimizer=optax.sgd(1e-4), real_dtype=dtype)
+        state = method.init(key(0), pool, {"images": batch})
+        program = str(jax.make_jaxpr(method.step)(state, pool, {"images": batch}, key(1)))
         assert ("bf16" in program) == (dtype == "bfloat16")
-        steps[dtype] = fast_jit(method.step)(state, pool, batch, key(1))
+        steps[dtype] = fast_jit(method.step)(state, pool, {"images": batch}, key(1))
     (exact, told), (half, half_told) = steps["float32"], steps["bfloat16"]
     assert {x.dtype for x in jax.tree.leaves(half) if jnp.issubdtype(x.dtype, jnp.inexact)} == {
         jnp.dtype(jnp.float32)
@@ -281,7 +283,7 @@ def test_shares_of_the_synthetic_images_make_up_the_whole(classes, ipc, factor):
     numbers = np.random.default_rng(0)
     pixels = jnp.asarray(numbers.uniform(size=(classes, ipc, SIDE, SIDE, 1)), jnp.float32)
     keys = jax.random.split(jax.random.key(0), classes)
-    options = {"prepare": prepare, "strategy": "color_crop_cutout", "factor": factor}
+    options = {"normalize": normalize, "strategy": "color_crop_cutout", "factor": factor}
     rows = lambda pixels, keys: synthetic_rows(pixels, keys, **options)  # noqa: E731
     mesh = make_mesh()
     out_specs = Rows(PartitionSpec("data"), PartitionSpec("data"), PartitionSpec(None, "data"))
@@ -319,15 +321,17 @@ def test_given_images_go_to_the_devices_of_their_classes():
 @pytest.mark.slow
 def test_images_made_anew_for_each_pass_give_the_same_step(monkeypatch, pool, batch):
     """As with many images: everything that is fed by them."""
-    chunk = 24
+    microbatch = 24
     sampler = module_sampler(charfn.scale_mixture, ScaleNet(8))
-    options = {"ipc": 2, "factor": 2, "calibration": 1.0, "chunk": chunk}
+    options = {"ipc": 2, "factor": 2, "calibration": 1.0, "microbatch": microbatch}
     method = make(sampler, None, optax.sgd(0.1), strategy="color_crop_cutout", **options)
     kept = run(method, pool, batch, 2)
-    assert synthetic.classes_a_pass(kept[0].pixels, 2, chunk) == 0
+    assert synthetic.classes_a_pass(kept[0].pixels, 2, microbatch) == 0
     monkeypatch.setattr(synthetic, "_KEPT_BYTES", 0)
-    groups = {size: synthetic.classes_a_pass(kept[0].pixels, 2, size) for size in (7, 8, 16, chunk)}
-    assert groups == {7: 0, 8: 1, 16: 1, chunk: 3}
+    groups = {
+        size: synthetic.classes_a_pass(kept[0].pixels, 2, size) for size in (7, 8, 16, microbatch)
+    }
+    assert groups == {7: 0, 8: 1, 16: 1, microbatch: 3}
     anew = run(method, pool, batch, 2)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
     jax.tree.map(close, anew, kept)
@@ -362,14 +366,14 @@ def cross_entropy(pool, images):
     """The mean over the trained networks."""
 
     def one(params):
-        out = jax.vmap(lambda x: logits(params, prepare(x)))(images)
+        out = jax.vmap(lambda x: logits(params, normalize(x)))(images)
         return -jax.nn.log_softmax(out)[jnp.arange(CLASSES), :, jnp.arange(CLASSES)].mean()
 
     return jax.vmap(one)(pool["trained"]).mean()
 
 
 def test_calibration_lowers_the_cross_entropy(pool, batch):
-    method = make(images_tx=optax.adam(0.02), calibration=300.0)
+    method = make(optimizer=optax.adam(0.02), calibration=300.0)
     first, last, _, metrics = run(method, pool, batch, 20)
     before, after = (cross_entropy(pool, method.output(s)["images"]) for s in (first, last))
     assert after < 0.8 * before
@@ -380,7 +384,7 @@ def test_calibration_against_numpy(pool, batch):
     """What it adds to a step is gradient descent on the cross-entropy."""
     one = jax.tree.map(lambda x: x[:1], pool)
     (first, with_it, _, _), (_, without, _, _) = (
-        run(make(images_tx=optax.sgd(1e-3), calibration=c), one, batch, 1) for c in (3.0, 0.0)
+        run(make(optimizer=optax.sgd(1e-3), calibration=c), one, batch, 1) for c in (3.0, 0.0)
     )
     w, head = (np.float64(one["trained"][name][0]) for name in ("w", "head"))
     tiles = Reference(w, batch, np.zeros((1, DIM)))
@@ -397,7 +401,7 @@ def test_calibration_against_numpy(pool, batch):
 
 
 def test_fine_tuning_moves_only_the_chosen_network(pool, batch):
-    first, last, states, _ = run(make(finetune_rate=0.1), pool, batch, 8)
+    first, last, states, _ = run(make(finetune_learning_rate=0.1), pool, batch, 8)
     assert jax.tree.structure(first.tuned) == jax.tree.structure(pool["trained"])
     path = np.concatenate([np.asarray(x)[None] for x in (first.tuned["w"], *states["tuned"]["w"])])
     changed = (np.diff(path, axis=0) != 0).any((2, 3))
@@ -436,7 +440,7 @@ def test_images_given_outright_are_where_it_starts(pool, batch):
         ({"num_freqs": 0}, "must be at least 1"),
         (
             {"sampler": module_sampler(charfn.scale_mixture, ScaleNet(8))},
-            "a sampler with parameters needs sampler_tx",
+            "a sampler with parameters needs sampler_optimizer",
         ),
     ],
 )

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.data.dataset import Split
-from jaxdistill.data.device import check, draw, resident
+from jaxdistill.data.device import check, draw, resident, resident_shapes
 from jaxdistill.errors import InputError
 from jaxdistill.method import BatchSpec
 
@@ -19,11 +18,11 @@ def split():
     images = np.zeros((len(labels), 4, 5, 3), np.uint8) + np.arange(len(labels))[
         :, None, None, None
     ].astype(np.uint8)
-    return Split(images, labels)
+    return images, labels
 
 
-def positions(images):
-    images = np.asarray(images)
+def positions(batch):
+    images = np.asarray(batch["images"])
     first = images[..., 0, 0, 0]
     assert (images == first[..., None, None, None]).all()
     return first
@@ -31,13 +30,14 @@ def positions(images):
 
 @pytest.fixture(scope="module")
 def data():
-    return resident(split(), 3)
+    images, labels = split()
+    return resident({"images": images}, labels, 3)
 
 
 def test_images_come_back_with_their_shape():
     pixels = np.random.default_rng(1).integers(0, 256, (6, 4, 5, 3)).astype(np.uint8)
-    data = resident(Split(pixels, np.array([0, 0, 0, 1, 1, 1], np.int32)), 2)
-    batch = np.asarray(draw(BatchSpec("per_class", 3), data, jax.random.key(0)))
+    data = resident({"images": pixels}, np.array([0, 0, 0, 1, 1, 1], np.int32), 2)
+    batch = np.asarray(draw(BatchSpec("per_class", 3), data, jax.random.key(0))["images"])
     assert batch.dtype == np.uint8 and batch.shape == (2, 3, 4, 5, 3)
     for drawn, own in zip(batch, (pixels[:3], pixels[3:]), strict=True):
         assert {image.tobytes() for image in drawn} == {image.tobytes() for image in own}
@@ -46,7 +46,7 @@ def test_images_come_back_with_their_shape():
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_a_class_gives_distinct_images_of_its_own(data, size):
     sample = jax.jit(lambda key: draw(BatchSpec("per_class", size), data, key))
-    labels = split().labels
+    _, labels = split()
     for seed in range(20):
         drawn = positions(sample(jax.random.key(seed)))
         assert drawn.shape == (3, size)
@@ -58,8 +58,8 @@ def test_a_class_gives_distinct_images_of_its_own(data, size):
 def test_the_images_of_a_class_are_equally_likely(data):
     keys = jax.random.split(jax.random.key(3), 4000)
     drawn = jax.jit(jax.vmap(lambda key: draw(BatchSpec("per_class", 3), data, key)))(keys)
-    times = np.bincount(np.asarray(drawn)[..., 0, 0, 0].ravel(), minlength=sum(COUNTS))
-    expected = np.array([4000 * 3 / COUNTS[label] for label in split().labels])
+    times = np.bincount(positions(drawn).ravel(), minlength=sum(COUNTS))
+    expected = np.array([4000 * 3 / COUNTS[label] for label in split()[1]])
     assert np.abs(times / expected - 1).max() < 0.08  # five standard deviations of the rarest
 
 
@@ -78,9 +78,9 @@ def test_a_uniform_draw_reaches_every_image_with_its_label(data):
     seen = set()
     for seed in range(30):
         batch = sample(jax.random.key(seed))
-        drawn = positions(batch["images"])
+        drawn = positions(batch)
         assert batch["images"].shape == (8, 4, 5, 3) and batch["images"].dtype == jnp.uint8
-        np.testing.assert_array_equal(batch["labels"], split().labels[drawn])
+        np.testing.assert_array_equal(batch["labels"], split()[1][drawn])
         seen |= set(drawn)
     assert len(seen) == sum(COUNTS)
 
@@ -99,16 +99,20 @@ def test_a_method_without_data_gets_an_empty_batch():
 
 def test_the_data_do_not_follow_the_callers_memory():
     images, labels = split()
-    data = resident(Split(images, labels), 3)
-    before = np.array(data.pixels)
+    data = resident({"images": images}, labels, 3)
+    before = np.array(data.examples["images"])
     images[:], labels[:] = 0, 0
-    np.testing.assert_array_equal(data.pixels, before)
+    np.testing.assert_array_equal(data.examples["images"], before)
 
 
 @pytest.mark.parametrize(
     ("spec", "names", "message"),
     [
-        (BatchSpec("per_class", 5), ("cat", "dog", "eel"), "class 'dog' has 4 images, the batch "),
+        (
+            BatchSpec("per_class", 5),
+            ("cat", "dog", "eel"),
+            "class 'dog' has 4 examples, the batch ",
+        ),
         (BatchSpec("per_class", 5), None, "class '1' has 4 .* asks for 5 .* lower it to 4 or less"),
         (BatchSpec("per_class", 0), None, "a per_class batch of 0 examples; ask for at least one"),
         (BatchSpec("uniform", 0), None, "a uniform batch of 0 examples"),
@@ -141,9 +145,66 @@ def test_the_keys_of_the_examples_differ_and_follow_from_the_key(data, kind):
     np.testing.assert_array_equal(jax.random.key_data(jnp.concatenate(parts)), rows(0))
 
 
-def test_other_images_are_refused():
-    images, labels = split()
-    with pytest.raises(InputError, match=r"uint8 .N, H, W, C., not float32 of shape"):
-        resident(Split(images.astype(np.float32), labels), 3)
-    with pytest.raises(InputError, match="class 3 has no images"):
-        resident(Split(images, labels), 4)
+def pairs(count=11):
+    """Examples of several kinds: images, captions as ids and a number, in trees of dicts."""
+    rows = np.arange(count)
+    return {
+        "images": np.broadcast_to(rows[:, None, None, None], (count, 2, 3, 1)).astype(np.uint8),
+        "text": {"short": rows[:, None].repeat(5, 1), "length": rows.astype(np.int32)},
+    }
+
+
+def told(batch):
+    """Which examples a batch of `pairs` consists of; all parts of one say the same."""
+    rows = np.asarray(batch["text"]["length"])
+    np.testing.assert_array_equal(batch["images"][..., 0, 0, 0], rows)
+    np.testing.assert_array_equal(batch["text"]["short"], rows[..., None].repeat(5, -1))
+    return rows
+
+
+def test_examples_are_any_tree_of_arrays_and_their_parts_stay_together():
+    data, spec = resident(pairs()), BatchSpec("uniform", 6)
+    check(spec, data)
+    seen = set()
+    for seed in range(20):
+        batch = draw(spec, data, jax.random.key(seed))
+        assert set(batch) == {"images", "text", "keys"}  # no classes, so no labels
+        assert batch["images"].shape == (6, 2, 3, 1) and batch["text"]["short"].shape == (6, 5)
+        seen |= set(told(batch).tolist())
+    assert seen == set(range(11))
+
+
+def test_trees_with_a_table_of_classes_are_drawn_by_class():
+    labels = (np.arange(11) % 2).astype(np.int32)
+    batch = draw(BatchSpec("per_class", 4), resident(pairs(), labels, 2), jax.random.key(0))
+    assert "labels" not in batch
+    np.testing.assert_array_equal(labels[told(batch)], [[0] * 4, [1] * 4])
+
+
+def test_the_shapes_of_data_that_are_not_there():
+    data = resident(pairs(), (np.arange(11) % 2).astype(np.int32), 2)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), pairs())
+    shapes = resident_shapes(example, 2, 6)
+    assert jax.tree.structure(shapes) == jax.tree.structure(data)
+    for one, other in zip(jax.tree.leaves(shapes), jax.tree.leaves(data), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+@pytest.mark.parametrize(
+    ("examples", "labels", "classes", "message"),
+    [
+        (pairs(), np.arange(11, dtype=np.int32) % 3, 4, "class 3 has no images"),
+        (pairs(), np.zeros(10, np.int32), 1, r"arrays of one length, not of \[10, 11\]"),
+        ({"a": np.zeros(3), "b": np.zeros(4)}, None, None, r"of one length, not of \[3, 4\]"),
+        ({}, None, None, "of one length, not of none"),
+        ({"keys": np.zeros(3)}, None, None, "called keys, which batches have beside"),
+    ],
+)
+def test_examples_that_do_not_fit_are_refused(examples, labels, classes, message):
+    with pytest.raises(InputError, match=message):
+        resident(examples, labels, classes)
+
+
+def test_examples_of_no_class_are_not_drawn_by_class():
+    with pytest.raises(InputError, match="takes examples of each class; give it data with labels"):
+        check(BatchSpec("per_class", 1), resident(pairs()))

@@ -2,13 +2,13 @@
 
 import gzip
 import io
-import math
 import os
 import struct
 import sys
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -362,12 +362,10 @@ def test_facts_are_those_of_the_data(name):
     data = sources.load(name, pad_to=32)
     facts = sources.facts(name, pad_to=32)
     assert (facts.num_classes, facts.image_shape) == (data.num_classes, data.image_shape)
-    resident = device.resident(data.train, data.num_classes)
-    assert resident.pixels.shape == (
-        facts.num_classes,
-        facts.largest_class,
-        math.prod(facts.image_shape),
-    )
+    resident = device.resident({"images": data.train.images}, data.train.labels, data.num_classes)
+    example = jax.ShapeDtypeStruct(facts.image_shape, np.uint8)
+    known = device.resident_shapes({"images": example}, facts.num_classes, facts.largest_class)
+    assert known.examples["images"].shape == resident.examples["images"].shape
 
 
 def test_facts_of_other_data_are_read_from_them(tmp_path):

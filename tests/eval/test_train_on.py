@@ -1,6 +1,4 @@
-"""Training against a plain loop, measuring, and the record of what was measured."""
-
-import json
+"""Training against a plain loop, and measuring."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +7,7 @@ import pytest
 
 from jaxdistill.data.augment import normalizer
 from jaxdistill.data.sources import load
-from jaxdistill.errors import InputError, Interrupted
-from jaxdistill.eval import results
-from jaxdistill.eval.results import Cell
+from jaxdistill.errors import Interrupted
 from jaxdistill.eval.train_on import Network, Protocol, accuracy, one_hot, train, train_many
 
 CLASSES, SIDE = 4, 4
@@ -27,7 +23,7 @@ def linear(side=SIDE, classes=CLASSES):
 
 
 LINEAR = linear()
-PREPARE = normalizer((0.5,), (0.25,))
+NORMALIZE = normalizer((0.5,), (0.25,))
 
 
 def some_data(n, seed=0):
@@ -38,7 +34,7 @@ def some_data(n, seed=0):
 
 
 def fit(images, targets, protocol, seed=0, **options):
-    options = {"prepare": PREPARE, **options}
+    options = {"normalize": NORMALIZE, **options}
     return train(jax.random.key(seed), LINEAR, images, targets, protocol=protocol, **options)
 
 
@@ -116,7 +112,7 @@ def test_the_last_batch_of_an_epoch_is_short():
 def test_gradients_accumulated_over_chunks_are_those_of_the_batch():
     images, targets = some_data(10)
     for protocol in (PLAIN, PLAIN._replace(batch=7, strategy="color_flip")):
-        whole, parts = (fit(images, targets, protocol, chunk=c) for c in (256, 3))
+        whole, parts = (fit(images, targets, protocol, microbatch=c) for c in (256, 3))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), parts, whole)
 
 
@@ -133,7 +129,7 @@ def test_networks_trained_together_are_those_trained_alone(count):
     images, targets = some_data(10)
     protocol = PLAIN._replace(batch=7, strategy="color_flip")
     keys = jax.vmap(jax.random.key)(jnp.arange(count))
-    options = {"prepare": PREPARE, "protocol": protocol}
+    options = {"normalize": NORMALIZE, "protocol": protocol}
     many = train_many(keys, LINEAR, images, targets, **options)
     for i in range(count):
         one = fit(images, targets, protocol, seed=i)
@@ -157,7 +153,7 @@ def test_soft_targets_are_learned_as_they_are():
     targets = jnp.asarray([[0.1, 0.2, 0.3, 0.4]], jnp.float32)
     protocol = PLAIN._replace(epochs=300, rate=0.01, weight_decay=0.0)
     params = fit(images, targets, protocol)
-    out = LINEAR.logits(params, PREPARE(images))
+    out = LINEAR.logits(params, NORMALIZE(images))
     np.testing.assert_allclose(jax.nn.softmax(out), targets, atol=0.01)
 
 
@@ -168,97 +164,28 @@ def test_images_in_fractions_train_like_bytes():
     np.testing.assert_allclose(a["w"], b["w"], atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [4, 11, 64])
-def test_accuracy_counts_a_ragged_last_chunk(chunk):
+@pytest.mark.parametrize("microbatch", [4, 11, 64])
+def test_accuracy_counts_a_ragged_last_chunk(microbatch):
     images, _ = some_data(11)
     guesses = (np.float64(images).reshape(11, -1) / 255 - 0.5) / 0.25 @ np.float64(start()["w"])
     labels = guesses.argmax(1)
-    # The first image fills up the last chunk: it must count once, right or wrong.
+    # The first image fills up the last microbatch: it must count once, right or wrong.
     labels[[0, 5, 10]] = (labels[[0, 5, 10]] + 1) % CLASSES
     labels = jnp.asarray(labels, jnp.int32)
-    measured = accuracy(LINEAR, start(), images, labels, prepare=PREPARE, chunk=chunk)
+    measured = accuracy(LINEAR, start(), images, labels, normalize=NORMALIZE, microbatch=microbatch)
     assert measured == 8 / 11
 
 
 def test_a_linear_model_learns_the_digits():
     data = load("digits")
-    network, prepare = linear(8, 10), normalizer(data.mean, data.std)
+    network, normalize = linear(8, 10), normalizer(data.mean, data.std)
     params = train(
         jax.random.key(0),
         network,
         jnp.asarray(data.train.images),
         one_hot(data.train.labels, data.num_classes),
-        prepare=prepare,
+        normalize=normalize,
         protocol=Protocol(epochs=30, rate=0.05, strategy="none"),
     )
     images, labels = (jnp.asarray(x) for x in data.test)
-    assert accuracy(network, params, images, labels, prepare=prepare) > 0.85
-
-
-def cell(**changes):
-    fields = {"network": "convnet", "method": "ncfm", "labels": "hard", "seed": 0, "protocol": "ab"}
-    return Cell(**{**fields, **changes})
-
-
-def test_results_come_back(tmp_path):
-    path = tmp_path / "results.json"
-    assert results.read(path) == {}
-    measured = {
-        cell(): {"accuracy": 0.5},
-        cell(seed=1): {"accuracy": 0.25, "seconds": 3.0},
-        cell(labels="soft"): {"accuracy": 1.0},
-    }
-    results.write(path, measured)
-    assert results.read(path) == measured
-    results.write(path, {})
-    assert results.read(path) == {}
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"{",
-        b"null",
-        b"[1]",
-        b'["text"]',
-        b'[{"network": "convnet"}]',
-        b'{"network": "convnet"}',
-        b'[{"network": [], "method": "a", "labels": "hard", "seed": 0, "protocol": "b"}]',
-        b"\xff\xfe\x00",
-        b"[" * 100_000,
-        json.dumps([cell()._asdict()]).encode(),
-        json.dumps([cell(seed="0")._asdict() | {"accuracy": 0.5}]).encode(),
-        json.dumps([cell(seed=True)._asdict() | {"accuracy": 0.5}]).encode(),
-        json.dumps([cell(network=3)._asdict() | {"accuracy": 0.5}]).encode(),
-        json.dumps([cell()._asdict() | {"accuracy": "0.5"}]).encode(),
-        json.dumps([cell()._asdict() | {"accuracy": 50}]).encode(),
-        json.dumps([cell()._asdict() | {"accuracy": float("nan")}]).encode(),
-    ],
-)
-def test_garbage_is_refused(tmp_path, content):
-    path = tmp_path / "results.json"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"results.json is not a list of results .*; delete it"):
-        results.read(path)
-
-
-def test_the_table_keeps_hard_and_soft_labels_apart():
-    measured = {
-        cell(): {"accuracy": 0.5},
-        cell(seed=1): {"accuracy": 0.7},
-        cell(labels="soft"): {"accuracy": 0.8},
-        cell(method="random"): {"accuracy": 0.3},
-        cell(method="random", network="vgg"): {"accuracy": 0.2},
-    }
-    text = results.table([c._asdict() | values for c, values in measured.items()])
-    rows = [[x.strip() for x in line.strip("|").split("|")] for line in text.splitlines()]
-    header, rule, *body = rows
-    hard, soft, other = "convnet, hard labels", "convnet, soft labels", "vgg, hard labels"
-    assert header == ["method", hard, soft, other]
-    assert all(set(x) == {"-"} for x in rule)
-    assert body == [
-        ["ncfm", "60.0 ± 10.0", "80.0 ± 0.0", "–"],
-        ["random", "30.0 ± 0.0", "–", "20.0 ± 0.0"],
-    ]
-    assert len({len(line) for line in text.splitlines()}) == 1
+    assert accuracy(network, params, images, labels, normalize=normalize) > 0.85

@@ -94,7 +94,7 @@ OPTIONS = {"shift": 3.2, "teacher_steps": 4, "ema_from": 1}
 
 
 def methods():
-    tx = optax.adam(1e-2)
+    optimizer = optax.adam(1e-2)
     uniform = BatchSpec("uniform", 16)
     image = (8, 8, 1)
 
@@ -106,32 +106,34 @@ def methods():
 
     seen = from_data(uniform, images, fixed(3, 0.5), 2.0)
     return {
-        "arcflow": arcflow(student(), exact, tx, source=noise_source(), drop=0.3, **OPTIONS),
+        "arcflow": arcflow(student(), exact, optimizer, source=noise_source(), drop=0.3, **OPTIONS),
         "elastic": arcflow(
-            student(), exact, tx, source=noise_source(schedule=elastic((1, 2, 4))), **OPTIONS
+            student(), exact, optimizer, source=noise_source(schedule=elastic((1, 2, 4))), **OPTIONS
         ),
         "gaussian": arcflow(
-            student(policy=gaussian_policy(4)), exact, tx, source=noise_source(), **OPTIONS
+            student(policy=gaussian_policy(4)), exact, optimizer, source=noise_source(), **OPTIONS
         ),
         "from data": arcflow(
-            student(image), straight, tx, source=seen, weight_by_length=False, **OPTIONS
+            student(image), straight, optimizer, source=seen, weight_by_length=False, **OPTIONS
         ),
-        "endpoint": endpoint_regression(student(), exact, tx, source=noise_source(), shift=3.2),
+        "endpoint": endpoint_regression(
+            student(), exact, optimizer, source=noise_source(), shift=3.2
+        ),
         "progressive": progressive(
             student(image),
             straight,
-            tx,
+            optimizer,
             batches=uniform,
             data=images,
             steps=4,
-            calls=2,
-            first_calls=8,
+            nfe=2,
+            first_nfe=8,
             ema_from=1,
         ),
         "matching": flow_matching(
             lambda key: init_network(key, 66) | {"out": jnp.zeros((WIDTH, 64))},
             lambda p, x, t, label: (network(p, x, t) @ p["out"]).reshape(x.shape),
-            tx,
+            optimizer,
             batches=uniform,
             data=images,
             null=8,
@@ -149,12 +151,12 @@ def test_any_number_of_devices_gives_the_same(kind):
     assert_backends_agree(together(fed), toy_data()[0], dict.fromkeys(fed, ()), steps=2, rtol=3e-4)
 
 
-def endpoint_error(trained, made, calls=2, shift=3.2):
+def endpoint_error(trained, made, nfe=2, shift=3.2):
     z = jax.random.normal(jax.random.key(9), (512, *SHAPE))
     label = jnp.zeros(512, jnp.int32)
     fine = paths.shifted(paths.boundaries(256), shift)
     truth = samplers.rk4(soft4().velocity, z, fine)
-    ends = sample(made, trained, (), z, label, calls=calls, shift=shift)
+    ends = sample(made, trained, (), z, label, nfe=nfe, shift=shift)
     return float(jnp.sqrt(jnp.square(ends - truth).mean()))
 
 
@@ -162,12 +164,12 @@ def endpoint_error(trained, made, calls=2, shift=3.2):
 def trained(curved, kind="arcflow", schedule=None, steps=1500):
     made = student(curved=curved)
     source = noise_source(256, elastic(schedule) if schedule else None)
-    tx = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
     if kind == "arcflow":
         options = {"shift": 3.2, "teacher_steps": steps // 3}
-        method = arcflow(made, exact, tx, source=source, **options)
+        method = arcflow(made, exact, optimizer, source=source, **options)
     else:
-        method = endpoint_regression(made, exact, tx, source=source, shift=3.2, queries=16)
+        method = endpoint_regression(made, exact, optimizer, source=source, shift=3.2, queries=16)
     state = runner.run(method, key=jax.random.key(0), steps=steps, chunk=100)
     return method.output(state), made
 
@@ -188,11 +190,11 @@ def test_endpoint_regression_with_many_queries_beats_lines_on_the_way():
 
 def test_an_elastic_student_serves_every_number_of_calls():
     elastic_one, rigid = trained(True, schedule=(1, 2, 4, 8)), trained(True)
-    errors = [endpoint_error(*elastic_one, calls=calls) for calls in (1, 2, 4, 8)]
+    errors = [endpoint_error(*elastic_one, nfe=nfe) for nfe in (1, 2, 4, 8)]
     assert max(errors) < 0.7 * endpoint_error(*trained(False))
     # The other one is good at the number of calls it was trained for alone.
-    assert errors[0] < 0.6 * endpoint_error(*rigid, calls=1)
-    assert errors[2] < 0.6 * endpoint_error(*rigid, calls=4)
+    assert errors[0] < 0.6 * endpoint_error(*rigid, nfe=1)
+    assert errors[2] < 0.6 * endpoint_error(*rigid, nfe=4)
 
 
 def test_a_sampler_calls_the_network_as_often_as_it_says():
@@ -205,7 +207,7 @@ def test_a_sampler_calls_the_network_as_often_as_it_says():
 
     params = made.init(jax.random.key(0), ())
     z, label = jnp.ones((3, *SHAPE)), jnp.zeros(3, jnp.int32)
-    sample(made._replace(apply=counted), params, (), z, label, calls=3).block_until_ready()
+    sample(made._replace(apply=counted), params, (), z, label, nfe=3).block_until_ready()
     jax.effects_barrier()
     assert len(calls) == 3
 
@@ -231,8 +233,8 @@ def test_teacher_calls_are_counted_by_the_program():
 def test_progressive_counts_the_teacher_of_its_first_round_as_often_as_it_is_called():
     # Two rounds of two steps; two calls of a teacher that is the student of before.
     keys = BatchSpec("keys", 16)
-    made = {"batches": keys, "data": points, "steps": 4, "calls": 2, "first_calls": 8}
-    method = progressive(student(curved=False), exact, optax.sgd(0.1), teacher_calls=2, **made)
+    made = {"batches": keys, "data": points, "steps": 4, "nfe": 2, "first_nfe": 8}
+    method = progressive(student(curved=False), exact, optax.sgd(0.1), teacher_nfe=2, **made)
     _, state = run_on(1, "jit", method, (), (), 4)
     assert int(state.queries) == 2 * (2 * 2) + 2 * 2
 
@@ -282,10 +284,10 @@ def test_a_teacher_that_makes_no_velocities_is_refused(output):
     def wrong(frozen, x, t, label):
         return x[..., :1] if output == "less" else (x, t)
 
-    tx, keys = optax.sgd(0.1), BatchSpec("keys", 16)
+    optimizer, keys = optax.sgd(0.1), BatchSpec("keys", 16)
     for method in (
-        arcflow(student(), wrong, tx, source=noise_source()),
-        progressive(student(), wrong, tx, batches=keys, data=points, steps=4),
+        arcflow(student(), wrong, optimizer, source=noise_source()),
+        progressive(student(), wrong, optimizer, batches=keys, data=points, steps=4),
     ):
         with pytest.raises(InputError, match="a velocity has their shape"):
             method.init(jax.random.key(0), (), {"keys": jax.random.split(jax.random.key(0), 16)})
@@ -377,10 +379,10 @@ def test_settings_that_cannot_be_meant_are_refused(make, message):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"calls": 2, "first_calls": 6}, "power of two"),
-        ({"calls": 0, "first_calls": 8}, "power of two"),
-        ({"calls": 2, "first_calls": 2}, "power of two"),
-        ({"calls": 2, "first_calls": 16, "steps": 2}, "2 steps for 3 rounds"),
+        ({"nfe": 2, "first_nfe": 6}, "power of two"),
+        ({"nfe": 0, "first_nfe": 8}, "power of two"),
+        ({"nfe": 2, "first_nfe": 2}, "power of two"),
+        ({"nfe": 2, "first_nfe": 16, "steps": 2}, "2 steps for 3 rounds"),
     ],
 )
 def test_rounds_that_do_not_fit_are_refused(numbers, message):
@@ -402,8 +404,8 @@ def test_segments_of_no_length_count_for_nothing(policy):
     made = {"step": momentum_policy("step"), "gaussian": gaussian_policy(3)}.get(policy)
     built = student(policy=gaussian_policy(3)) if policy == "gaussian" else student()
     built = built._replace(policy=made or built.policy)
-    for calls in ((1,), (1, 2)):
-        source = noise_source(8, elastic(calls))
+    for nfe in ((1,), (1, 2)):
+        source = noise_source(8, elastic(nfe))
         method = arcflow(built, exact, optax.sgd(0.1), source=source, shift=3.2)
         batch = {"keys": jax.random.split(jax.random.key(0), 8)}
         state = method.init(jax.random.key(1), (), batch)
@@ -421,11 +423,11 @@ def test_rounds_share_the_steps_evenly(steps, rounds):
         batches=BatchSpec("uniform", 16),
         data=lambda b: (b["images"].astype(jnp.float32), b["labels"]),
         steps=steps,
-        calls=1,
-        first_calls=2**rounds,
+        nfe=1,
+        first_nfe=2**rounds,
     )
     records, _ = run_on(1, "jit", method, toy_data()[0], (), steps)
-    calls = [int(values["calls"]) for _, values in records]
+    calls = [int(values["nfe"]) for _, values in records]
     wanted = [2 ** (rounds - 1 - i) for i in range(rounds)]
     assert list(dict.fromkeys(calls)) == wanted
     assert max(map(calls.count, wanted)) - min(map(calls.count, wanted)) <= 1

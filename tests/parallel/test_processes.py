@@ -94,9 +94,9 @@ def command_in_two_processes(command):
 
 @pytest.mark.slow
 def test_the_command_line_runs_in_two_processes(tmp_path):
-    command = [sys.executable, "-m", "jaxdistill.main", "--config=ncfm:dataset=digits,ipc=1,smoke"]
-    command += ["--config.eval.baselines=('random',)", f"--workdir={tmp_path / 'run'}"]
-    command += ["--config.pool.size=2", "--config.pool.epochs=1", "--config.model.depth=1"]
+    command = [sys.executable, "-m", "jaxdistill.main", "--config=ncfm:baselines=random,smoke"]
+    command += ["--config.evals.accuracy.depth=1", f"--workdir={tmp_path / 'run'}"]
+    command += ["--config.pool.size=2", "--config.pool.epochs=1", "--config.extractor.depth=1"]
     outputs = command_in_two_processes(command)
     tables = [out.count("convnet, hard labels") for out in outputs]
     assert tables == [1, 0]  # the first process prints
@@ -111,8 +111,13 @@ def test_the_command_line_runs_in_two_processes(tmp_path):
 
 @pytest.mark.slow
 def test_flows_run_in_two_processes(tmp_path):
-    command = [sys.executable, "-m", "jaxdistill.main", "--config=flow:dataset=digits,smoke"]
-    command += ["--config.eval.baselines=()", f"--workdir={tmp_path / 'run'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxdistill.main",
+        "--config=flow:dataset=digits,baselines=,smoke",
+    ]
+    command += [f"--workdir={tmp_path / 'run'}"]
     first, second = command_in_two_processes(command)
     assert first.count("| arcflow, 2 |") == 1 and "arcflow" not in second  # the first prints
     folder = tmp_path / "run"

@@ -31,16 +31,15 @@ from jaxdistill.io.versions import versions
 
 EXTRACTORS = 2
 FLAGS = (
-    "--config=ncfm:dataset=digits,ipc=1,smoke",
-    "--config.run.steps=800",
+    "--config=ncfm:dataset=digits,ipc=1,baselines=random,smoke",
+    "--config.method.steps=800",
     "--config.run.chunk=5",
     "--config.run.checkpoint_every=20",
     f"--config.pool.size={EXTRACTORS}",
     "--config.method.sampler=learned",
     "--config.method.warmup=1",
-    "--config.eval.epochs=300",
-    "--config.eval.seeds=8",
-    '--config.eval.baselines=("random",)',
+    "--config.evals.accuracy.epochs=300",
+    "--config.evals.accuracy.seeds=8",
 )
 # What a round of kills is aimed at, in the order in which a run comes by. Restoring and compiling
 # take longest, so `anything` mostly hits those.

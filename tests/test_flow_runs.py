@@ -9,20 +9,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
 from jaxdistill import config as configs
-from jaxdistill import flow_build, flow_eval, flow_train, main
+from jaxdistill import experiment, load_student, main, settings
 from jaxdistill.errors import InputError, Interrupted
+from jaxdistill.eval import results
+from jaxdistill.flow import adapt
+from jaxdistill.flow.policies import momentum_policy
 from jaxdistill.io import weights
 from jaxdistill.nn import lora
+from jaxdistill.nn.momentum_head import MomentumHead
+from jaxdistill.task import Part
+from jaxdistill.tasks import flow
 
 POINTS = "flow:dataset=soft4,smoke"
 IMAGES = "flow:dataset=digits,smoke"
-GUIDED = ["--config.teacher.guidance=1.5", "--config.eval.baselines=()"]
+ALONE = f"{IMAGES},baselines="
+GUIDED = ["--config.teacher.guidance=1.5"]
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
-ALL = f"--config.eval.baselines={tuple(s for s in flow_build.STUDENTS if s != 'arcflow')}"
+STUDENTS = ("linear", "straight", "gaussian", "endpoint", "endpoint_8x", "progressive")
+CALLS = "--config.evals.samples.nfe=(1,2)"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,7 +43,7 @@ def quickly():
 @pytest.fixture(scope="module")
 def points(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("flow") / "points"
-    main.run([f"--config={POINTS}", f"--workdir={workdir}", "--config.eval.calls=(1,2)"])
+    main.run([f"--config={POINTS}", f"--workdir={workdir}", CALLS])
     return workdir
 
 
@@ -44,12 +51,16 @@ def points(tmp_path_factory):
 def images(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("flow") / "images"
     # Labels, adapters and guidance on top of what points have.
-    main.run([f"--config={IMAGES}", f"--workdir={workdir}", *GUIDED])
+    main.run([f"--config={ALONE}", f"--workdir={workdir}", *GUIDED])
     return workdir
 
 
 def rows_of(workdir):
-    return json.loads((workdir / "results.json").read_text())["rows"]
+    """Row -> measure -> value."""
+    found = {}
+    for record in json.loads((workdir / "results.json").read_text()):
+        found.setdefault(record["row"], {})[record["metric"]] = record["value"]
+    return found
 
 
 def timeless(rows):
@@ -64,15 +75,15 @@ def test_a_run_leaves_what_it_promises(points):
     teacher, teacher_card = weights.load(points / "teacher", "teacher")
     assert set(params) == {"trunk", "head"}
     assert card["parameters"] == lora.count(params)
-    assert card["teacher_sha256"] == teacher_card["sha256"]
-    assert card["calls"] == 2 and card["shift"] == 3.2 and "licence" in card
+    assert card["provenance"]["teacher_sha256"] == teacher_card["sha256"]
+    assert card["nfe"] == 2 and card["shift"] == 3.2 and "licence" in card
     # 8 steps of 8 examples, 2 segments with 4 queries each.
     assert card["cost"]["teacher_queries"] == 8 * 8 * 2 * 4
     for name in ("samples.png", "trajectories.png"):
         assert np.asarray(Image.open(points / "artifacts" / name)).std() > 1
     rows = rows_of(points)
     assert {"arcflow, 1", "arcflow, 2", "linear, 2", "teacher, euler, 2"} <= set(rows)
-    assert rows["teacher, midpoint, 2"]["calls"] == 2
+    assert rows["teacher, midpoint, 2"]["nfe"] == 2
     assert rows["teacher, euler, 4"]["endpoint RMSE"] < rows["teacher, euler, 2"]["endpoint RMSE"]
     assert lora.count(teacher) > 0
 
@@ -80,8 +91,8 @@ def test_a_run_leaves_what_it_promises(points):
 def test_images_have_all_the_measures(images):
     rows = rows_of(images)
     student = rows["arcflow, 2"]
-    assert student["calls"] == 2
-    assert rows["teacher, euler, 2"]["calls"] == 4  # guidance takes two
+    assert student["nfe"] == 2
+    assert rows["teacher, euler, 2"]["nfe"] == 4  # guidance takes two
     trained, card = weights.load(images / "artifacts", "student")
     # 8 steps of 8 examples, 2 segments with 4 queries of two calls each.
     assert card["cost"]["teacher_queries"] == 8 * 8 * 2 * 4 * 2
@@ -96,7 +107,7 @@ def test_images_have_all_the_measures(images):
 
 def test_the_teachers_images_are_made_once_and_damaged_ones_named(images, tmp_path):
     workdir = shutil.copytree(images, tmp_path / "run")
-    args = [f"--config={IMAGES}", f"--workdir={workdir}", "--mode=eval", *GUIDED]
+    args = [f"--config={ALONE}", f"--workdir={workdir}", "--mode=eval", *GUIDED]
     (kept,) = (workdir / "judge").glob("teacher-*.npz")
     stamp = kept.stat().st_mtime_ns
     (workdir / "results.json").unlink()
@@ -114,13 +125,35 @@ def test_the_example_of_the_documentation_samples_from_what_a_run_left(kind, req
     workdir = request.getfixturevalue(kind)
     monkeypatch.chdir(workdir)
     names = runpy.run_path(str(EXAMPLES / "use_student.py"))
-    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    setup = flow_train.Setup(config, "", workdir, names["problem"])
-    frozen, students = {"teacher": names["teacher"]}, {"arcflow": names["trained"]}
-    rows = flow_eval._generators(setup, frozen, students)
-    wanted = rows["arcflow, 2"].sample(names["noise"], names["label"])
+    config = configs.load(POINTS if kind == "points" else ALONE)
+    if kind == "images":
+        configs.override(config, "teacher.guidance", "1.5")
+    ready = experiment.set_up(config, workdir)
+    trained, _ = weights.load(workdir / "artifacts", "student")
+    frozen = ready.recipes["arcflow"].frozen.load()
+    noise = jax.random.normal(jax.random.key(0), (16, *ready.loaded.task.shape))
+    wanted = ready.recipes["arcflow"].sample(trained, frozen, noise, names["label"], nfe=2)
     assert np.isfinite(wanted).all()
     np.testing.assert_allclose(names["examples"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_is_read_wherever_it_lies_and_under_its_own_teacher_alone(points, tmp_path):
+    label = np.zeros(4, np.int32)
+    key = jax.random.key(0)
+    made = load_student(points / "artifacts").sample(key, label)
+    np.testing.assert_array_equal(load_student(points).sample(key, label, nfe=2), made)
+    assert load_student(points / "baselines" / "linear").sample(key, label).shape == (4, 1, 1, 2)
+    assert np.abs(load_student(points).sample(key, label, nfe=1) - made).max() > 1e-4
+    moved = shutil.copytree(points / "artifacts", tmp_path / "moved")
+    with pytest.raises(InputError, match="no teacher lies beside the student"):
+        load_student(moved)
+    np.testing.assert_array_equal(load_student(moved, points / "teacher").sample(key, label), made)
+    params, card = weights.load(points / "teacher", "teacher")
+    weights.save(tmp_path / "other", "teacher", jax.tree.map(lambda x: 2 * x, params), card)
+    with pytest.raises(InputError, match="is not that of the student"):
+        load_student(moved, tmp_path / "other")
+    with pytest.raises(InputError, match=r"labels are whole numbers \(n,\), not float"):
+        load_student(points).sample(key, np.zeros(4))
 
 
 def _paths(tree, prefix=()):
@@ -133,7 +166,7 @@ def _paths(tree, prefix=()):
 
 def test_the_same_command_does_nothing_twice(points, capsys):
     before = {p: p.stat().st_mtime_ns for p in points.rglob("*.safetensors")}
-    args = [f"--config={POINTS}", f"--workdir={points}", "--config.eval.calls=(1,2)"]
+    args = [f"--config={POINTS}", f"--workdir={points}", CALLS]
     main.run(args)
     assert before == {p: p.stat().st_mtime_ns for p in points.rglob("*.safetensors")}
     assert "| arcflow, 2 |" in capsys.readouterr().out
@@ -144,11 +177,10 @@ def test_the_same_command_does_nothing_twice(points, capsys):
 
 def test_stopped_anywhere_it_ends_the_same(points, tmp_path):
     workdir, numbers, stops = tmp_path / "run", np.random.default_rng(0), 0
-    config = configs.load(POINTS)
-    configs.override(config, "eval.calls", "(1,2)")
+    config = configs.load(POINTS, {"evals.samples.nfe": "(1,2)"})
     for _ in range(60):
         try:
-            flow_train.train(config, workdir, lambda: numbers.random() < 0.1)
+            experiment.train(config, workdir, lambda: numbers.random() < 0.1)
             break
         except Interrupted:
             stops += 1
@@ -162,86 +194,89 @@ def test_stopped_anywhere_it_ends_the_same(points, tmp_path):
 
 @pytest.mark.slow
 def test_every_student_runs(tmp_path, points):
-    config = configs.load(POINTS)
-    configs.override(config, "eval.baselines", ALL.partition("=")[2])
-    configs.override(config, "teacher.dir", str(points / "teacher"))
-    rows = flow_train.train(config, tmp_path / "run")
-    made = {row["row"]: row for row in rows}
-    assert {f"{name}, 2" for name in flow_build.STUDENTS} <= set(made)
+    config = configs.load(
+        f"{POINTS},baselines={'+'.join(STUDENTS)}", {"teacher.dir": str(points / "teacher")}
+    )
+    experiment.train(config, tmp_path / "run")
+    assert {f"{name}, 2" for name in STUDENTS} <= set(rows_of(tmp_path / "run"))
     cards = {
         name: json.loads((tmp_path / "run/baselines" / name / "artifacts/student.json").read_text())
-        for name in config.eval.baselines
+        for name in STUDENTS
     }
     queries = {name: card["cost"]["teacher_queries"] for name, card in cards.items()}
     assert queries["endpoint_8x"] == 8 * queries["endpoint"] == 8 * queries["straight"]
 
 
+def task_of(config):
+    """The task of a config, as shapes."""
+    return flow.shapes(settings.resolve(config))
+
+
 def test_trained_weights_stay_few():
     absent = {"fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3), "svhn_cropped": (32, 32, 3)}
     for dataset in ("digits", "latents_imagenet", "latents_1mp", *absent):
-        config = configs.load(f"flow:dataset={dataset}")
+        resolved = settings.resolve(configs.load(f"flow:dataset={dataset}"))
         if dataset in absent:  # here, or perhaps
-            shapes = flow_build.Problem(dataset, absent[dataset], 10)
+            task = flow._images(resolved.groups, dataset, absent[dataset], 10, Part())
         else:
-            shapes = flow_build.problem_shapes(config)
-        module = flow_build.network(config, shapes)
-        teacher = jax.eval_shape(
-            lambda key, m=module, p=shapes: flow_build.init_network(m, p, key), jax.random.key(0)
-        )
-        student = flow_build.student(config, shapes, "arcflow")
-        trained = jax.eval_shape(student.init, jax.random.key(0), {"teacher": teacher})
-        share = lora.count(trained) / (lora.count(teacher) + lora.count(trained["head"]))
-        assert share < 0.05, dataset
+            task = flow.shapes(resolved)
+        note = resolved.rows["arcflow"].recipe(task).note
+        trained, whole = (int(note.split()[i].replace(",", "")) for i in (0, 2))
+        assert trained / whole < 0.05, dataset
 
 
 def test_a_student_starts_as_its_teacher(points):
     # One straight mode without noise: the student's first call is the teacher's velocity.
-    config = configs.load(POINTS)
-    problem = flow_build.load_problem(config)
+    task = task_of(configs.load(POINTS))
     frozen = {"teacher": weights.load(points / "teacher", "teacher")[0]}
-    student = flow_build.student(config, problem, "linear")
+    head = MomentumHead(1, 2, 1, curved=False)
+    student = adapt.adapted(task, head, momentum_policy(), adapt.Training())
     x = jax.random.normal(jax.random.key(0), (5, 1, 1, 2))
     t, label = jnp.full(5, 0.7), jnp.zeros(5, jnp.int32)
     made = student.apply(student.init(jax.random.key(1), frozen), frozen, x, t, label)
     field = student.policy.begin(made, x, t, jnp.zeros(5))
-    module = flow_build.network(config, problem)
-    teachers = module.apply({"params": frozen["teacher"]}, x, t, label)
+    teachers = task.trunk.apply({"params": frozen["teacher"]}, x, t, label)
     np.testing.assert_allclose(student.policy.velocity(field, x, t), teachers, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("spec", "overrides", "message"),
     [
-        (POINTS, ["method.name=magic"], "unknown student 'magic'"),
-        (POINTS, ["model.network=rnn"], "unknown network 'rnn'"),
+        (POINTS, ["method.name=magic"], "unknown method 'magic'"),
+        (POINTS, ["model.network=rnn"], "must be dit or unet or mlp"),
         (POINTS, ["method.modes=0"], r"method\.modes is 0"),
-        (POINTS, ["method.calls=0"], r"method\.calls is 0"),
-        (POINTS, ["eval.calls=(2,0)"], "at least 1 each"),
+        (POINTS, ["method.nfe=0"], r"method\.nfe is 0"),
+        (POINTS, ["evals.samples.nfe=(2,0)"], "tuple of whole numbers between 1"),
+        (POINTS, ["evals.samples.nfe=()"], "give the numbers of network calls"),
         (POINTS, ["teacher.guidance=2.0"], "needs a teacher that knows the null"),
         (POINTS, ["teacher.label_drop=0.1"], "soft4 has no labels to drop"),
         (POINTS, ["model.network=dit"], r"model\.network=mlp goes with points"),
         (POINTS, ["method.elastic=(1,2)", "method.from_data=True"], "elastic goes with segments"),
-        (POINTS, ["method.elastic=(1,2)", "method.unit=step"], "elastic goes with segments"),
+        (
+            POINTS,
+            ["method.elastic=(1,2)", "method.unit=step"],
+            "elastic goes with gammas of a unit",
+        ),
         (POINTS, ["method.elastic=(1,2)", "method.last=0.5"], "have even segments"),
-        (POINTS, ["method.elastic=(1,2)", "method.name=progressive"], "not go with the progress"),
-        (POINTS, ["model.widths=('a',)"], r"model\.widths is \('a',\)"),
+        (f"{POINTS},method=progressive", ["method.elastic=(1,2)"], "unknown setting config.method"),
+        (POINTS, ["model.widths=('a',)"], "must be a tuple of whole numbers between 1"),
         (IMAGES, ["method.targets=()"], "adapters without targets"),
-        (IMAGES, ["method.targets=(1,)"], "targets is .1,.; give regular"),
+        (IMAGES, ["method.targets=(1,)"], "must be a tuple of texts"),
         (IMAGES, ["method.targets=('output',)"], "'output' fits no layer"),
         (POINTS, ["method.log_gamma=(1.0,)"], "give the lowest and the highest"),
-        (POINTS, ["model.dtype=float33"], "choose float32 or bfloat16"),
-        (POINTS, ["data.placement=moon"], "choose resident or streamed"),
-        (POINTS, ["eval.calls=(2.5,)"], "whole numbers"),
-        (POINTS, ["eval.teacher_rows=('midpoint:3',)"], "of those of one step: heun:8"),
-        (POINTS, ["eval.teacher_rows=('magic:4',)"], "each is a sampler .euler, midpoint"),
-        (POINTS, ["eval.teacher_rows=('euler:0',)"], r"eval\.teacher_rows has 'euler:0'"),
+        (POINTS, ["model.dtype=float33"], "must be float32 or bfloat16"),
+        (POINTS, ["data.placement=moon"], "must be resident or streamed"),
+        (POINTS, ["evals.samples.nfe=(2.5,)"], "whole numbers"),
+        (POINTS, ["evals.samples.teacher_rows=('midpoint:3',)"], "of those of one step: heun:8"),
+        (POINTS, ["evals.samples.teacher_rows=('magic:4',)"], "each is a sampler .euler, midpoint"),
+        (POINTS, ["evals.samples.teacher_rows=('euler:0',)"], "teacher_rows has 'euler:0'"),
         (POINTS, ["method.clip=0.0"], r"method\.clip is 0"),
         (IMAGES, ["model.network=unet"], "set method.rank=0"),
         (IMAGES, ["teacher.exact=True"], "exact velocity of digits is not known"),
         (IMAGES, ["model.patch=3"], "do not divide into patches of 3"),
         (IMAGES, ["model.width=30"], r"model\.width is 30; it must be a multiple of 4"),
         (IMAGES, ["method.targets=('nowhere',)"], "'nowhere' fits no layer"),
-        (IMAGES, ["method.name=progressive", "method.first_calls=5"], "power of two"),
+        (f"{IMAGES},method=progressive", ["method.first_nfe=5"], "power of two"),
         (POINTS, ["teacher.dir=/nowhere"], r"/nowhere holds no teacher\.safetensors"),
         ("flow:dataset=latents_1mp", [], "a shape without data"),
     ],
@@ -263,12 +298,11 @@ def test_a_teacher_of_other_data_is_refused(points, tmp_path):
 def test_a_teacher_of_other_pixels_is_refused(images, tmp_path):
     args = [f"--config.teacher.dir={images / 'teacher'}", f"--workdir={tmp_path / 'run'}"]
     with pytest.raises(InputError, match=r"trained with data\.pad_to=None, this run has 12"):
-        main.run([f"--config={IMAGES}", "--config.data.pad_to=12", *GUIDED, *args])
+        main.run([f"--config={ALONE}", "--config.data.pad_to=12", *GUIDED, *args])
 
 
 def test_the_gammas_have_a_rate_of_their_own():
-    config = configs.load(POINTS)
-    tx = flow_build.student_optimizer(config, 100)
+    tx = adapt.optimizer(adapt.Training(steps=100), gamma_rate_scale=0.1)
     ones = {"head": {n: {"kernel": jnp.ones(3)} for n in ("velocities", "log_gammas")}}
     updates, _ = tx.update(ones, tx.init(ones), ones)  # Adam's first: the rate, whatever the size
     head = jax.tree.map(lambda x: float(x[0]), updates["head"])
@@ -285,10 +319,8 @@ def test_the_gammas_have_a_rate_of_their_own():
     ],
 )
 def test_other_settings_run(spec, overrides, tmp_path):
-    config = configs.load(spec)
-    for path, value in {"eval.baselines": "()", "eval.teacher_rows": "()", **overrides}.items():
-        configs.override(config, path, value)
-    flow_train.train(config, tmp_path / "run")
+    overrides = {"evals.samples.teacher_rows": "()", **overrides}
+    experiment.train(configs.load(f"{spec},baselines=", overrides), tmp_path / "run")
     assert all(np.isfinite(v) for v in rows_of(tmp_path / "run")["arcflow, 2"].values())
     # Drawn beside the teacher even where it has no row.
     assert (tmp_path / "run/artifacts/samples.png").is_file()
@@ -298,13 +330,12 @@ def test_a_half_trained_student_goes_on_under_its_own_teacher_alone(points, tmp_
     other, workdir = tmp_path / "teacher", tmp_path / "run"
     params, card = weights.load(points / "teacher", "teacher")
     weights.save(other, "teacher", jax.tree.map(lambda x: 1.01 * x, params), card)
-    config = configs.load(POINTS)
-    configs.override(config, "teacher.dir", str(points / "teacher"))
+    config = configs.load(POINTS, {"teacher.dir": str(points / "teacher")})
     with pytest.raises(Interrupted, match="stopped after step 4 of 8"):
-        flow_train.train(config, workdir, lambda: True)
+        experiment.train(config, workdir, lambda: True)
     configs.override(config, "teacher.dir", str(other))
-    with pytest.raises(InputError, match="another config"):
-        flow_train.train(config, workdir)
+    with pytest.raises(InputError, match=r"another config \(teacher_sha256="):
+        experiment.train(config, workdir)
 
 
 def test_a_teacher_of_another_network_is_refused(points, tmp_path):
@@ -323,7 +354,7 @@ def test_damaged_results_are_named(points):
     before = path.read_bytes()
     try:
         path.write_text('{"rows": 3}')
-        with pytest.raises(InputError, match=r"results\.json is not a table of results"):
-            flow_eval._read(path, "x")
+        with pytest.raises(InputError, match=r"results\.json is not a list of results"):
+            results.read(path)
     finally:
         path.write_bytes(before)

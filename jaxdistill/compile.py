@@ -1,10 +1,10 @@
 """What a run would cost on other devices, and its program as a file. Needs no data.
 
-`plan` and `export` are what the command line calls with `--mode=compile` and `--mode=export`.
+`plan` and `export` are what the command line calls with `--mode=compile` and `--mode=export`. They
+know tasks and recipes, and no method.
 """
 
 import functools
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,21 +12,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdistill import build, flow_build, runner, settings
-from jaxdistill.data import device, sources
-from jaxdistill.data.augment import normalizer
+from jaxdistill import runner, settings
 from jaxdistill.errors import InputError
 from jaxdistill.io.files import dump, write_files
-from jaxdistill.method import Method
 from jaxdistill.parallel import backends
-from jaxdistill.parallel import topology as aot
-from jaxdistill.parallel.mesh import abstract, make_mesh
+from jaxdistill.parallel.mesh import abstract
+from jaxdistill.parallel.topology import quiet, report, topology_devices
+from jaxdistill.settings import Config, digest
 
-METHODS = ("ncfm", "dm")
 PLATFORMS = ("tpu", "cuda")
 
 
@@ -44,37 +40,33 @@ class Chunk(NamedTuple):
     mesh: Mesh
 
 
-class _Parts(NamedTuple):
-    """What a run is made of, as shapes."""
-
-    method: Method
-    data: PyTree
-    frozen: PyTree
-    mesh: Mesh
-
-
-def chunk(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Chunk:
+def chunk(config: Config, devices: Sequence[jax.Device] | None = None) -> Chunk:
     """The chunk of the config's method on some devices, those of this machine by default.
 
     Raises:
-        InputError: If the config is wrong, its method has no chunk worth looking at, or it does
-            not fit the devices.
+        InputError: If the config is wrong, or does not fit the data or the devices.
     """
-    if config.parallel.backend != "jit":
+    resolved = settings.resolve(config)
+    parallel, run = resolved.groups.parallel, resolved.groups.run
+    if parallel.backend != "jit":
         raise InputError(
-            f"the {config.parallel.backend} backend compiles for devices that are there; "
+            f"the {parallel.backend} backend compiles for devices that are there; "
             "use parallel.backend=jit"
         )
-    flows = config.get("family") == "flow"
-    method, data, frozen, mesh = (_flow if flows else _condensation)(config, devices)
+    task = resolved.family.shapes(resolved)
+    recipe = next(iter(resolved.rows.values())).recipe(task)
+    method, frozen = recipe.method, recipe.frozen.shapes
+    fed = method.batches.kind in ("per_class", "uniform")
+    data = task.examples.shapes if fed else ()
+    mesh = resolved.family.mesh(resolved, task, devices)
     program = runner.programs(
         method,
         data=data,
         frozen=frozen,
         key=jax.random.key(0),  # it is the same for all runs in shape
-        chunk=config.run.chunk,
+        chunk=run.chunk,
         mesh=mesh,
-        backend=config.parallel.backend,
+        backend=parallel.backend,
     )
     count = jax.ShapeDtypeStruct((), jnp.int32)
     arguments = (
@@ -86,59 +78,11 @@ def chunk(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
     return Chunk(program.chunk, arguments, mesh)
 
 
-def _condensation(config, devices) -> _Parts:
-    name = config.method.name
-    if name not in METHODS:
-        raise InputError(
-            f"only {' and '.join(METHODS)} can be compiled or exported, not method {name!r}"
-        )
-    build.check(config)
-    data = settings.read_source(config, sources.facts)
-    per_class = data.largest_class - config.data.holdout_per_class
-    channels = data.image_shape[-1]
-    # The statistics are numbers in the program; which ones changes nothing.
-    prepare = normalizer((0.0,) * channels, (1.0,) * channels)
-    method = build.build_method(config, name, data, prepare)
-    if method.batches.size > per_class:
-        raise InputError(
-            f"a step takes {method.batches.size} real images of each class, of {per_class} at "
-            "most; lower method.batch_real or method.ipc"
-        )
-    pixels = (data.num_classes, per_class, math.prod(data.image_shape))
-    resident = device.Resident(
-        jax.ShapeDtypeStruct(pixels, jnp.uint8),
-        jax.ShapeDtypeStruct((data.num_classes,), jnp.int32),
-        data.image_shape,
-    )
-    frozen = _pool(config, data) if name == "ncfm" else ()
-    return _Parts(method, resident, frozen, build.build_mesh(config, data, devices))
-
-
-def _flow(config, devices) -> _Parts:
-    flow_build.check(config)
-    problem = flow_build.problem_shapes(config)
-    method, _ = flow_build.build_method(config, problem, config.method.name)
-    if method.batches.kind != "keys":
-        raise InputError(
-            "only students that start from noise can be compiled or exported; "
-            "set method.from_data=False and take no progressive distillation"
-        )
-    frozen = {"teacher": flow_build.teacher_shapes(config, problem)}
-    return _Parts(method, (), frozen, make_mesh(devices))
-
-
-def _pool(config, data: sources.Facts) -> PyTree:
-    net = build.convnet(config, data, config.pool.width)
-    one = jax.eval_shape(net.init, jax.random.key(0))
-    many = jax.tree.map(lambda x: jax.ShapeDtypeStruct((config.pool.size, *x.shape), x.dtype), one)
-    return {"initial": many, "trained": many}
-
-
 # ---------------------------------------------------------------------------- mode=compile
 
 
 def plan(
-    config: ml_collections.ConfigDict,
+    config: Config,
     topology: str,
     workdir: str | os.PathLike[str] | None = None,
 ) -> dict:
@@ -146,7 +90,7 @@ def plan(
 
     Args:
         config: See `configs/`.
-        topology: The slice; see `aot.topology_devices`.
+        topology: The slice; see `parallel.topology.topology_devices`.
         workdir: Gets `compile.json`, if given.
 
     Returns:
@@ -155,18 +99,18 @@ def plan(
     Raises:
         InputError: If the config is wrong, or does not go with the slice.
     """
-    aot.quiet()
-    made = chunk(config, aot.topology_devices(topology))
-    report = aot.report(made.function.lower(*made.arguments), list(made.mesh.devices.flat))
+    quiet()
+    made = chunk(config, topology_devices(topology))
+    found = report(made.function.lower(*made.arguments), list(made.mesh.devices.flat))
     record = {
         "topology": topology,
         "mesh": dict(made.mesh.shape),
-        **report._asdict(),
+        **found._asdict(),
         "cost": {
-            **report.cost._asdict(),
-            "collectives": {k: v._asdict() for k, v in report.cost.collectives.items()},
+            **found.cost._asdict(),
+            "collectives": {k: v._asdict() for k, v in found.cost.collectives.items()},
         },
-        "config": settings.plain(config),
+        "config": settings.resolve(config).stated(),
         "jax": jax.__version__,
     }
     print(table(record))
@@ -215,7 +159,7 @@ def _gigabytes(size: int) -> str:
 
 
 def export(
-    config: ml_collections.ConfigDict,
+    config: Config,
     workdir: str | os.PathLike[str],
     platforms: Sequence[str] = PLATFORMS,
 ) -> None:
@@ -233,11 +177,11 @@ def export(
     Raises:
         InputError: If the config is wrong or does not fit the devices of this machine.
     """
-    made = chunk(config)
+    made, resolved = chunk(config), settings.resolve(config)
     flat, leaves, names = _flat(made)
     results = jax.eval_shape(made.function, *made.arguments)
     card = {
-        "config_hash": build.config_hash(config),
+        "config_hash": digest(resolved.identity(next(iter(resolved.rows.values())))),
         "jax": jax.__version__,
         "devices": made.mesh.size,
         "mesh": dict(made.mesh.shape),

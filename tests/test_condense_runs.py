@@ -9,20 +9,21 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jaxdistill import build, main, runner, train
 from jaxdistill import config as configs
-from jaxdistill.data import device
+from jaxdistill import experiment, main, runner
 from jaxdistill.errors import InputError
 from jaxdistill.io import artifact
 from jaxdistill.parallel.mesh import make_mesh
 
 SMOKE = "ncfm:dataset=digits,ipc=2,smoke"
+WITH = f"{SMOKE},baselines=random+start"
+ALONE = f"{SMOKE},baselines="
 TINY = (
-    "--config.model.depth=1",
+    "--config.extractor.depth=1",
+    "--config.evals.accuracy.depth=1",
     "--config.pool.epochs=1",
-    "--config.eval.epochs=4",
-    "--config.eval.seeds=2",
-    '--config.eval.baselines=("random","start")',
+    "--config.evals.accuracy.epochs=4",
+    "--config.evals.accuracy.seeds=2",
 )
 
 
@@ -30,7 +31,7 @@ TINY = (
 def finished(tmp_path_factory):
     """A workdir after one complete run."""
     workdir = tmp_path_factory.mktemp("train") / "run"
-    main.run([f"--config={SMOKE}", f"--workdir={workdir}", *TINY])
+    main.run([f"--config={WITH}", f"--workdir={workdir}", *TINY])
     return workdir
 
 
@@ -64,15 +65,16 @@ def test_a_run_leaves_what_it_promises(finished):
 
 def test_results_are_of_every_method_and_seed(finished):
     records = json.loads((finished / "results.json").read_text())
-    found = {(r["method"], r["seed"]) for r in records}
+    found = {(r["row"], r["seed"]) for r in records}
     assert found == {(m, s) for m in ("ncfm", "random", "start") for s in (0, 1)}
-    assert all(0 <= r["accuracy"] <= 1 and r["labels"] == "hard" for r in records)
+    assert all(0 <= r["value"] <= 1 for r in records)
+    assert {r["metric"] for r in records} == {"convnet, hard labels"}
 
 
 def test_the_same_command_does_nothing_twice(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     before = files(tmp_path / "run")
-    main.run([f"--config={SMOKE}", f"--workdir={tmp_path / 'run'}", *TINY])
+    main.run([f"--config={WITH}", f"--workdir={tmp_path / 'run'}", *TINY])
     assert files(tmp_path / "run") == before
     assert "| ncfm" in capsys.readouterr().out
 
@@ -80,53 +82,50 @@ def test_the_same_command_does_nothing_twice(finished, tmp_path, capsys):
 def test_a_lost_artefact_comes_back_in_the_same_bits(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "artifacts")
-    main.run([f"--config={SMOKE}", f"--workdir={tmp_path / 'run'}", *TINY])
+    main.run([f"--config={WITH}", f"--workdir={tmp_path / 'run'}", *TINY])
     again, first = (artifact.load(d / "artifacts") for d in (tmp_path / "run", finished))
     np.testing.assert_array_equal(again.images, first.images)
 
 
 def test_eval_adds_soft_labels_beside_hard_ones(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
-    flags = [*TINY[:-1], "--config.eval.baselines=()", "--config.eval.soft_labels=true"]
-    main.run([f"--config={SMOKE}", f"--workdir={tmp_path / 'run'}", "--mode=eval", *flags])
+    flags = [*TINY, "--config.evals.accuracy.soft_labels=true"]
+    main.run([f"--config={ALONE}", f"--workdir={tmp_path / 'run'}", "--mode=eval", *flags])
     table = capsys.readouterr().out
     assert "convnet, hard labels | convnet, soft labels" in table
-    kinds = [r["labels"] for r in json.loads((tmp_path / "run" / "results.json").read_text())]
-    assert kinds.count("soft") == 2 and kinds.count("hard") == 6
+    kinds = [r["metric"] for r in json.loads((tmp_path / "run" / "results.json").read_text())]
+    assert (kinds.count("convnet, soft labels"), kinds.count("convnet, hard labels")) == (2, 6)
 
 
 def test_a_run_can_start_from_an_artefact(finished, tmp_path):
     """One step at a rate of zero: what comes out is what went in."""
     file = finished / "artifacts" / "distilled.npz"
-    flags = [f"--config.method.start={file}", "--config.method.rate=0.0", "--config.run.steps=1"]
-    flags += [f"--config.pool.dir={finished / 'pool'}", "--config.eval.baselines=()", *TINY[:-1]]
-    main.run([f"--config={SMOKE}", f"--workdir={tmp_path}", *flags])
+    flags = [f"--config.method.start={file}", "--config.method.learning_rate=0.0"]
+    flags += [f"--config.pool.dir={finished / 'pool'}", "--config.method.steps=1", *TINY]
+    main.run([f"--config={ALONE}", f"--workdir={tmp_path}", *flags])
     again, first = (artifact.load(d / "artifacts") for d in (tmp_path, finished))
     np.testing.assert_array_equal(again.images, first.images)
     with pytest.raises(InputError, match="starts from 3 of shape"):
-        main.run([f"--config={SMOKE}", f"--workdir={tmp_path / 'b'}", *flags,
+        main.run([f"--config={ALONE}", f"--workdir={tmp_path / 'b'}", *flags,
                   "--config.method.ipc=3"])  # fmt: skip
 
 
 @pytest.mark.slow
 def test_ncfm_resumes_bitwise(finished, tmp_path):
     """Everything that NCFM can keep in its state, interrupted between two checkpoints."""
-    config = configs.load(SMOKE)
-    for path, value in {
-        "model.depth": "1",
+    changes = {
+        "extractor.depth": "1",
         "method.sampler": "learned",
         "method.warmup": "1",
-        "method.finetune_rate": "0.01",
+        "method.finetune_learning_rate": "0.01",
         "method.calibration": "1.0",
         "pool.dir": str(finished / "pool"),
         "pool.epochs": "1",
-    }.items():
-        configs.override(config, path, value)
-    setup = train.set_up(config, tmp_path / "setup")
-    resident = device.resident(setup.dataset.train, 10)
-    method = build.build_method(config, "ncfm", setup.dataset, setup.prepare)
-    frozen = build.build_frozen(setup, "ncfm")
-    options = {"data": resident, "frozen": frozen, "key": jax.random.key(0), "steps": 5}
+    }
+    ready = experiment.set_up(configs.load(SMOKE, changes), tmp_path / "setup")
+    method, frozen = ready.recipes["ncfm"].method, ready.recipes["ncfm"].frozen.load()
+    data = ready.loaded.task.examples.load()
+    options = {"data": data, "frozen": frozen, "key": jax.random.key(0), "steps": 5}
     options["mesh"] = make_mesh(jax.devices()[:1])
 
     def stop(step, state):
@@ -149,23 +148,42 @@ def test_ncfm_resumes_bitwise(finished, tmp_path):
         (["--config=ncfm:dataste=digits"], "unknown config argument 'dataste=digits'"),
         (["--config=ncfm:ipc=many"], "must be of type int"),
         (["--config=ncfm", "--config.method.ipcs=1"], "unknown setting config.method.ipcs"),
-        (["--config=ncfm", "--config.method.rate=fast"], "must be of type float"),
+        (["--config=ncfm", "--config.method.learning_rate=fast"], "is 'fast'; it must be a number"),
+        (["--config=ncfm", "--config.method.rate=0.1"], "is now called method.learning_rate"),
+        (["--config=ncfm", "--config.run.steps=5"], "is now called method.steps"),
+        (["--config=ncfm", "--config.model.width=5"], "is now called"),
+        (["--config=ncfm", "--config.eval.seeds=2"], "is now called evals"),
         (["--config=ncfm", "--config.method.name=magic"], "unknown method 'magic'"),
-        (["--config=ncfm", "--config.method.sampler=magic"], "unknown sampler 'magic'"),
-        (["--config=ncfm", "--config.method.objective=magic"], "unknown objective 'magic'"),
+        (
+            ["--config=ncfm", "--config.method.sampler=magic"],
+            "must be gaussian or learned or released",
+        ),
+        (["--config=ncfm", "--config.method.objective=magic"], "must be ratio or gap or excess"),
         (["--config=ncfm", "--config.method.start=magic"], "unknown start 'magic'"),
-        (["--config=ncfm", "--config.parallel.backend=magic"], "unknown backend 'magic'"),
-        (["--config=ncfm", "--config.eval.strategy=magic"], "unknown augmentation 'magic'"),
-        (["--config=ncfm", '--config.eval.architectures=("magic",)'], "unknown network 'magic'"),
+        (["--config=ncfm", "--config.parallel.backend=magic"], "must be jit or pmap"),
+        (
+            ["--config=ncfm", "--config.evals.accuracy.strategy=magic"],
+            "unknown augmentation 'magic'",
+        ),
+        (
+            ["--config=ncfm", '--config.evals.accuracy.networks=("magic",)'],
+            "unknown network 'magic'",
+        ),
         (["--config=ncfm", "--config.method.factor=3"], "factor=3 does not divide"),
-        (["--config=ncfm", "--config.method.ipc=0"], "method.ipc is 0; it must be between 1 and"),
-        (["--config=ncfm", "--config.pool.size=0"], "pool.size is 0; it must be between 1 and"),
-        (["--config=ncfm", "--config.run.steps=-1"], "run.steps is -1; it must be between 1 and"),
-        (["--config=ncfm", "--config.run.pass_size=0"], "run.pass_size is 0; it must be between"),
-        (["--config=ncfm", "--config.eval.seeds=99999999"], "it must be between 1 and 1000"),
-        (["--config=ncfm", "--config.eval.architectures=()"], "give at least one network"),
-        (["--config=ncfm", "--config.data.placement=magic"], "choose resident or streamed"),
-        (["--config=ncfm:seed=-1"], "seed is -1; it must be between"),
+        (
+            ["--config=ncfm", "--config.method.ipc=0"],
+            "method.ipc is 0; it must be a whole number between 1",
+        ),
+        (
+            ["--config=ncfm", "--config.pool.size=0"],
+            "pool.size is 0; it must be a whole number between",
+        ),
+        (["--config=ncfm", "--config.method.steps=-1"], "method.steps is -1; it must be a whole"),
+        (["--config=ncfm", "--config.run.microbatch=0"], "run.microbatch is 0; it must be a whole"),
+        (["--config=ncfm", "--config.evals.accuracy.seeds=99999999"], "between 1 and 1000"),
+        (["--config=ncfm", "--config.evals.accuracy.networks=()"], "give at least one network"),
+        (["--config=ncfm", "--config.data.placement=magic"], "must be resident or streamed"),
+        (["--config=ncfm:seed=-1"], "seed is -1; it must be a whole number between"),
         (["--config=ncfm:ipc=150"], "class '8' has 141 training images"),
         (["--config=ncfm", "--config.method.batch_real=200"], "asks for 200"),
         (["--config=ncfm:dataset=./missing"], "no such folder"),
@@ -184,9 +202,9 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, message, tmp_path):
 def test_another_config_is_refused_and_named(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     before = files(tmp_path / "run")
-    with pytest.raises(InputError, match=r"method\.rate=0\.02, now 0\.5"):
-        main.run([f"--config={SMOKE}", f"--workdir={tmp_path / 'run'}", *TINY,
-                  "--config.method.rate=0.5"])  # fmt: skip
+    with pytest.raises(InputError, match=r"method\.learning_rate=0\.02, now 0\.5"):
+        main.run([f"--config={WITH}", f"--workdir={tmp_path / 'run'}", *TINY,
+                  "--config.method.learning_rate=0.5"])  # fmt: skip
     assert files(tmp_path / "run") == before
 
 
@@ -210,8 +228,8 @@ def test_a_damaged_artefact_is_refused(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "artifacts" / "distilled.npz").write_bytes(b"not an archive")
     with pytest.raises(InputError, match="not a jaxdistill artefact"):
-        main.run([f"--config={SMOKE}", f"--workdir={tmp_path / 'run'}", "--mode=eval", *TINY[:-1],
-                  "--config.eval.seeds=3"])  # fmt: skip
+        main.run([f"--config={SMOKE}", f"--workdir={tmp_path / 'run'}", "--mode=eval", *TINY,
+                  "--config.evals.accuracy.seeds=3"])  # fmt: skip
 
 
 def test_the_command_prints_one_line_and_fails(tmp_path, capsys, monkeypatch):
@@ -232,5 +250,5 @@ def test_every_recipe_loads_and_fits_its_images(dataset, ipc):
         dataset, 32
     )
     assert side % config.method.factor == 0
-    assert side >= 2**config.model.depth
-    assert config.run.steps % config.run.chunk == 0
+    assert side >= 2**config.extractor.depth == 2**config.evals.accuracy.depth
+    assert config.method.steps % config.run.chunk == 0

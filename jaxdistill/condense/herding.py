@@ -1,0 +1,36 @@
+"""Herding: images whose mean feature stays close to that of their class."""
+
+import jax.numpy as jnp
+
+from jaxdistill.condense.coreset import coreset, greedy
+from jaxdistill.condense.synthetic import ImagesPerClass
+from jaxdistill.method import Method
+from jaxdistill.task import CondenseTask, Recipe
+
+
+def herding(ipc: int) -> Method:
+    """Greedily keeps the mean of the chosen features close to the class mean (Welling, 2009)."""
+
+    def score(rows, chosen_sum, step, key):
+        mean = (chosen_sum + rows.features) / (step + 1)
+        return -jnp.sum(jnp.square(mean - rows.mean), -1)
+
+    return greedy(
+        ipc,
+        summarise=lambda rows: jnp.zeros_like(rows.mean),
+        score=score,
+        update=lambda rows, chosen_sum, pick: chosen_sum + rows.features[pick],
+    )
+
+
+def recipe(task: CondenseTask, *, ipc: ImagesPerClass = 1) -> Recipe:
+    """The recipe of herding.
+
+    Args:
+        task: What it is for.
+        ipc: Images of each class.
+
+    Raises:
+        InputError: If the smallest class has too few images.
+    """
+    return coreset(task, herding(ipc), ipc)

@@ -1,0 +1,222 @@
+"""Accuracy: fresh networks are trained on each distilled set, and classify the real test split.
+
+The last epoch counts, hard and soft labels never share a column, and nothing is chosen on the test
+split.
+"""
+
+import functools
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.condense.labels import soft_labels as label_softly
+from jaxdistill.data.augment import parse
+from jaxdistill.errors import InputError, Interrupted
+from jaxdistill.eval import results, train_on
+from jaxdistill.eval.bench import Bench, Made
+from jaxdistill.eval.results import Cell
+from jaxdistill.io import artifact
+from jaxdistill.io.writers import Progress
+from jaxdistill.keywords import Between, Count, Rate
+from jaxdistill.nn.classifiers import CLASSIFIERS, classifier
+from jaxdistill.parallel import processes
+from jaxdistill.settings import digest
+from jaxdistill.task import CondenseTask, Network
+
+
+def check(
+    task: CondenseTask,
+    *,
+    networks: Sequence[str],
+    strategy: str,
+    **others: Any,
+) -> None:
+    """Refuses settings that would fail in the end.
+
+    Raises:
+        InputError: If a network or an augmentation is unknown, or there is no network.
+    """
+    del task, others
+    parse(strategy)
+    if not networks:
+        raise InputError("evals.*.networks is empty; give at least one network")
+    for name in networks:
+        if name not in CLASSIFIERS:
+            raise InputError(f"unknown network {name!r}; choose from {', '.join(CLASSIFIERS)}")
+
+
+def evaluate(
+    bench: Bench,
+    *,
+    networks: tuple[str, ...] = ("convnet",),
+    depth: Annotated[int, Between(1, 16)] = 3,
+    width: Annotated[int, Between(1, 2**14)] = 128,
+    norm: str = "instance",
+    seeds: Annotated[int, Between(1, 1000)] = 3,
+    epochs: Count = 1000,
+    batch_size: Count = 256,
+    learning_rate: Rate = 0.01,
+    strategy: str = "color_crop_cutout_flip_scale_rotate",
+    soft_labels: bool = False,
+    temperature: Annotated[float, Between(1e-6, 1e6)] = 1.0,
+) -> list[dict]:
+    """Trains fresh networks on every row, keeps the records, prints the table.
+
+    Args:
+        bench: What is measured.
+        networks: Any of `jaxdistill.nn.classifiers.CLASSIFIERS`.
+        depth: Blocks of the ConvNet.
+        width: Its channels.
+        norm: Its normalisation.
+        seeds: Networks of each kind.
+        epochs: Passes over the set; the network is measured after the last.
+        batch_size: Images a step.
+        learning_rate: Of SGD.
+        strategy: Augmentation; see `jaxdistill.data.augment`.
+        soft_labels: Whether the networks are trained on soft labels too: those of the artefact, or
+            else what the task's trained extractors say.
+        temperature: Of the soft labels.
+
+    Returns:
+        A record for each row, network, kind of label and seed; accuracies are fractions.
+
+    Raises:
+        InputError: If an artefact is none.
+        Interrupted: If it is stopped; what is measured by then is kept.
+    """
+    task, data = bench.task, bench.data
+    protocol = train_on.Protocol(epochs, batch_size, learning_rate, strategy=strategy)
+    protocol_hash = digest([*protocol, depth, width, norm, temperature, bench.identity])
+    kinds = ("hard", "soft") if soft_labels else ("hard",)
+    # Once, for programs are compiled anew for other functions.
+    judges = {
+        f"{name}, {kind} labels": (
+            _judge(name, task.num_classes, task.image_shape, depth, width, norm),
+            kind,
+        )
+        for name in networks
+        for kind in kinds
+    }
+    wanted = [
+        Cell(bench.name, row, metric, seed, protocol_hash)
+        for metric in judges
+        for row in bench.rows
+        for seed in range(seeds)
+    ]
+    missing = bench.results.missing(wanted)
+    labels = {}
+    # All processes wait for each other in here, so it is not for one that happens to need it.
+    for row in dict.fromkeys(cell.row for cell in missing if judges[cell.metric][1] == "soft"):
+        labels[row] = _soft_labels(task, bench.rows[row], temperature)
+    # Networks that differ in their seed alone train together, and each process takes a part.
+    same = [list(g) for _, g in itertools.groupby(missing, lambda cell: cell._replace(seed=0))]
+    size = train_on.together()
+    groups = processes.mine([g[i : i + size] for g in same for i in range(0, len(g), size)])
+    bar = Progress(sum(map(len, groups)), 0, "evaluating") if groups else None
+    for group in groups:
+        network, kind = judges[group[0].metric]
+        distilled = bench.rows[group[0].row].output()
+        targets = train_on.one_hot(distilled.labels, task.num_classes)
+        if kind == "soft":
+            targets = labels[group[0].row]
+        try:
+            _measure(bench, network, distilled, targets, protocol, group, bar)
+        except Interrupted as stop:
+            kept = len(wanted) - len(bench.results.missing(wanted))
+            raise Interrupted(
+                f"stopped while evaluating; {kept} of {len(wanted)} networks are measured"
+            ) from stop
+    if bar is not None:
+        bar.close()
+    bench.results.gather()
+    records = bench.results.records(wanted)
+    if processes.is_first():
+        for row in bench.rows.values():
+            _record_in_card(row, [r for r in records if r["row"] == row.name])
+        where = f"{data.name}, {epochs} epochs, {len(data.test.labels)} test images"
+        print(f"{where}: accuracy in %, mean ± std over {seeds} seeds, last epoch")
+        print(results.table(records, results.percent))
+    return records
+
+
+@functools.cache
+def _judge(name, num_classes, image_shape, depth, width, norm) -> train_on.Network:
+    net: Network = classifier(name, num_classes, image_shape, depth=depth, width=width, norm=norm)
+    return train_on.Network(net.init, net.logits)
+
+
+def _soft_labels(task: CondenseTask, row: Made, temperature: float) -> jax.Array:
+    """The labels of a row's artefact, which gets them where it has none."""
+    distilled = row.output()
+    known = distilled.soft_labels
+    if known is not None and distilled.card.get("temperature") == temperature:
+        return jnp.asarray(known)
+    label = jax.jit(
+        functools.partial(
+            label_softly,
+            task.network.logits,
+            normalize=task.normalize,
+            temperature=temperature,
+            microbatch=task.microbatch,
+        )
+    )
+    made = np.asarray(label(task.extractors.load()["trained"], jnp.asarray(distilled.images)))
+    processes.wait(f"{row.name} is labelled")
+    if known is None and processes.is_first():
+        card = distilled.card | {"temperature": temperature}
+        artifact.save(row.folder, distilled._replace(soft_labels=made, card=card))
+    processes.wait(f"the labels of {row.name} are written")
+    return jnp.asarray(made)
+
+
+def _measure(
+    bench: Bench,
+    network: train_on.Network,
+    distilled: artifact.Distilled,
+    targets: jax.Array,
+    protocol: train_on.Protocol,
+    group: Sequence[Cell],
+    bar: Progress,
+) -> None:
+    """Trains the networks of some cells, which differ in the seed alone, and measures them."""
+    task, data = bench.task, bench.data
+    passes: dict[str, Any] = {"normalize": task.normalize, "microbatch": task.microbatch}
+    before = bar.done
+    start = time.perf_counter(), time.process_time()
+    params = train_on.train_many(
+        jnp.stack([jax.random.key(cell.seed) for cell in group]),
+        network,
+        jnp.asarray(distilled.images),
+        targets,
+        protocol=protocol,
+        on_block=lambda part: bar.update(before + part * len(group), {}),
+        should_stop=bench.should_stop,
+        **passes,
+    )
+    images, labels = (jnp.asarray(x) for x in data.test)
+    measured = {}
+    for index, cell in enumerate(group):
+        one = jax.tree.map(lambda x, index=index: x[index], params)
+        accuracy = train_on.accuracy(network, one, images, labels, **passes)
+        measured[cell] = {
+            "value": accuracy,
+            "images": len(distilled.labels),
+            "epochs": protocol.epochs,
+            # Of the networks trained together.
+            "wall_seconds": round(time.perf_counter() - start[0], 2),
+            "cpu_seconds": round(time.process_time() - start[1], 2),
+        }
+        bar.update(bar.done, {"accuracy": accuracy})
+    bench.results.keep(measured)
+
+
+def _record_in_card(row: Made, records: list[dict]) -> None:
+    distilled = row.output()
+    if distilled.card["accuracies"] != records:
+        distilled.card["accuracies"] = records
+        artifact.save(row.folder, distilled)

@@ -1,0 +1,254 @@
+"""Students of flows on images, by the features of a classifier that is trained on the real ones."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill import pool
+from jaxdistill.data.augment import normalizer
+from jaxdistill.errors import InputError
+from jaxdistill.eval import generative, sampling, train_on
+from jaxdistill.eval.bench import Bench
+from jaxdistill.eval.sampling import MAIN, OTHER, PAIRED, Generator, Rows
+from jaxdistill.io import pictures
+from jaxdistill.io.files import write_files
+from jaxdistill.io.reading import read_npz
+from jaxdistill.keywords import Between, Count, Folder
+from jaxdistill.nn.judge import Judge
+from jaxdistill.settings import digest
+from jaxdistill.task import FlowTask
+
+_SHOWN = 20  # examples of each row in the picture
+_REAL = "real, training images"
+# What integrates the teacher's paths. Not Heun's method: its last step asks for the velocity at
+# t = 0, where a teacher is hardly trained.
+_REFERENCE = "midpoint"
+
+
+def check(
+    task: FlowTask, *, nfe: tuple[int, ...], teacher_rows: tuple[str, ...], **others: Any
+) -> None:
+    """Refuses rows that are none.
+
+    Raises:
+        InputError: In this case.
+    """
+    del task, others
+    sampling.check_rows(nfe, teacher_rows)
+
+
+def evaluate(
+    bench: Bench,
+    *,
+    nfe: tuple[Annotated[int, Between(1, 10**6)], ...] = (2,),
+    teacher_rows: tuple[str, ...] = ("euler:2", "euler:4", "euler:8", "euler:16", "euler:100"),
+    examples: Annotated[int, Between(100, 10**7)] = 10_000,
+    paired: Count = 1000,
+    reference_steps: Annotated[int, Between(2, 10**6)] = 64,
+    batch_size: Count = 250,
+    judge_epochs: Count = 5,
+    judge_dir: Folder = None,
+) -> list[dict]:
+    """Measures every row that is not measured yet, draws the pictures and prints the table.
+
+    Of several processes the first does it.
+
+    Args:
+        bench: What is measured.
+        nfe: Network calls of the students; others than they were trained for show how elastic they
+            are.
+        teacher_rows: Samplers of the teacher, and their network calls, guidance left out.
+        examples: Images of a row.
+        paired: Images that are compared with what the teacher makes of the same noise.
+        reference_steps: Of the midpoint method that makes the teacher's images.
+        batch_size: Images made at a time.
+        judge_epochs: Of the classifier.
+        judge_dir: Where the classifier and the teacher's images are kept; by default `judge` in the
+            workdir.
+
+    Returns:
+        A record for each row and measure.
+
+    Raises:
+        Interrupted: If it is stopped; what is measured by then is kept.
+    """
+    rows = sampling.rows(bench, nfe, teacher_rows, batch_size)
+    folder = Path(judge_dir) if judge_dir else bench.workdir / "judge"
+    protocol = digest([examples, paired, reference_steps, judge_epochs, _REFERENCE, bench.identity])
+    names = [_REAL, *rows.generators]
+    missing = sampling.is_missing(bench, names, protocol)
+    # In all processes, each of which waits for the others in it.
+    judge = _judge(bench, folder, judge_epochs) if missing else None
+
+    def work():
+        if missing:
+            made = _teachers_images(rows, folder, examples, paired, reference_steps)
+            measures = _Measures(rows, judge, *made)
+            sampling.measure(bench, names, protocol, measures.row)
+        if missing or not (bench.workdir / "artifacts" / "samples.png").is_file():
+            _draw(rows)
+        sampling.show(bench, names, protocol, examples)
+
+    sampling.in_the_first_process(work)
+    bench.results.gather()
+    return sampling.records(bench, names, protocol)
+
+
+def _judge(bench: Bench, folder: Path, epochs: int) -> Callable[[Any], tuple[Any, Any]]:
+    """Images in [0, 1] to features and logits, by a classifier trained on the real ones."""
+    data = bench.data
+    module, normalize = Judge(data.num_classes), normalizer(data.mean, data.std)
+    blank = jnp.zeros((1, *data.image_shape))
+    network = train_on.Network(
+        lambda key: module.init(key, blank)["params"],
+        lambda params, x: module.apply({"params": params}, x),
+    )
+    protocol = train_on.Protocol(epochs, 128, 0.05, strategy="none", decay_at=(0.6,))
+    many = pool.load_or_train(
+        folder,
+        1,
+        network,
+        data,
+        normalize=normalize,
+        protocol=protocol,
+        microbatch=128,
+        identity=digest([*protocol, data.fingerprint()]),
+        should_stop=bench.should_stop,
+    )
+
+    @jax.jit
+    def judge(params, images):
+        features = module.apply({"params": params}, normalize(images), method="features")
+        return features, module.apply({"params": params}, features, method="classify")
+
+    return functools.partial(judge, jax.tree.map(lambda x: x[0], many["trained"]))
+
+
+def _teachers_images(
+    rows: Rows, folder: Path, number: int, paired: int, steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's own images, and where its paths from the noise of the pairs end.
+
+    They take longer than all students' together, so they are kept beside the judge.
+
+    Returns:
+        uint8 (examples, h, w, c), and float32 (paired, h, w, c) in [-1, 1].
+    """
+    bench = rows.bench
+    asked = [bench.identity, bench.task.nfe, bench.task.shift, _REFERENCE, number, paired, steps]
+    path = folder / f"teacher-{digest(asked)}.npz"
+    if not path.is_file():
+        reference = sampling.teacher_sampler(bench.task, rows.frozen, _REFERENCE, steps)
+        images = sampling.generate(rows, reference, number, OTHER, "the teacher's images")
+        made = {
+            "images": np.rint(255 * pixels(images)).astype(np.uint8),
+            "ends": sampling.generate(rows, reference, paired, PAIRED, "ends of its paths"),
+        }
+        write_files({path: lambda file: np.savez(file, **made)})
+
+    def check(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        wanted = {"images": (np.uint8, number), "ends": (np.float32, paired)}[name]
+        if (dtype, *shape) != (*wanted, *bench.task.shape):
+            raise InputError(f"{name} is {dtype} of shape {shape}")
+
+    try:
+        read = read_npz(path, ["images", "ends"], check=check)
+    except InputError as error:
+        raise InputError(f"{path} are not this teacher's images ({error}); delete it") from error
+    return read["images"], read["ends"]
+
+
+class _Measures:
+    """What images are compared with, and the comparison."""
+
+    def __init__(self, rows: Rows, judge: Callable, teachers: np.ndarray, ends: np.ndarray):
+        data = rows.bench.data
+        self.rows, self.judge, self.ends = rows, judge, ends
+        self.examples, self.paired = len(teachers), len(ends)
+        # Test images may lie class by class, and only some are used.
+        order = np.random.default_rng(0).permutation(len(data.test.labels))[: self.examples]
+        self.labels = data.test.labels[order]
+        self.features, _ = self._judged(data.test.images[order])
+        self.moments = generative.moments(self.features)
+        self.diversity = generative.diversity(self.features, self.labels)
+        # The training images as the nearest ones are looked for among, and a part as a row.
+        mixed = np.random.default_rng(1).permutation(len(data.train.labels))
+        self.train = data.train.images[mixed], data.train.labels[mixed]
+        few = data.test.images[order[: self.paired]]
+        self.test_distances = self._nearest(few / np.float32(255))
+        self.teacher_moments = generative.moments(self._judged(teachers / np.float32(255))[0])
+        self.ends_features, _ = self._judged(pixels(ends))
+
+    def _nearest(self, images: np.ndarray) -> np.ndarray:
+        return generative.nearest(images, self.train[0] / np.float32(255))
+
+    def _judged(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Features and logits."""
+        parts = [jax.device_get(self.judge(images[i])) for i in sampling.batches(len(images), 500)]
+        return tuple(np.concatenate(x)[: len(images)] for x in zip(*parts, strict=True))
+
+    def row(self, name: str) -> dict[str, Any]:
+        """The measures of a row."""
+        if name == _REAL:  # training images in the place of generated ones: hard to beat
+            images, labels = (x[: self.examples] for x in self.train)
+            return {"nfe": 0} | self._against(images, labels)
+        return self._generated(self.rows.generators[name])
+
+    def _generated(self, generator: Generator) -> dict[str, Any]:
+        rows = self.rows
+        made, cost = sampling.timed(rows, generator, self.examples, MAIN)
+        labels = sampling.noise(rows.bench.task, self.examples, MAIN)[1]
+        paired = sampling.generate(rows, generator, self.paired, PAIRED)
+        distances = self._nearest(pixels(made[: self.paired]))
+        return {
+            "nfe": generator.nfe,
+            **self._against(pixels(made), labels),
+            "endpoint RMSE": generative.endpoint_rmse(paired, self.ends),
+            "endpoint cosine": generative.endpoint_cosine(
+                self._judged(pixels(paired))[0], self.ends_features
+            ),
+            "copies": generative.leakage(distances, self.test_distances).copies,
+            **cost,
+        }
+
+    def _against(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        features, logits = self._judged(images)
+        moments = generative.moments(features)
+        some = min(len(features), len(self.features), 5000)
+        support = generative.precision_recall(self.features[:some], features[:some])
+        block = min(1000, some // 10)
+        kernel = generative.kid(
+            self.features, features, jax.random.key(3), blocks=10, block_size=block
+        )
+        return {
+            "FD to data": generative.frechet(moments, self.moments),
+            "FD to teacher": generative.frechet(moments, self.teacher_moments),
+            "KID to data": kernel.mean,
+            "precision": support.precision,
+            "recall": support.recall,
+            "class accuracy": generative.class_accuracy(logits, labels),
+            "least class accuracy": min(
+                generative.class_accuracy(logits[labels == c], labels[labels == c])
+                for c in np.unique(labels)
+            ),
+            "diversity": generative.diversity(features, labels) / self.diversity,
+        }
+
+
+def pixels(examples: np.ndarray) -> np.ndarray:
+    """Examples in [-1, 1] as images in [0, 1], rounded to the 256 levels that real ones have."""
+    return np.rint(np.clip(examples + 1.0, 0.0, 2.0) * 127.5).astype(np.float32) / 255.0
+
+
+def _draw(rows: Rows) -> None:
+    """Samples of the rows from the same noise."""
+    few = sampling.shown_rows(rows)
+    made = [sampling.generate(rows, g, _SHOWN, MAIN) for g in few.values()]
+    labels = np.repeat(np.arange(len(few), dtype=np.int32), _SHOWN)
+    picture = pictures.grid(pixels(np.concatenate(made)), labels, list(few))
+    sampling.write_picture(rows.bench.workdir / "artifacts" / "samples.png", picture)

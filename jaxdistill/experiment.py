@@ -1,0 +1,199 @@
+"""From a config to a result, for every family: make each row, save it, evaluate them all.
+
+`train` and `evaluate` are what the command line calls; a notebook calls them with the same config.
+Every stage finds what an earlier start left in the workdir and goes on from there.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from jaxdistill import run_folder, settings, stage
+from jaxdistill.errors import InputError
+from jaxdistill.eval.bench import Bench, Made
+from jaxdistill.eval.results import Results
+from jaxdistill.interrupt import ShouldStop, never
+from jaxdistill.io.versions import versions
+from jaxdistill.parallel import processes
+from jaxdistill.settings import Config, Experiment, Row
+from jaxdistill.task import Recipe
+from jaxdistill.tasks import Loaded
+
+
+def train(
+    config: Config, workdir: str | os.PathLike[str], should_stop: ShouldStop = never
+) -> list[dict]:
+    """Makes every row, then evaluates them. An interrupted call with the same arguments goes on.
+
+    Args:
+        config: See `configs/`, or `jaxdistill.config.load`.
+        workdir: Gets `config.json`, `versions.json`, `row.json`, `metrics.jsonl`, `checkpoints/`,
+            `artifacts/`, the same of each baseline in `baselines/`, what is trained before any
+            method, and `results.json`.
+        should_stop: Asked many times; when it says yes, what was done is kept.
+
+    Returns:
+        The records of `results.json`.
+
+    Raises:
+        InputError: If the config, the data or the workdir do not fit.
+        Interrupted: If `should_stop` said yes.
+        OSError: If a file cannot be written.
+    """
+    ready = set_up(config, workdir, should_stop)
+    made = {name: _make(ready, row) for name, row in ready.experiment.rows.items()}
+    return _evaluate(ready, made)
+
+
+def evaluate(
+    config: Config, workdir: str | os.PathLike[str], should_stop: ShouldStop = never
+) -> list[dict]:
+    """Evaluates what `train` left in the workdir; only what is not measured yet is run.
+
+    The settings under `evals` may differ from those of the training run, and baselines that are
+    asked for anew are made.
+
+    Raises:
+        InputError: If the workdir holds no artefact, or other settings than `evals` differ.
+        Interrupted: If `should_stop` said yes; what is measured by then is kept.
+        OSError: If a file cannot be written.
+    """
+    artefact = Path(workdir) / "artifacts" / settings.resolve(config).family.ARTEFACT
+    if not artefact.is_file():
+        raise InputError(
+            f"{artefact.parent} holds no {artefact.name}; run --mode=train in this workdir first"
+        )
+    return train(config, workdir, should_stop)
+
+
+class Ready(NamedTuple):
+    """An experiment that can begin: all that can be wrong beforehand is known to be right.
+
+    Attributes:
+        experiment: The config, resolved.
+        workdir: Where everything goes.
+        loaded: The task and its data.
+        recipes: Of the rows, by name.
+        should_stop: Asked by everything that takes long.
+    """
+
+    experiment: Experiment
+    workdir: Path
+    loaded: Loaded
+    recipes: dict[str, Recipe]
+    should_stop: ShouldStop
+
+
+def set_up(
+    config: Config, workdir: str | os.PathLike[str], should_stop: ShouldStop = never
+) -> Ready:
+    """Checks everything that can be wrong, then makes the workdir.
+
+    Raises:
+        InputError: As `train` does.
+    """
+    workdir, experiment = Path(workdir), settings.resolve(config)
+    run_folder.check(workdir)
+    loaded = experiment.family.load(experiment, workdir, should_stop)
+    recipes = {n: row.recipe(loaded.task) for n, row in experiment.rows.items()}
+    for evaluation in experiment.evals.values():
+        check = getattr(settings.evaluation(evaluation.module), "check", None)
+        if check is not None:
+            check(loaded.task, **evaluation.settings)
+    for row in experiment.rows.values():
+        run_folder.compare(
+            _folder(workdir, experiment, row.name),
+            experiment.identity(row) | loaded.source,
+            experiment.default_identity(row),
+        )
+    run_folder.make(workdir, experiment.stated())
+    return Ready(experiment, workdir, loaded, recipes, should_stop)
+
+
+def _folder(workdir: Path, experiment: Experiment, name: str) -> Path:
+    """Where a row lives: the method in the workdir, a baseline below it."""
+    main = name == next(iter(experiment.rows))
+    return workdir if main else workdir / "baselines" / name
+
+
+def _make(ready: Ready, row: Row) -> Made:
+    """Runs one row to its artefact; nothing is run when the artefact is there."""
+    experiment, loaded, made = ready.experiment, ready.loaded, ready.recipes[row.name]
+    family, folder = experiment.family, _folder(ready.workdir, experiment, row.name)
+    artefact = folder / "artifacts" / family.ARTEFACT
+    done = artefact.is_file()
+    processes.wait(f"{row.name} is looked for")
+    identity = run_folder.claim(
+        folder,
+        experiment.identity(row) | loaded.source | loaded.made(),
+        experiment.default_identity(row),
+    )
+    shapes = stage.output_shapes(made, loaded.task.examples)
+    if not done:
+        if made.note and processes.is_first():
+            print(f"{row.name}: {made.note}")
+        frozen = made.frozen.load()
+        ended = stage.run(
+            row.name,
+            lambda rate_factor: row.recipe(loaded.task, rate_factor).method,
+            seed=experiment.seed,
+            run=experiment.groups.run,
+            backend=experiment.groups.parallel.backend,
+            folder=folder,
+            identity=identity,
+            examples=loaded.task.examples,
+            frozen=frozen,
+            steps=made.steps,
+            mesh=family.mesh(experiment, loaded.task),
+            should_stop=ready.should_stop,
+        )
+        output = jax.tree.map(processes.whole, ended.method.output(ended.state))
+        card = {
+            "dataset": loaded.task.name,
+            "method": row.name,
+            "config_hash": identity,
+            "seeds": {"condense": experiment.seed},
+            "cost": ended.cost | made.cost(ended.state),
+            "rate_factor": ended.rate_factor,
+            "provenance": {**loaded.source, **loaded.made(), "versions": versions()},
+            "settings": run_folder.identity(folder),
+            **made.card,
+        }
+        if processes.is_first():
+            family.save(folder / "artifacts", experiment, loaded, row, output, card)
+        processes.wait(f"{row.name} is made")
+    _, card = family.read(folder / "artifacts", shapes)
+    if card.get("config_hash") != identity:
+        raise InputError(
+            f"{artefact} was not made by the run in {folder}, whose settings are in row.json; "
+            "put the run's own artefact back, or delete this one"
+        )
+    return Made(
+        row.name,
+        folder / "artifacts",
+        made,
+        lambda: family.read(folder / "artifacts", shapes)[0],
+        made.frozen.load,
+    )
+
+
+def _evaluate(ready: Ready, made: dict[str, Made]) -> list[dict]:
+    """Every evaluation of every row."""
+    results, records = Results(ready.workdir), []
+    stored = run_folder.identity(ready.workdir)
+    bench = Bench(
+        "",
+        ready.loaded.task,
+        ready.loaded.data,
+        made,
+        ready.workdir,
+        results,
+        # Other rows may have other settings; what they share decides how all are measured.
+        {name: value for name, value in stored.items() if name != "method"},
+        ready.should_stop,
+    )
+    for name, evaluation in ready.experiment.evals.items():
+        records += evaluation.evaluate(bench._replace(name=name), **evaluation.settings)
+    return records

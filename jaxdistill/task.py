@@ -1,0 +1,148 @@
+"""What stands between a method and a run: the task that a method is for, and its recipe for it.
+
+A method's module ends with `recipe(task, *, keywords...) -> Recipe`. The task says what a method
+may know of its surroundings, as plain values and functions; the recipe says what a run needs to
+know of the method. Neither knows a file, a flag, a config or the runner.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, PyTree
+
+from jaxdistill.method import Batch, BatchSpec, Frozen, Method, State
+
+
+class Part(NamedTuple):
+    """Something that is read, or made first where it must be: a pool, a teacher, a table.
+
+    Attributes:
+        shapes: Its tree, as `jax.ShapeDtypeStruct`s: enough to compile a program.
+        load: Gives the tree. It may take hours the first time, and is read from then on.
+    """
+
+    shapes: PyTree = ()
+    load: Callable[[], PyTree] = tuple
+
+    def map(self, function: Callable[[PyTree], PyTree], shapes: PyTree) -> "Part":
+        """What a function makes of it.
+
+        Args:
+            function: `tree -> tree`.
+            shapes: What it gives.
+        """
+        return Part(shapes, lambda: function(self.load()))
+
+
+class Network(NamedTuple):
+    """A classifier as functions of its parameters.
+
+    Attributes:
+        init: `key -> params`.
+        logits: `(params, images) -> logits`, of normalised images (n, h, w, c).
+        features: `(params, images) -> features` (n, feature_dim), of the layer before the last.
+        feature_dim: The length of a feature vector.
+    """
+
+    init: Callable[[Array], PyTree]
+    logits: Callable[[PyTree, Array], Array]
+    features: Callable[[PyTree, Array], Array]
+    feature_dim: int
+
+
+class CondenseTask(NamedTuple):
+    """Labelled images that are to be distilled into a few.
+
+    Attributes:
+        name: Of the data set.
+        num_classes: Number of classes.
+        image_shape: (h, w, c).
+        smallest_class: Training images of the smallest class, and its name for messages.
+        normalize: uint8 images, or images in [0, 1], to normalised ones.
+        network: The extractors' network.
+        extractors: `{"initial": params, "trained": params}`, each leaf stacked over networks.
+        train: The training split: `{"images": uint8 (n, h, w, c), "labels": int32 (n,)}`, and the
+            positions of each class, `"index": int32 (classes, m)`, of which the first
+            `"counts": int32 (classes,)` are its own and the others repeat them.
+        examples: What the steps' batches are drawn from: `{"images": ...}` by class.
+        microbatch: Images in one pass of a network, on each device.
+        distilled: `path -> (images, labels)` of a distilled set on disk, to start from.
+    """
+
+    name: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    smallest_class: tuple[int, str]
+    normalize: Callable[[Array], Array]
+    network: Network
+    extractors: Part
+    train: Part
+    examples: Part
+    microbatch: int
+    distilled: Callable[[str], tuple[Any, Any]]
+
+
+class FlowTask(NamedTuple):
+    """A teacher that makes examples from noise in many steps, to be followed in a few.
+
+    Attributes:
+        name: Of the data.
+        shape: (h, w, c) of an example.
+        num_classes: 0 where there are no labels.
+        shift: Of the noise levels; see `jaxdistill.flow.paths.shifted`.
+        batches: `size -> BatchSpec`: what a step is fed that needs real examples.
+        data: `batch -> (examples, labels)`, in the units of the flow; images lie in [-1, 1].
+        trunk: The module of the teacher's network, with the methods `features` and `__call__`.
+        velocity: `(frozen, x, t, label) -> u`, the teacher's, guidance included, where
+            `frozen["teacher"]` has its parameters.
+        nfe: Network calls of one of its velocities.
+        teacher: `{"teacher": params}`.
+        examples: What the steps' batches are drawn from, where they need real examples.
+        specs: `(tree, mesh) -> PyTree`: how large trees are laid out on the devices.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    num_classes: int
+    shift: float
+    batches: Callable[[int], BatchSpec]
+    data: Callable[[Batch], tuple[Array, Array]]
+    trunk: Any
+    velocity: Callable[[Frozen, Array, Array, Array], Array]
+    nfe: int
+    teacher: Part
+    examples: Part
+    specs: Callable[[PyTree, Any], PyTree]
+
+
+SampleFn = Callable[..., Array]
+"""`(output, frozen, noise, label, *, nfe) -> examples`: a student used, with so many calls."""
+TraceFn = Callable[..., Array]
+"""`(output, frozen, noise, label, *, nfe, parts) -> (nfe * parts + 1, n, ...)`: the states on the
+way, some in each segment."""
+
+
+class Recipe(NamedTuple):
+    """What a method's module makes of a task and of the method's settings.
+
+    Attributes:
+        method: What is run.
+        steps: Length of the run.
+        frozen: What the steps are given besides the batch.
+        rates: Names of the settings that a restart after divergence lowers.
+        card: What the artefact says of itself beyond the settings.
+        cost: `state -> dict`: what the run took, for the artefact.
+        note: A line that is printed before the run.
+        sample: Of students: how they make examples; see `SampleFn`.
+        trace: Of students: the states on their way; see `TraceFn`.
+    """
+
+    method: Method
+    steps: int
+    frozen: Part = Part()
+    rates: tuple[str, ...] = ("learning_rate",)
+    card: Mapping[str, Any] = {}
+    cost: Callable[[State], dict[str, Any]] = lambda state: {}
+    note: str = ""
+    sample: SampleFn | None = None
+    trace: TraceFn | None = None

@@ -1,0 +1,86 @@
+"""The families: what is distilled, one module each.
+
+A family's module has its groups of settings, loads its task, or the task's shapes without data,
+runs the stages that stand before a method, and saves and reads what a method puts out:
+
+    ROOM                  the package of its methods
+    ARTEFACT              the file by which a finished row is known
+    Settings              a named tuple of groups, each a named tuple of settings
+    load, shapes          the task with its data, and without them
+    mesh                  the devices of a run
+    save, read            the artefact
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxdistill.data import dataset, device, sources, stream
+from jaxdistill.settings import Data
+from jaxdistill.task import Part
+
+
+class Loaded(NamedTuple):
+    """A task at hand.
+
+    Attributes:
+        task: What methods may know.
+        data: The `Dataset`, of which evaluations look at the test split, or the `Target` of points.
+        source: What identifies the data.
+        made: What identifies that which is trained before any method: it may be trained first.
+    """
+
+    task: Any
+    data: Any
+    source: dict[str, Any]
+    made: Callable[[], dict[str, Any]] = dict
+
+
+def load_images(data: Data) -> dataset.Dataset:
+    """The data set of a config; its test split is a part of the training set if some is held out.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    loaded = sources.load(
+        data.name, data_dir=data.data_dir, image_size=data.image_size, pad_to=data.pad_to
+    )
+    if data.holdout_per_class:
+        return dataset.holdout(loaded, data.holdout_per_class, seed=0)
+    return loaded
+
+
+def source_of(data: dataset.Dataset) -> dict[str, str]:
+    """What identifies a data set: hashes of both splits."""
+    return {
+        "source_sha256": data.train.fingerprint(),
+        "test_sha256": data.test.fingerprint(),
+    }
+
+
+def image_facts(data: Data) -> sources.Facts:
+    """What is known of a config's data set without having it.
+
+    Raises:
+        InputError: If nothing is, and it cannot be read.
+    """
+    facts = sources.facts(
+        data.name, data_dir=data.data_dir, image_size=data.image_size, pad_to=data.pad_to
+    )
+    return facts._replace(largest_class=facts.largest_class - data.holdout_per_class)
+
+
+def placed(
+    data: Data, examples: Mapping[str, Any], labels: np.ndarray | None, num_classes: int
+) -> Part:
+    """Examples where the config wants them: on the devices, or on the host."""
+    place = {"resident": device.resident, "streamed": stream.stream}[data.placement]
+    counts = np.bincount(labels, minlength=num_classes)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), dict(examples))
+    return Part(
+        device.resident_shapes(example, num_classes, int(counts.max())),
+        functools.cache(lambda: place(examples, labels, num_classes)),
+    )

@@ -1,0 +1,242 @@
+"""The family that distils a data set: images in, a few synthetic images out."""
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from jaxdistill import pool
+from jaxdistill.data import device
+from jaxdistill.data.augment import normalizer, parse
+from jaxdistill.data.dataset import per_class_table
+from jaxdistill.errors import InputError
+from jaxdistill.eval import train_on
+from jaxdistill.interrupt import ShouldStop
+from jaxdistill.io import artifact
+from jaxdistill.keywords import Between, Count, Folder, Rate
+from jaxdistill.nn.classifiers import classifier
+from jaxdistill.parallel.mesh import make_mesh
+from jaxdistill.settings import Data, Experiment, Parallel, Row, Run, digest
+from jaxdistill.task import CondenseTask, Network, Part
+from jaxdistill.tasks import Loaded, image_facts, load_images, placed, source_of
+
+ROOM = "jaxdistill.condense"
+ARTEFACT = "distilled.npz"
+
+
+class Extractor(NamedTuple):
+    """The ConvNet that extracts features.
+
+    Attributes:
+        depth: Blocks; each halves the image.
+        width: Channels.
+        norm: Its normalisation; see `jaxdistill.nn.norm.Norm`.
+    """
+
+    depth: Annotated[int, Between(1, 16)] = 3
+    width: Annotated[int, Between(1, 2**14)] = 64
+    norm: str = "instance"
+
+
+class Pool(NamedTuple):
+    """The feature extractors: pairs of an initial and a trained network.
+
+    Attributes:
+        dir: Where they are kept; by default `pool` in the workdir.
+        size: How many.
+        epochs: Of the training of each.
+        batch_size: Images a step.
+        learning_rate: Of SGD.
+        strategy: Augmentation; see `jaxdistill.data.augment`.
+    """
+
+    dir: Folder = None
+    size: Annotated[int, Between(1, 1000)] = 4
+    epochs: Count = 2
+    batch_size: Count = 64
+    learning_rate: Rate = 0.02
+    strategy: str = "color_crop_flip_scale_rotate"
+
+
+class Settings(NamedTuple):
+    """The groups of a config of this family."""
+
+    data: Data
+    extractor: Extractor
+    pool: Pool
+    parallel: Parallel
+    run: Run
+
+
+def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Loaded:
+    """Reads the data, and prepares the extractors to be read or trained when they are wanted.
+
+    Raises:
+        InputError: If the data cannot be read, or the settings do not fit them.
+    """
+    groups = experiment.groups
+    data = load_images(groups.data)
+    parse(groups.pool.strategy)
+    normalize = normalizer(data.mean, data.std)
+    network = _extractor(groups, data.num_classes, data.image_shape)
+    counts = np.bincount(data.train.labels, minlength=data.num_classes)
+    smallest = int(counts.argmin())
+    index, _ = per_class_table(data.train.labels, data.num_classes)
+    train = data.train._asdict() | {"index": index, "counts": counts.astype(np.int32)}
+    task = CondenseTask(
+        data.name,
+        data.num_classes,
+        data.image_shape,
+        (int(counts[smallest]), data.class_names[smallest]),
+        normalize,
+        network,
+        Part(
+            _pool_shapes(groups.pool, network),
+            functools.cache(
+                lambda: _train_pool(groups, network, data, normalize, workdir, should_stop)
+            ),
+        ),
+        Part(jax.tree.map(_shape, train), lambda: train),
+        placed(groups.data, {"images": data.train.images}, data.train.labels, data.num_classes),
+        groups.run.microbatch,
+        _distilled,
+    )
+    return Loaded(task, data, source_of(data))
+
+
+def shapes(experiment: Experiment) -> CondenseTask:
+    """The task of a data set that need not be there: enough to compile a method for it.
+
+    Raises:
+        InputError: If nothing is known of the data set.
+    """
+    groups = experiment.groups
+    facts = image_facts(groups.data)
+    per_class, channels = facts.largest_class, facts.image_shape[-1]
+    network = _extractor(groups, facts.num_classes, facts.image_shape)
+    count = facts.num_classes * per_class
+    image = jax.ShapeDtypeStruct(facts.image_shape, jnp.uint8)
+    train = {
+        "images": jax.ShapeDtypeStruct((count, *facts.image_shape), jnp.uint8),
+        "labels": jax.ShapeDtypeStruct((count,), jnp.int32),
+        "index": jax.ShapeDtypeStruct((facts.num_classes, per_class), jnp.int32),
+        "counts": jax.ShapeDtypeStruct((facts.num_classes,), jnp.int32),
+    }
+    return CondenseTask(
+        groups.data.name,
+        facts.num_classes,
+        facts.image_shape,
+        (per_class, "the largest"),
+        # The statistics are numbers in the program; which ones changes nothing.
+        normalizer((0.0,) * channels, (1.0,) * channels),
+        network,
+        Part(_pool_shapes(groups.pool, network)),
+        Part(train),
+        Part(device.resident_shapes({"images": image}, facts.num_classes, per_class)),
+        groups.run.microbatch,
+        _distilled,
+    )
+
+
+def mesh(
+    experiment: Experiment, task: CondenseTask, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The devices of a run, all by default.
+
+    As many as divide the classes evenly form the class axis, if the config says nothing else.
+    """
+    parallel, devices = experiment.groups.parallel, jax.devices() if devices is None else devices
+    by_class = parallel.class_devices
+    if by_class is None:
+        by_class = math.gcd(task.num_classes, len(devices)) if parallel.backend == "jit" else 1
+    return make_mesh(devices, class_devices=by_class)
+
+
+def save(
+    folder: Path, experiment: Experiment, loaded: Loaded, row: Row, output: PyTree, card: dict
+) -> None:
+    """Writes the distilled set; see `jaxdistill.io.artifact`."""
+    data, images = loaded.data, np.asarray(output["images"])
+    classes, per_class = images.shape[:2]
+    card = {
+        "class_names": list(data.class_names),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "ipc": row.settings.get("ipc", per_class),
+        "factor": row.settings.get("factor", 1),
+        "accuracies": [],
+    } | card
+    labels = np.repeat(np.arange(classes, dtype=np.int32), per_class)
+    flat = images.reshape(-1, *images.shape[2:])
+    artifact.save(folder, artifact.Distilled(flat, labels, None, card))
+
+
+def read(folder: Path, shapes: PyTree) -> tuple[artifact.Distilled, dict]:
+    """The distilled set of a folder, and its card.
+
+    Args:
+        folder: Where it lies.
+        shapes: What its method puts out.
+
+    Raises:
+        InputError: If there is none, or it is another's.
+    """
+    distilled = artifact.load(folder)
+    classes, per_class, *shape = shapes["images"].shape
+    if distilled.images.shape != (classes * per_class, *shape):
+        raise InputError(
+            f"{folder} holds images of shape {distilled.images.shape}, this run's are "
+            f"{(classes * per_class, *shape)}; use another workdir"
+        )
+    return distilled, distilled.card
+
+
+# ---------------------------------------------------------------------------- parts
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _extractor(groups: Settings, num_classes: int, image_shape: tuple[int, int, int]) -> Network:
+    return classifier("convnet", num_classes, image_shape, **groups.extractor._asdict())
+
+
+def _pool_shapes(pool: Pool, network: Network) -> PyTree:
+    one = jax.eval_shape(network.init, jax.random.key(0))
+    many = jax.tree.map(lambda x: jax.ShapeDtypeStruct((pool.size, *x.shape), x.dtype), one)
+    return {"initial": many, "trained": many}
+
+
+def _train_pool(groups, network, data, normalize, workdir, should_stop) -> PyTree:
+    settings = groups.pool
+    spec = {k: v for k, v in settings._asdict().items() if k not in ("dir", "size")}
+    return pool.load_or_train(
+        Path(settings.dir) if settings.dir else workdir / "pool",
+        settings.size,
+        train_on.Network(network.init, network.logits),
+        data,
+        normalize=normalize,
+        protocol=train_on.Protocol(
+            settings.epochs,
+            settings.batch_size,
+            settings.learning_rate,
+            strategy=settings.strategy,
+            decay_at=(2 / 3, 5 / 6),
+        ),
+        microbatch=groups.run.microbatch,
+        identity=digest([spec, groups.extractor._asdict(), data.fingerprint()]),
+        should_stop=should_stop,
+    )
+
+
+def _distilled(path: str) -> tuple[np.ndarray, np.ndarray]:
+    distilled = artifact.load(path)
+    return distilled.images, distilled.labels

@@ -1,0 +1,514 @@
+"""The family that distils a flow teacher: many-step velocities in, students of a few steps out."""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from jaxdistill import collective, stage
+from jaxdistill.data import device
+from jaxdistill.errors import InputError
+from jaxdistill.flow.matching import examples_of, flow_matching
+from jaxdistill.flow.samplers import guided
+from jaxdistill.flow.targets import TARGETS, Target
+from jaxdistill.interrupt import ShouldStop
+from jaxdistill.io import weights
+from jaxdistill.io.reading import one_line
+from jaxdistill.io.versions import versions
+from jaxdistill.keywords import Between, Count, Dtype, Folder, Fraction, Rate
+from jaxdistill.method import Batch, BatchSpec, Method, replicated
+from jaxdistill.nn.dit import DiT
+from jaxdistill.nn.flow_mlp import FlowMLP
+from jaxdistill.nn.unet import UNet
+from jaxdistill.parallel import processes
+from jaxdistill.parallel.mesh import fully_sharded, make_mesh
+from jaxdistill.settings import Data, Experiment, Parallel, Row, Run, digest, resolve
+from jaxdistill.task import FlowTask, Part
+from jaxdistill.tasks import Loaded, image_facts, load_images, placed, source_of
+
+ROOM = "jaxdistill.flow"
+ARTEFACT = "student.safetensors"
+
+# Shape, classes and examples a class of what no data set here holds: latents of images of 256 and
+# of 1024 pixels.
+_LATENTS = {"latents_imagenet": ((32, 32, 4), 1000, 1300), "latents_1mp": ((128, 128, 16), 0, 1)}
+# Settings that a teacher's parameters do not show, and that must be those it was trained with.
+_OF_A_TEACHER = (
+    ("data", "name"),
+    ("data", "image_size"),
+    ("data", "pad_to"),
+    ("path", "shift"),
+    ("model", "network"),
+    ("model", "heads"),
+    ("teacher", "label_drop"),
+)
+# A number that splitting the keys, as methods do, does not fold into them.
+_DATA_KEY = 0x64617461
+
+
+class FlowPath(NamedTuple):
+    """The path from data to noise.
+
+    Attributes:
+        shift: Of the noise levels: `t = m r / (1 + (m - 1) r)` of even raw times r.
+    """
+
+    shift: Annotated[float, Between(1e-3, 1e3)] = 1.0
+
+
+class Model(NamedTuple):
+    """The teacher's network, which is the students' trunk.
+
+    Attributes:
+        network: `mlp` for points, `dit` or `unet` for images.
+        patch: Side of a patch, in pixels.
+        width: Channels, a multiple of 4 and of `heads`.
+        depth: Blocks.
+        heads: Of attention.
+        bands: Octaves of sines and cosines of a point's place.
+        widths: Channels of the UNet's levels.
+        unroll: Blocks of the DiT compiled side by side.
+        remat: Whether blocks are computed again for the gradient.
+        dtype: Of the activations.
+        param_dtype: Of the parameters.
+    """
+
+    network: Literal["dit", "unet", "mlp"] = "dit"
+    patch: Annotated[int, Between(1, 256)] = 4
+    width: Annotated[int, Between(4, 2**16)] = 128
+    depth: Annotated[int, Between(1, 1000)] = 6
+    heads: Annotated[int, Between(1, 1000)] = 4
+    bands: Annotated[int, Between(0, 16)] = 0
+    widths: tuple[Annotated[int, Between(1, 2**16)], ...] = (32, 64, 96)
+    unroll: Annotated[int, Between(1, 1000)] = 1
+    remat: bool = False
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+
+
+class Teacher(NamedTuple):
+    """The teacher: where it lies, or how it is trained.
+
+    Attributes:
+        dir: A folder with `teacher.safetensors`; by default `teacher` in the workdir, where it is
+            trained.
+        exact: Whether it learns from the exact velocity and is followed by it, where it is known.
+        steps: Length of its training.
+        batch_size: Examples a step.
+        learning_rate: Of AdamW.
+        ema_decay: Of the moving average, which is the teacher.
+        label_drop: Share of the labels that are left out, which guidance needs.
+        guidance: Scale of classifier-free guidance. Above 1 a velocity takes two calls of its
+            network, and the student learns it in one.
+    """
+
+    dir: Folder = None
+    exact: bool = False
+    steps: Count = 4000
+    batch_size: Annotated[int, Between(1, 10**6)] = 64
+    learning_rate: Rate = 1e-3
+    ema_decay: Fraction = 0.999
+    label_drop: Annotated[float, Between(0, 0.99)] = 0.0
+    guidance: Annotated[float, Between(0, 100)] = 1.0
+
+
+class Settings(NamedTuple):
+    """The groups of a config of this family."""
+
+    data: Data
+    path: FlowPath
+    model: Model
+    teacher: Teacher
+    parallel: Parallel
+    run: Run
+
+
+def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Loaded:
+    """Reads the data, and prepares the teacher to be read or trained when it is wanted.
+
+    Raises:
+        InputError: If the data cannot be read, or the settings do not fit them.
+    """
+    groups = experiment.groups
+    name = groups.data.name
+    if name in _LATENTS:
+        raise InputError(f"{name} is a shape without data, to be compiled: use --mode=compile")
+    if name in TARGETS:
+        target = TARGETS[name]()
+        task, source = _points(groups, target), {}
+        data: Any = target
+    else:
+        data = load_images(groups.data)
+        examples = placed(
+            groups.data, {"images": data.train.images}, data.train.labels, data.num_classes
+        )
+        task = _images(groups, data.name, data.image_shape, data.num_classes, examples)
+        source = source_of(data)
+    read = functools.cache(lambda: _teacher(experiment, task, source, workdir, should_stop))
+    return Loaded(
+        task._replace(teacher=task.teacher._replace(load=lambda: {"teacher": read()[0]})),
+        data,
+        source,
+        lambda: {"teacher_sha256": read()[1]},
+    )
+
+
+def shapes(experiment: Experiment) -> FlowTask:
+    """The task of data that need not be there: enough to compile a student for it.
+
+    Raises:
+        InputError: If nothing is known of the data.
+    """
+    groups = experiment.groups
+    name = groups.data.name
+    if name in TARGETS:
+        return _points(groups, TARGETS[name]())
+    if name in _LATENTS:
+        shape, classes, per_class = _LATENTS[name]
+        example, labelled = jax.ShapeDtypeStruct(shape, jnp.float32), classes > 0
+    else:
+        facts = image_facts(groups.data)
+        shape, classes, per_class = facts.image_shape, facts.num_classes, facts.largest_class
+        example, labelled = jax.ShapeDtypeStruct(shape, jnp.uint8), True
+    examples = device.resident_shapes({"images": example}, max(classes, 1), per_class, labelled)
+    return _images(groups, name, shape, classes, Part(examples))
+
+
+def mesh(
+    experiment: Experiment, task: FlowTask, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The devices of a run, all by default; they share the batch."""
+    del experiment, task
+    return make_mesh(devices)
+
+
+def save(
+    folder: Path, experiment: Experiment, loaded: Loaded, row: Row, output: PyTree, card: dict
+) -> None:
+    """Writes the student, `student.safetensors` and its card; see `jaxdistill.io.weights`."""
+    del row
+    where, task = experiment.groups.teacher.dir, loaded.task
+    card = card | {
+        "shape": task.shape,
+        "num_classes": task.num_classes,
+        "teacher": str(Path(where).absolute()) if where else None,
+        "config": experiment.stated(),
+    }
+    weights.save(folder, "student", output, card)
+
+
+def read(folder: Path, shapes: PyTree) -> tuple[PyTree, dict]:
+    """What the student of a folder has learned, and its card.
+
+    Args:
+        folder: Where it lies.
+        shapes: What its method puts out.
+
+    Raises:
+        InputError: If there is none, or it is another's.
+    """
+    params, card = weights.load(folder, "student")
+    weights.check_shapes(f"{folder / 'student.safetensors'}", params, shapes)
+    return params, card
+
+
+# ---------------------------------------------------------------------------- the task
+
+
+def _points(groups: Settings, target: Target) -> FlowTask:
+    def data(batch: Batch) -> tuple[Array, Array]:
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, _DATA_KEY))(batch["keys"])
+        return jax.vmap(target.sample)(keys), jnp.zeros(keys.shape[0], jnp.int32)
+
+    batches = functools.partial(BatchSpec, "keys")
+    return _task(groups, groups.data.name, (1, 1, 2), 0, batches, data, Part(), target)
+
+
+def _images(groups, name, shape, num_classes, examples: Part) -> FlowTask:
+    batches = functools.partial(BatchSpec, "uniform")
+    return _task(groups, name, shape, num_classes, batches, examples_of, examples, None)
+
+
+def _task(groups, name, shape, num_classes, batches, data, examples, target) -> FlowTask:
+    _check(groups, name, shape, num_classes, target)
+    trunk = network(groups.model, shape[-1], num_classes)
+    params = jax.eval_shape(functools.partial(init_network, trunk, shape), jax.random.key(0))
+    velocity, nfe = _velocity(groups.teacher, trunk, num_classes, target)
+    sharded = groups.parallel.fully_sharded
+    return FlowTask(
+        name,
+        shape,
+        num_classes,
+        groups.path.shift,
+        batches,
+        data,
+        trunk,
+        velocity,
+        nfe,
+        Part({"teacher": params}),
+        examples,
+        fully_sharded if sharded else replicated,
+    )
+
+
+def _check(groups, name, shape, num_classes, target) -> None:
+    """Refuses settings that do not go with each other, or with the data."""
+    model, teacher = groups.model, groups.teacher
+    if model.width % model.heads or model.width % 4:
+        raise InputError(
+            f"model.width is {model.width}; it must be a multiple of 4 and of "
+            f"model.heads={model.heads}"
+        )
+    if not model.widths:
+        raise InputError("model.widths is (); give whole numbers, one a level")
+    if teacher.guidance != 1.0 and not teacher.label_drop:
+        raise InputError(
+            f"teacher.guidance={teacher.guidance} needs a teacher that knows the null "
+            "label; set teacher.label_drop above 0"
+        )
+    if teacher.exact and (target is None or target.velocity is None):
+        raise InputError(f"the exact velocity of {name} is not known; set teacher.exact=False")
+    if teacher.label_drop and not num_classes:
+        raise InputError(f"{name} has no labels to drop; set teacher.label_drop=0.0")
+    if model.network == "dit" and any(side % model.patch for side in shape[:2]):
+        raise InputError(
+            f"images of {shape[0]}x{shape[1]} pixels do not divide into patches of "
+            f"{model.patch}; choose another model.patch, or data.pad_to"
+        )
+    if (model.network == "mlp") != (target is not None):
+        raise InputError("model.network=mlp goes with points, dit and unet with images")
+
+
+def network(model: Model, channels: int, num_classes: int) -> Any:
+    """The module of the teacher, which is the student's trunk."""
+    if model.network == "mlp":
+        return FlowMLP(
+            channels, num_classes, width=model.width, depth=model.depth, bands=model.bands
+        )
+    if model.network == "unet":
+        return UNet(channels, num_classes, widths=model.widths)
+    return DiT(
+        channels,
+        model.patch,
+        model.width,
+        model.depth,
+        model.heads,
+        num_classes,
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.dtype(model.param_dtype),
+        remat=model.remat,
+        unroll=model.unroll,
+        place=collective.by_example,
+        per_device=collective.per_device,
+    )
+
+
+def init_network(module: Any, shape: Sequence[int], key: Array) -> PyTree:
+    """Fresh parameters."""
+    return module.init(key, jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+
+
+def _velocity(teacher: Teacher, trunk: Any, num_classes: int, target: Target | None):
+    """What students follow, and how many network calls it takes."""
+    if teacher.exact:
+        return lambda frozen, x, t, label: target.velocity(x, t), 1
+
+    def velocity(frozen, x, t, label):
+        def plain(x, t, label):
+            return trunk.apply({"params": frozen["teacher"]}, x, t, label)
+
+        return guided(plain, label, num_classes or None, teacher.guidance)(x, t)
+
+    return velocity, 1 if teacher.guidance == 1.0 else 2
+
+
+# ---------------------------------------------------------------------------- the teacher
+
+
+def teacher_method(groups: Settings, task: FlowTask, rate_factor: float = 1.0) -> Method:
+    """The training of the teacher, with its learning rate times a factor."""
+    teacher, trunk = groups.teacher, task.trunk
+    rate = teacher.learning_rate * rate_factor
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, rate, min(200, teacher.steps // 10), teacher.steps, 0.01 * rate
+    )
+    exact = TARGETS[task.name]().velocity if teacher.exact else None
+    method = flow_matching(
+        functools.partial(init_network, trunk, task.shape),
+        lambda params, x, t, label: trunk.apply({"params": params}, x, t, label),
+        optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.0)
+        ),
+        batches=task.batches(teacher.batch_size),
+        data=task.data,
+        shift=task.shift,
+        null=task.num_classes or None,
+        label_drop=teacher.label_drop,
+        decay=teacher.ema_decay,
+        exact=exact,
+    )
+    return method._replace(specs=task.specs, frozen_specs=task.specs)
+
+
+def _teacher(experiment, task, source, workdir, should_stop) -> tuple[PyTree, str]:
+    """The teacher's parameters, read or trained first, and their checksum."""
+    groups = experiment.groups
+    folder = Path(groups.teacher.dir) if groups.teacher.dir else workdir / "teacher"
+    done = (folder / "teacher.safetensors").is_file()
+    processes.wait("the teacher is looked for")
+    if not done:
+        if groups.teacher.dir:
+            raise InputError(
+                f"{folder} holds no teacher.safetensors; leave teacher.dir out to train"
+            )
+        if groups.model.param_dtype != "float32":
+            raise InputError(
+                "a teacher is trained with model.param_dtype=float32, or its moving average would "
+                "stand still; give the folder of a trained one as teacher.dir"
+            )
+        identity = digest([_identity(experiment), source])
+        ended = stage.run(
+            "teacher",
+            functools.partial(teacher_method, groups, task),
+            seed=experiment.seed,
+            run=groups.run,
+            backend=groups.parallel.backend,
+            folder=folder,
+            identity=identity,
+            examples=task.examples,
+            frozen=(),
+            steps=groups.teacher.steps,
+            mesh=mesh(experiment, task),
+            should_stop=should_stop,
+        )
+        params = jax.tree.map(processes.whole, ended.method.output(ended.state))
+        if processes.is_first():
+            card = {
+                "dataset": task.name,
+                "method": "teacher",
+                "config_hash": identity,
+                "seed": experiment.seed,
+                "cost": ended.cost,
+                "rate_factor": ended.rate_factor,
+                "provenance": source | {"versions": versions()},
+                "config": experiment.stated(),
+            }
+            weights.save(folder, "teacher", params, card)
+        processes.wait("the teacher is trained")
+    params, card = weights.load(folder, "teacher")
+    path = f"{folder / 'teacher.safetensors'}"
+    weights.check_shapes(path, params, task.teacher.shapes["teacher"])
+    _check_teacher(experiment, folder, card)
+    return params, card["sha256"]
+
+
+def _identity(experiment: Experiment) -> dict:
+    """What a teacher is made of."""
+    groups = experiment.groups
+    parts = (groups.data, groups.path, groups.model, groups.teacher)
+    return {"seed": experiment.seed, "groups": [dict(part._asdict()) for part in parts]}
+
+
+def _check_teacher(experiment: Experiment, folder: Path, card: dict) -> None:
+    """Refuses a teacher of other data or times: its parameters may fit all the same."""
+    for group, name in _OF_A_TEACHER:
+        try:
+            known = card["config"][group][name]
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{folder / 'teacher.json'} does not say how it was trained; train it with this "
+                "version, or add its settings to the card as config"
+            ) from error
+        own = getattr(getattr(experiment.groups, group), name)
+        if own != known:
+            raise InputError(
+                f"the teacher in {folder} was trained with {group}.{name}={known}, this run has "
+                f"{own}; use the same, or another teacher"
+            )
+
+
+# ---------------------------------------------------------------------------- a student alone
+
+
+class Trained(NamedTuple):
+    """A student that is ready for use.
+
+    Attributes:
+        sample: `(key, label, nfe=None) -> examples`. Labels are int32 (n,), zeros where there are
+            none; the examples are float32 (n, h, w, c) in the units of the flow, images in
+            [-1, 1]. It is compiled once for each number of calls and of examples.
+        shape: (h, w, c) of an example.
+        num_classes: 0 where there are no labels.
+        card: What the student says of itself; `nfe` is what it was trained for.
+    """
+
+    sample: Callable[..., Array]
+    shape: tuple[int, int, int]
+    num_classes: int
+    card: dict[str, Any]
+
+
+def load_student(
+    folder: str | os.PathLike[str], teacher: str | os.PathLike[str] | None = None
+) -> Trained:
+    """Reads a student that a run has made; it needs neither its config nor its data.
+
+    Args:
+        folder: A workdir, one of its `baselines/`, or the folder `artifacts` in either.
+        teacher: The folder of the teacher that it stands on; by default the one that it was trained
+            under, in the workdir or where `teacher.dir` was.
+
+    Raises:
+        InputError: If there is no student, or its teacher is not there or is another.
+    """
+    folder = Path(folder)
+    inner = folder / "artifacts"
+    folder = inner if (inner / ARTEFACT).is_file() else folder
+    params, card = weights.load(folder, "student")
+    try:
+        experiment = resolve(card["config"])
+        row = experiment.rows[card["method"]]
+        shape, num_classes = tuple(card["shape"]), card["num_classes"]
+        wanted, place = card["provenance"]["teacher_sha256"], card["teacher"]
+    except (KeyError, TypeError, InputError) as error:
+        raise InputError(
+            f"{folder / 'student.json'} is not the card of a student of this version "
+            f"({one_line(error)}); train it again, or use the version that made it"
+        ) from error
+    groups = experiment.groups
+    if card["dataset"] in TARGETS:
+        task = _points(groups, TARGETS[card["dataset"]]())
+    else:
+        task = _images(groups, card["dataset"], shape, num_classes, Part())
+    recipe = row.module.recipe(task, **row.settings)
+    where = Path(teacher or place or _beside(folder))
+    base, teachers = weights.load(where, "teacher")
+    if teachers["sha256"] != wanted:
+        raise InputError(f"the teacher in {where} is not that of the student in {folder}")
+    frozen = jax.device_put({"teacher": base})
+    params = jax.device_put(params)
+    compiled = functools.lru_cache(lambda nfe: jax.jit(functools.partial(recipe.sample, nfe=nfe)))
+
+    def sample(key: Array, label: Any, nfe: int | None = None) -> Array:
+        label = jnp.asarray(label)
+        if label.ndim != 1 or not jnp.issubdtype(label.dtype, jnp.integer):
+            raise InputError(f"labels are whole numbers (n,), not {label.dtype} {label.shape}")
+        noise = jax.random.normal(key, (len(label), *shape))
+        return compiled(card["nfe"] if nfe is None else nfe)(params, frozen, noise, label)
+
+    return Trained(sample, shape, num_classes, card)
+
+
+def _beside(folder: Path) -> Path:
+    """The folder of the teacher in the workdir that an artefact lies in."""
+    for above in folder.absolute().parents:
+        if (above / "teacher" / "teacher.safetensors").is_file():
+            return above / "teacher"
+    raise InputError(f"no teacher lies beside the student in {folder}; give its folder as teacher")
