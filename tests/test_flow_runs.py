@@ -169,7 +169,7 @@ def test_the_same_command_does_nothing_twice(points, capsys):
     args = [f"--config={POINTS}", f"--workdir={points}", CALLS]
     main.run(args)
     assert before == {p: p.stat().st_mtime_ns for p in points.rglob("*.safetensors")}
-    assert "| arcflow, 2 |" in capsys.readouterr().out
+    assert "| arcflow, 2 " in capsys.readouterr().out
     main.run([*args, "--mode=eval"])
     with pytest.raises(InputError, match="was started with another config"):
         main.run([*args, "--config.method.queries=3"])

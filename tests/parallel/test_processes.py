@@ -119,7 +119,7 @@ def test_flows_run_in_two_processes(tmp_path):
     ]
     command += [f"--workdir={tmp_path / 'run'}"]
     first, second = command_in_two_processes(command)
-    assert first.count("| arcflow, 2 |") == 1 and "arcflow" not in second  # the first prints
+    assert first.count("| arcflow, 2 ") == 1 and "arcflow" not in second  # the first prints
     folder = tmp_path / "run"
     assert (folder / "artifacts" / "samples.png").is_file()
     student = (folder / "artifacts" / "student.safetensors").read_bytes()
