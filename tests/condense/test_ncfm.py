@@ -427,7 +427,7 @@ def test_the_extractor_lies_between_its_start_and_its_end(pool):
 
 def test_images_given_outright_are_where_it_starts(pool, batch):
     pixels = jnp.linspace(0.1, 0.9, CLASSES * SIDE * SIDE).reshape(CLASSES, 1, SIDE, SIDE, 1)
-    state = make(pixels=pixels).init(key(0), pool, batch)
+    state = make(pixels=pixels).init(key(0), pool, {"images": batch})
     np.testing.assert_array_equal(state.pixels, pixels)
 
 
@@ -451,6 +451,6 @@ def test_settings_that_do_not_fit_are_refused(options, message):
 
 def test_a_start_that_does_not_fit_the_data_is_refused(pool, batch):
     with pytest.raises(InputError, match=r"start='tiled' needs 4 images per class, got 2"):
-        make(factor=2).init(key(0), pool, batch[:, :2])
+        make(factor=2).init(key(0), pool, {"images": batch[:, :2]})
     with pytest.raises(InputError, match="factor=3 does not divide images of 8x8"):
-        make(factor=3).init(key(0), pool, batch)
+        make(factor=3).init(key(0), pool, {"images": batch})

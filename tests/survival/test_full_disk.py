@@ -132,9 +132,9 @@ def test_an_artefact_without_room_leaves_the_one_before(disk):
 def test_results_without_room_leave_those_before(disk):
     path = disk.folder / "results.json"
     cell = results.Cell("convnet", "ncfm", "hard", 0, "abc")
-    results.write(path, {cell: {"accuracy": 0.5}})
+    results.write(path, {cell: {"value": 0.5}})
     before = path.read_bytes()
-    many = {cell._replace(seed=seed): {"accuracy": 0.5} for seed in range(500)}
+    many = {cell._replace(seed=seed): {"value": 0.5} for seed in range(500)}
     disk.fill(left=4096)
     with pytest.raises(OSError, match=disk.reason) as caught:
         results.write(path, many)
