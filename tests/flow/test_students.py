@@ -106,7 +106,9 @@ def methods():
 
     seen = from_data(uniform, images, fixed(3, 0.5), 2.0)
     return {
-        "arcflow": arcflow(student(), exact, optimizer, source=noise_source(), drop=0.3, **OPTIONS),
+        "arcflow": arcflow(
+            student(), exact, optimizer, source=noise_source(), mode_dropout=0.3, **OPTIONS
+        ),
         "elastic": arcflow(
             student(), exact, optimizer, source=noise_source(schedule=elastic((1, 2, 4))), **OPTIONS
         ),
@@ -359,7 +361,7 @@ def test_the_average_forgets_at_the_pace_of_its_power():
         (lambda: arcflow(student(), exact, optax.sgd(1.0), source=noise_source(),
                          queries=0), "queries=0"),
         (lambda: arcflow(student(), exact, optax.sgd(1.0), source=noise_source(),
-                         drop=1.0), r"drop=1\.0"),
+                         mode_dropout=1.0), r"mode_dropout=1\.0"),
         (lambda: endpoint_regression(student(), exact, optax.sgd(1.0), source=noise_source(),
                                      queries=0), "at least once"),
         (lambda: elastic(()), "give some"),
