@@ -152,7 +152,7 @@ def outcome(workdir: Path) -> dict:
             for name in arrays.files:
                 found[f"{path.relative_to(workdir)}:{name}"] = arrays[name].tobytes()
         found[f"{path.relative_to(workdir)}:card"] = [
-            record["accuracy"] for record in distilled.card["accuracies"]
+            record["value"] for record in distilled.card["accuracies"]
         ]
     for path in sorted(workdir.glob("**/metrics.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -161,8 +161,7 @@ def outcome(workdir: Path) -> dict:
         ]
     records = json.loads((workdir / "results.json").read_text())
     found["results.json"] = [
-        [record[key] for key in ("network", "method", "labels", "seed", "accuracy")]
-        for record in records
+        [record[key] for key in ("row", "metric", "seed", "value")] for record in records
     ]
     return found
 

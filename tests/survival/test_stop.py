@@ -90,8 +90,9 @@ def test_extractors_already_trained_stay(tmp_path):
 
     def load(should_stop):
         protocol = train_on.Protocol(epochs=2, strategy="none")
-        prepare = lambda x: x.astype(jnp.float32)  # noqa: E731
-        options = {"prepare": prepare, "protocol": protocol, "chunk": 8, "identity": "a"}
+        normalize = lambda x: x.astype(jnp.float32)  # noqa: E731
+        options = {"normalize": normalize, "protocol": protocol, "identity": "a"}
+        options["microbatch"] = 8
         return pool.load_or_train(tmp_path, 11, network, data, should_stop=should_stop, **options)
 
     def a_second_round_is_due():  # each of the eight devices has trained one
