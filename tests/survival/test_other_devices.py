@@ -51,7 +51,9 @@ def test_a_run_goes_on_elsewhere(tmp_path, journey):
 @pytest.mark.slow
 @pytest.mark.parametrize("journey", ["8, 1, 2 devices", "pmap, jit, pmap"])
 def test_ncfm_goes_on_elsewhere(tmp_path, journey):
-    method, frozen, _ = ncfm_case(learned=True, warmup=0, strategy="none", finetune_rate=0.01)
+    method, frozen, _ = ncfm_case(
+        learned=True, warmup=0, strategy="none", finetune_learning_rate=0.01
+    )
     state, alone = travel(method, toy_data()[0], frozen, JOURNEYS[journey], tmp_path)
     assert not differences(state, alone, rtol=1e-3)
     assert np.abs(np.asarray(jax.tree.leaves(state.sampler)[0])).max() > 0
