@@ -118,11 +118,14 @@ def _run(row: str, seed: int, args: argparse.Namespace) -> dict:
     workdir = args.workdir / _slug(row, seed)
     own = dict(_rows(args)[row])
     method = own.pop("method.name", "ncfm")
-    spec = f"ncfm:dataset=fashion_mnist,ipc={args.ipc},method={method},baselines=,seed={seed}"
-    overrides = {"pool.dir": str(args.workdir / "pool")}
-    overrides |= dict(o.split("=", 1) for o in args.set) | own
-    if method in ("random", "herding", "k_center", "start"):  # which take no steps
-        overrides.pop("method.steps", None)
+    every = f"ncfm:dataset=fashion_mnist,ipc={args.ipc},baselines=,seed={seed}"
+    spec = f"{every},method={method}"
+    # What is set for all rows goes to the methods that have it, as some take no steps.
+    known, own_names = (set(jaxdistill.load_config(s).method) for s in (every, spec))
+    absent = {f"method.{name}" for name in known - own_names}
+    given = dict(o.split("=", 1) for o in args.set)
+    given = {path: text for path, text in given.items() if path not in absent}
+    overrides = {"pool.dir": str(args.workdir / "pool")} | given | own
     results = jaxdistill.train(jaxdistill.load_config(spec, overrides), workdir)
     resolved = json.loads((workdir / "config.json").read_text())
     del resolved["pool"]["dir"]  # a place on this machine

@@ -110,13 +110,13 @@ def _run(name: str, variant: str, seed: int, own: dict[str, str], args: argparse
     baselines = overrides.pop("baselines", ())
     if isinstance(baselines, str):  # of --set
         baselines = tuple(filter(None, baselines.split("+")))
-    for setting in [setting for setting in overrides if "." not in setting]:
-        value = overrides.pop(setting)
-        for row in ("method", *(f"baselines.{name}" for name in baselines)):
-            overrides[f"{row}.{setting}"] = value
+    rows = ("method", *(f"baselines.{name}" for name in baselines))
+    shared = {s: overrides.pop(s) for s in list(overrides) if "." not in s}
+    # What is said of one student goes before what is said of all.
+    overrides = {f"{row}.{s}": text for row in rows for s, text in shared.items()} | overrides
     spec = f"flow:dataset={name},baselines={'+'.join(baselines)},seed={seed}"
     config = jaxdistill.load_config(spec, overrides)
-    rows = recording.samples(jaxdistill.train(config, workdir))
+    found = recording.samples(jaxdistill.train(config, workdir))
     resolved = json.loads((workdir / "config.json").read_text())
     del resolved["teacher"]["dir"]  # places on this machine
     resolved["evals"]["samples"].pop("judge_dir", None)
@@ -128,7 +128,7 @@ def _run(name: str, variant: str, seed: int, own: dict[str, str], args: argparse
     return {
         "variant": variant,
         "seed": seed,
-        "rows": rows,
+        "rows": found,
         "costs": {n: card["cost"] for n, card in cards.items()},
         "teacher_sha256": cards[config.method.name]["provenance"]["teacher_sha256"],
         "config": resolved,

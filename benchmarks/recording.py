@@ -13,6 +13,8 @@ from typing import Any
 from jaxdistill.io.files import write_files
 
 FOLDER = Path(__file__).parent / "records"
+# What is known of an accuracy besides its value.
+_MEASURED = ("images", "epochs", "wall_seconds", "cpu_seconds")
 
 
 def read(path: Path) -> list[dict]:
@@ -31,9 +33,10 @@ def accuracies(records: Sequence[dict]) -> list[dict]:
     found = []
     for record in records:
         network, labels = record["metric"].removesuffix(" labels").split(", ")
-        kept = {name: record[name] for name in ("seed", "protocol", "images", "epochs")}
         names = {"network": network, "method": record["row"], "labels": labels}
-        found.append(names | {"accuracy": record["value"]} | kept)
+        decided = {name: record[name] for name in ("seed", "protocol")}
+        measured = {name: record[name] for name in _MEASURED}
+        found.append(names | decided | {"accuracy": record["value"]} | measured)
     return found
 
 
