@@ -165,7 +165,7 @@ def _distil_own(config: ml_collections.ConfigDict, workdir: Path) -> None:
         progress=_OWN,
     )
     card = {"dataset": ready.loaded.task.name, "method": _OWN, "config_hash": identity}
-    card |= {"seeds": {"condense": config.seed}, "provenance": ready.loaded.source}
+    card |= {"provenance": ready.loaded.source}
     output = jax.device_get(method.output(state))
     family = ready.experiment.family
     family.save(workdir / "artifacts", ready.experiment, ready.loaded, first, output, card)

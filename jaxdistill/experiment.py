@@ -99,9 +99,8 @@ def set_up(
     loaded = experiment.family.load(experiment, workdir, should_stop)
     recipes = {n: row.recipe(loaded.task) for n, row in experiment.rows.items()}
     for evaluation in experiment.evals.values():
-        check = getattr(settings.evaluation(evaluation.module), "check", None)
-        if check is not None:
-            check(loaded.task, **evaluation.settings)
+        if hasattr(evaluation.module, "check"):
+            evaluation.module.check(loaded.task, **evaluation.settings)
     for row in experiment.rows.values():
         run_folder.compare(
             _folder(workdir, experiment, row.name),
@@ -154,7 +153,7 @@ def _make(ready: Ready, row: Row) -> Made:
             "dataset": loaded.task.name,
             "method": row.name,
             "config_hash": identity,
-            "seeds": {"condense": experiment.seed},
+            "seed": experiment.seed,
             "cost": ended.cost | made.cost(ended.state),
             "rate_factor": ended.rate_factor,
             "provenance": {**loaded.source, **loaded.made(), "versions": versions()},
@@ -195,5 +194,5 @@ def _evaluate(ready: Ready, made: dict[str, Made]) -> list[dict]:
         ready.should_stop,
     )
     for name, evaluation in ready.experiment.evals.items():
-        records += evaluation.evaluate(bench._replace(name=name), **evaluation.settings)
+        records += evaluation.module.evaluate(bench._replace(name=name), **evaluation.settings)
     return records

@@ -64,7 +64,6 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
     if not spec:
         names = ", ".join(sorted(configs.shipped()))
         raise InputError(f"give --config=NAME and --workdir=FOLDER; shipped configs: {names}")
-    config = configs.load(spec, overrides)
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     flags.DEFINE_enum("mode", "train", MODES, "What to do.", flag_values=values)
@@ -81,7 +80,8 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         raise InputError("--mode=compile and --topology=NAME, such as v5e:2x4, go together")
     if not values.workdir and not compiling:
         raise InputError("give --workdir=FOLDER; the run and its results go there")
-    # Both import JAX: only once the flags are known to be good.
+    # This and what follows import JAX: only once the flags are known to be good.
+    config = configs.load(spec, overrides)
     if values.mode in ("train", "eval"):
         from jaxdistill import experiment
         from jaxdistill.parallel import processes

@@ -13,7 +13,7 @@ import inspect
 import json
 import pkgutil
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -119,19 +119,19 @@ class Evaluation(NamedTuple):
 
     Attributes:
         name: What it is called in results.
-        module: The name of its module, as the config gives it.
-        evaluate: The function of that module.
-        settings: All its keywords.
+        given: The name of its module, as the config gives it.
+        module: The module, which has `evaluate` and perhaps `check`.
+        settings: All keywords of `evaluate`.
     """
 
     name: str
-    module: str
-    evaluate: Callable[..., None]
+    given: str
+    module: ModuleType
     settings: dict[str, Any]
 
     def stated(self) -> dict[str, Any]:
         """The evaluation as a config gives it, every setting said."""
-        return {"name": self.module, **self.settings}
+        return {"name": self.given, **self.settings}
 
 
 class Experiment(NamedTuple):
@@ -357,9 +357,9 @@ def _row(name: str, path: str, given: Mapping[str, Any], family: ModuleType) -> 
 
 def _evaluation(name: str, given: Mapping[str, Any]) -> Evaluation:
     module_name, settings = _named(given, f"evals.{name}")
-    function = evaluation(module_name).evaluate
-    resolved = keywords.resolve(function, settings, f"evals.{name}", renamed)
-    return Evaluation(name, module_name, function, resolved)
+    module = evaluation(module_name)
+    resolved = keywords.resolve(module.evaluate, settings, f"evals.{name}", renamed)
+    return Evaluation(name, module_name, module, resolved)
 
 
 _NAME = keywords.Keyword(str, False, None, False, keywords.REQUIRED)

@@ -24,15 +24,6 @@ class Part(NamedTuple):
     shapes: PyTree = ()
     load: Callable[[], PyTree] = tuple
 
-    def map(self, function: Callable[[PyTree], PyTree], shapes: PyTree) -> "Part":
-        """What a function makes of it.
-
-        Args:
-            function: `tree -> tree`.
-            shapes: What it gives.
-        """
-        return Part(shapes, lambda: function(self.load()))
-
 
 class Network(NamedTuple):
     """A classifier as functions of its parameters.

@@ -34,3 +34,12 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def tpu():
+    """The compiler for TPUs, where it is installed."""
+    pytest.importorskip("libtpu")
+    from jaxdistill.parallel import topology  # only now that the environment is set
+
+    topology.quiet()

@@ -74,7 +74,6 @@ def test_it_compiles_and_is_exported_without_data(family, name, tmp_path):
 
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize(("family", "name"), METHODS)
-def test_it_compiles_for_a_slice(family, name, tmp_path):
-    pytest.importorskip("libtpu")
+def test_it_compiles_for_a_slice(tpu, family, name, tmp_path):
     record = programs.plan(small(family, name), "v5e:1x1", tmp_path)
     assert record["fits"]

@@ -21,7 +21,6 @@ from jaxdistill.io.reading import read_npz
 from jaxdistill.keywords import Between, Count, Folder
 from jaxdistill.nn.judge import Judge
 from jaxdistill.settings import digest
-from jaxdistill.task import FlowTask
 
 _SHOWN = 20  # examples of each row in the picture
 _REAL = "real, training images"
@@ -30,16 +29,7 @@ _REAL = "real, training images"
 _REFERENCE = "midpoint"
 
 
-def check(
-    task: FlowTask, *, nfe: tuple[int, ...], teacher_rows: tuple[str, ...], **others: Any
-) -> None:
-    """Refuses rows that are none.
-
-    Raises:
-        InputError: In this case.
-    """
-    del task, others
-    sampling.check_rows(nfe, teacher_rows)
+check = sampling.check
 
 
 def evaluate(

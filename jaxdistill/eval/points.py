@@ -23,16 +23,7 @@ from jaxdistill.task import FlowTask
 _REFERENCE = "rk4"
 
 
-def check(
-    task: FlowTask, *, nfe: tuple[int, ...], teacher_rows: tuple[str, ...], **others: Any
-) -> None:
-    """Refuses rows that are none.
-
-    Raises:
-        InputError: In this case.
-    """
-    del task, others
-    sampling.check_rows(nfe, teacher_rows)
+check = sampling.check
 
 
 def evaluate(

@@ -60,12 +60,15 @@ def parse_teacher_row(row: str) -> tuple[str, int]:
     )
 
 
-def check_rows(nfe: tuple[int, ...], teacher_rows: tuple[str, ...]) -> None:
-    """Refuses rows that are none.
+def check(
+    task: FlowTask, *, nfe: tuple[int, ...], teacher_rows: tuple[str, ...], **others: Any
+) -> None:
+    """Refuses rows that are none: the `check` of each evaluation of students.
 
     Raises:
         InputError: In this case.
     """
+    del task, others
     if not nfe:
         raise InputError("evals.*.nfe is (); give the numbers of network calls, at least 1 each")
     for row in teacher_rows:

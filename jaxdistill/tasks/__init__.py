@@ -12,7 +12,7 @@ runs the stages that stand before a method, and saves and reads what a method pu
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -73,14 +73,13 @@ def image_facts(data: Data) -> sources.Facts:
     return facts._replace(largest_class=facts.largest_class - data.holdout_per_class)
 
 
-def placed(
-    data: Data, examples: Mapping[str, Any], labels: np.ndarray | None, num_classes: int
-) -> Part:
-    """Examples where the config wants them: on the devices, or on the host."""
-    place = {"resident": device.resident, "streamed": stream.stream}[data.placement]
-    counts = np.bincount(labels, minlength=num_classes)
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), dict(examples))
+def placed(settings: Data, data: dataset.Dataset) -> Part:
+    """The training images where the config wants them: on the devices, or on the host."""
+    place = {"resident": device.resident, "streamed": stream.stream}[settings.placement]
+    images, labels = data.train
+    example = jax.ShapeDtypeStruct(images.shape[1:], images.dtype)
+    largest = int(np.bincount(labels).max())
     return Part(
-        device.resident_shapes(example, num_classes, int(counts.max())),
-        functools.cache(lambda: place(examples, labels, num_classes)),
+        device.resident_shapes({"images": example}, data.num_classes, largest),
+        functools.cache(lambda: place({"images": images}, labels, data.num_classes)),
     )

@@ -104,7 +104,7 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
             ),
         ),
         Part(jax.tree.map(_shape, train), lambda: train),
-        placed(groups.data, {"images": data.train.images}, data.train.labels, data.num_classes),
+        placed(groups.data, data),
         groups.run.microbatch,
         _distilled,
     )
@@ -171,6 +171,7 @@ def save(
         "std": list(data.std),
         "ipc": row.settings.get("ipc", per_class),
         "factor": row.settings.get("factor", 1),
+        "seeds": {"condense": experiment.seed},
         "accuracies": [],
     } | card
     labels = np.repeat(np.arange(classes, dtype=np.int32), per_class)

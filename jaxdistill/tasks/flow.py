@@ -146,9 +146,7 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
         data: Any = target
     else:
         data = load_images(groups.data)
-        examples = placed(
-            groups.data, {"images": data.train.images}, data.train.labels, data.num_classes
-        )
+        examples = placed(groups.data, data)
         task = _images(groups, data.name, data.image_shape, data.num_classes, examples)
         source = source_of(data)
     read = functools.cache(lambda: _teacher(experiment, task, source, workdir, should_stop))
