@@ -84,7 +84,7 @@ class ConvNet(nn.Module):
     """ConvNet-D: blocks of convolution, instance norm, ReLU and 2x2 average pooling."""
 
     def __init__(self, classes: int, *, size: int, channels: int, width: int, depth: int):
-        """Build the network with PyTorch's default initialisation.
+        """Build the network with PyTorch's default initialization.
 
         Args:
             classes: number of logits.
@@ -204,7 +204,7 @@ def cutout(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, data: Data) -> Tensor:
-    """Normalise (N, C, H, H) in [0, 1], then apply the siamese color, crop and cutout."""
+    """Normalize (N, C, H, H) in [0, 1], then apply the siamese color, crop and cutout."""
     return cutout(crop(color((images - data.mean) / data.std)))
 
 
@@ -253,7 +253,7 @@ def calibration_loss(trained: ConvNet, syn: Tensor, label: int, data: Data) -> T
 
 
 class Condenser:
-    """Synthetic pixels, their optimiser and the networks of a run."""
+    """Synthetic pixels, their optimizer and the networks of a run."""
 
     def __init__(self, data: Data, args: argparse.Namespace):
         """Start from tiled real images and freshly drawn networks.

@@ -134,7 +134,7 @@ plt.show()
 # ## Use
 #
 # The file needs nothing of this library. The images lie in [0, 1]; `mean` and `std` are those of
-# the training data, which the networks were normalised with.
+# the training data, which the networks were normalized with.
 
 # %%
 import numpy as np

@@ -75,7 +75,7 @@ class Ready(NamedTuple):
         experiment: The config, resolved.
         workdir: Where everything goes.
         loaded: The task and its data.
-        recipes: Of the rows, by name.
+        recipes: The rows' recipes, by name.
         should_stop: Asked by everything that takes long.
     """
 

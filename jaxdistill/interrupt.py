@@ -26,7 +26,7 @@ def wait(arrays: PyTree, should_stop: ShouldStop, message: str) -> None:
     Args:
         arrays: Tree of jax arrays.
         should_stop: Asked many times a second.
-        message: Of the exception.
+        message: What the exception says.
 
     Raises:
         Interrupted: If asked to stop.

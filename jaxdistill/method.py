@@ -33,7 +33,7 @@ class InitFn(Protocol):
             batch: A batch as the steps get them: its shapes, and real examples to start from.
 
         Returns:
-            Everything that changes: synthetic data, networks, optimiser states, counters.
+            Everything that changes: synthetic data, networks, optimizer states, counters.
         """
 
 

@@ -40,7 +40,7 @@ def load_or_train(
         size: How many.
         network: What to train.
         data: Its training split is trained on.
-        normalize: Images to normalised images.
+        normalize: Images to normalized images.
         protocol: How to train.
         microbatch: Images in one pass.
         identity: Names this kind of network, data and protocol in the file names.

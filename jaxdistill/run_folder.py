@@ -64,9 +64,9 @@ def compare(folder: Path, wanted: Mapping[str, Any], defaults: Mapping[str, Any]
     changed shows as a difference.
 
     Args:
-        folder: Of the row; it need not exist.
+        folder: The row's folder; it need not exist.
         wanted: What decides what the row is; what is not known yet may be left out.
-        defaults: Of its settings.
+        defaults: The defaults of its settings.
 
     Raises:
         InputError: If it holds another row, or what is no row's.
@@ -87,9 +87,9 @@ def claim(folder: Path, wanted: Mapping[str, Any], defaults: Mapping[str, Any]) 
     """Writes whose the folder is, if nobody has; else makes sure that it is this row's.
 
     Args:
-        folder: Of the row.
+        folder: The row's folder.
         wanted: All that decides what the row is.
-        defaults: Of its settings.
+        defaults: The defaults of its settings.
 
     Returns:
         A hash of what is written there, by which checkpoints and artefacts know the row.

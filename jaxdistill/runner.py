@@ -274,7 +274,7 @@ def _initial(method: Method, draw: Callable, key, frozen, data) -> TrainState:
 
 
 def _split(key: PRNGKeyArray) -> Key[Array, " 3"]:
-    """Of the initial state, of its batch, and of the run."""
+    """The keys of the initial state, of its batch, and of the run."""
     return jax.random.split(key, 3)
 
 

@@ -33,7 +33,7 @@ class Data(NamedTuple):
     """Where the training data come from.
 
     Attributes:
-        name: Of a data set, or its path; see `jaxdistill.data.sources.load`.
+        name: A data set's name, or its path; see `jaxdistill.data.sources.load`.
         data_dir: Where a named data set lies.
         image_size: Pixels that images are brought to.
         pad_to: Pixels that images are padded to.
@@ -139,7 +139,7 @@ class Experiment(NamedTuple):
 
     Attributes:
         family: The module of `jaxdistill.tasks`.
-        seed: Of what is made.
+        seed: The seed from which every draw of the run follows.
         groups: The family's `Settings`: a named tuple of groups.
         rows: The method and its baselines, by name; the first is the method.
         evals: The evaluations, by name.
@@ -428,7 +428,7 @@ def difference(
         now: As they are.
         defaults: What a setting is where nothing is said: it stands for one that was not there
             yet when the others were stored.
-        prefix: Of the names.
+        prefix: What the names begin with.
     """
     found = []
     for key in sorted({*before, *now}):

@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
     Attributes:
         method: What has run in the end.
         state: Its state.
-        rate_factor: Of the learning rates at the end; 1 if the run never had to be restarted.
+        rate_factor: The learning rates' factor at the end; 1 if the run was never restarted.
         cost: For a card: steps, wall and CPU seconds.
     """
 
@@ -60,7 +60,7 @@ def run(
         run: How the loop runs.
         backend: `jit` or `pmap`.
         folder: Gets `metrics.jsonl` and `checkpoints/`.
-        identity: Of what is run; a checkpoint of another is refused.
+        identity: The identity of what is run; a checkpoint of another is refused.
         examples: What batches are drawn from, for a method that is fed examples.
         frozen: As the runner takes it.
         steps: Length of the whole run.

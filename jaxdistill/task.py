@@ -30,7 +30,7 @@ class Network(NamedTuple):
 
     Attributes:
         init: `key -> params`.
-        logits: `(params, images) -> logits`, of normalised images (n, h, w, c).
+        logits: `(params, images) -> logits`, of normalized images (n, h, w, c).
         features: `(params, images) -> features` (n, feature_dim), of the layer before the last.
         feature_dim: The length of a feature vector.
     """
@@ -45,11 +45,11 @@ class CondenseTask(NamedTuple):
     """Labelled images that are to be distilled into a few.
 
     Attributes:
-        name: Of the data set.
+        name: The name of the data set.
         num_classes: Number of classes.
         image_shape: (h, w, c).
         smallest_class: Training images of the smallest class, and its name for messages.
-        normalize: uint8 images, or images in [0, 1], to normalised ones.
+        normalize: uint8 images, or images in [0, 1], to normalized ones.
         network: The extractors' network.
         extractors: `{"initial": params, "trained": params}`, each leaf stacked over networks.
         train: The training split: `{"images": uint8 (n, h, w, c), "labels": int32 (n,)}`, and the
@@ -77,10 +77,10 @@ class FlowTask(NamedTuple):
     """A teacher that makes examples from noise in many steps, to be followed in a few.
 
     Attributes:
-        name: Of the data.
+        name: The name of the data.
         shape: (h, w, c) of an example.
         num_classes: 0 where there are no labels.
-        shift: Of the noise levels; see `jaxdistill.flow.paths.shifted`.
+        shift: How far the noise levels are shifted; see `jaxdistill.flow.paths.shifted`.
         batches: `size -> BatchSpec`: what a step is fed that needs real examples.
         data: `batch -> (examples, labels)`, in the units of the flow; images lie in [-1, 1].
         trunk: The module of the teacher's network, with the methods `features` and `__call__`.
@@ -124,8 +124,8 @@ class Recipe(NamedTuple):
         card: What the artefact says of itself beyond the settings.
         cost: `state -> dict`: what the run took, for the artefact.
         note: A line that is printed before the run.
-        sample: Of students: how they make examples; see `SampleFn`.
-        trace: Of students: the states on their way; see `TraceFn`.
+        sample: How a student makes examples; see `SampleFn`.
+        trace: The states on a student's way; see `TraceFn`.
     """
 
     method: Method

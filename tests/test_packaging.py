@@ -26,7 +26,7 @@ def configs():
 
 
 def lock(name):
-    """The pins of a lock file, by normalised name."""
+    """The pins of a lock file, by normalized name."""
     lines = (ROOT / "requirements" / name).read_text("utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.lstrip().startswith("#")]
     return {re.sub(r"[-_.]+", "-", pin.name).lower(): pin for pin in pins}

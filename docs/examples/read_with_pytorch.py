@@ -1,4 +1,4 @@
-"""Reads a distilled data set as a PyTorch data set of normalised NCHW images."""
+"""Reads a distilled data set as a PyTorch data set of normalized NCHW images."""
 
 import json
 from pathlib import Path

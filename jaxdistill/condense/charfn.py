@@ -40,7 +40,7 @@ def ecf(
     Args:
         features: Rows are samples. Leading axes are batched over.
         freqs: Frequencies, one per row.
-        weights: Of the rows in each of m means, instead of one mean over all rows.
+        weights: The weights of the rows in each of m means, instead of one mean over all rows.
 
     Returns:
         Real and imaginary parts, each of shape (..., k), or (..., m, k) with weights, in the

@@ -63,10 +63,10 @@ def feature_table(
     """Features of all images, `microbatch` at a time, without augmentation.
 
     Args:
-        features: `(params, normalised images) -> features`.
+        features: `(params, normalized images) -> features`.
         params: Parameters of a network trained on the training set.
         images: uint8 images (n, H, W, C).
-        normalize: uint8 images to normalised images.
+        normalize: uint8 images to normalized images.
         microbatch: Images in one pass.
     """
     n = images.shape[0]

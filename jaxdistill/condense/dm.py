@@ -33,7 +33,7 @@ from jaxdistill.task import CondenseTask, Recipe
 
 
 class DMState(NamedTuple):
-    """Synthetic images (classes, ipc, H, W, C) and the state of their optimiser."""
+    """Synthetic images (classes, ipc, H, W, C) and the state of their optimizer."""
 
     pixels: Pixels
     pixels_opt: Any
@@ -57,10 +57,10 @@ def dm(
     """Builds the DM method: every step draws a fresh random network. `frozen` is not used.
 
     Args:
-        features: `(params, normalised images) -> penultimate features`.
+        features: `(params, normalized images) -> penultimate features`.
         network_init: `key -> params` of a random network.
-        optimizer: Optimiser of the pixels, acting image by image; see `ncfm`.
-        normalize: uint8 or [0, 1] images to normalised images.
+        optimizer: Optimizer of the pixels, acting image by image; see `ncfm`.
+        normalize: uint8 or [0, 1] images to normalized images.
         ipc: Synthetic images per class.
         factor: Tiles per side stored in each synthetic image (1 in the paper).
         start: Initial images, see `initial_pixels`.
@@ -68,7 +68,7 @@ def dm(
         batch_real: Real images of each class per step.
         strategy: Siamese augmentation.
         microbatch: Images in one pass of the network, on each device.
-        real_dtype: Of the network on the real images, which takes no gradient; bfloat16 halves
+        real_dtype: The network's dtype on the real images, which takes no gradient; bfloat16 halves
             what its activations move. Features and all that follows are float32.
 
     Returns:
@@ -149,10 +149,10 @@ def recipe(
         steps: Length of the run.
         factor: Tiles per side that a synthetic image stores.
         start: `tiled`, `random`, `noise`, or the path of a `distilled.npz`.
-        learning_rate: Of the pixels.
+        learning_rate: The pixels' learning rate.
         learning_rate_decay: The last learning rate over the first, by a cosine.
         batch_real: Real images of each class in a step.
-        real_dtype: Of the network on the real images.
+        real_dtype: The network's dtype on the real images.
         strategy: Siamese augmentation; see `jaxdistill.data.augment`.
 
     Raises:

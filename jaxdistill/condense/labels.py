@@ -21,10 +21,10 @@ def soft_labels(
     """Mean class probabilities of the teachers on images without augmentation.
 
     Args:
-        logits: `(params, normalised images) -> logits`.
+        logits: `(params, normalized images) -> logits`.
         teachers: Parameters stacked over teachers.
         images: Distilled images in [0, 1].
-        normalize: Images in [0, 1] to normalised images.
+        normalize: Images in [0, 1] to normalized images.
         temperature: Divides the logits; above 1 the labels are softer.
         microbatch: Images in one pass.
 

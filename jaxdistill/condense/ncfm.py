@@ -57,9 +57,9 @@ class NCFMState(NamedTuple):
     Attributes:
         step: Number of steps taken.
         pixels: Synthetic images (classes, ipc, H, W, C) in [0, 1].
-        pixels_opt: State of the pixels' optimiser.
+        pixels_opt: State of the pixels' optimizer.
         sampler: Parameters of the distribution of frequencies.
-        sampler_opt: State of the sampler's optimiser.
+        sampler_opt: State of the sampler's optimizer.
         tuned: The trained ends of the extractor pool when they are fine-tuned, else `()`.
     """
 
@@ -137,14 +137,14 @@ def ncfm(
     each leaf stacked over networks.
 
     Args:
-        features: `(params, normalised images) -> penultimate features`.
-        logits: `(params, normalised images) -> logits`, used by calibration and fine-tuning.
-        optimizer: Optimiser of the pixels (descent). It must act image by image, as Adam does and
+        features: `(params, normalized images) -> penultimate features`.
+        logits: `(params, normalized images) -> logits`, used by calibration and fine-tuning.
+        optimizer: Optimizer of the pixels (descent). It must act image by image, as Adam does and
             clipping by a global norm does not, where classes are split over devices.
         sampler: Distribution of the frequencies, see `jaxdistill.condense.charfn`.
-        sampler_optimizer: Optimiser of the sampler (it is fed the negative gradient: ascent).
+        sampler_optimizer: Optimizer of the sampler (it is fed the negative gradient: ascent).
             Needed if the sampler has parameters.
-        normalize: uint8 or [0, 1] images to normalised ones, see `data.augment.normalizer`.
+        normalize: uint8 or [0, 1] images to normalized ones, see `data.augment.normalizer`.
         feature_dim: Length of a feature vector.
         ipc: Synthetic images per class.
         factor: Tiles per side stored in each synthetic image.
@@ -165,7 +165,7 @@ def ncfm(
         ascent_steps: Ascent steps of the sampler per descent step.
         warmup: Steps before the sampler begins to ascend.
         microbatch: Images in one pass of the network, on each device.
-        real_dtype: Of the network on the real images, which takes no gradient; bfloat16 halves
+        real_dtype: The network's dtype on the real images, which takes no gradient; bfloat16 halves
             what its activations move. Features and all that follows are float32.
 
     Returns:
@@ -182,7 +182,7 @@ def ncfm(
     probe = jax.eval_shape(lambda k: sampler.init(k, feature_dim), jax.random.key(0))
     learned = bool(jax.tree.leaves(probe))
     if learned and sampler_optimizer is None:
-        raise InputError("a sampler with parameters needs sampler_optimizer, an optax optimiser")
+        raise InputError("a sampler with parameters needs sampler_optimizer, an optax optimizer")
     sampler_optimizer = sampler_optimizer or optax.identity()
 
     num_real = max(batch_real, needed)
@@ -346,7 +346,7 @@ def _synthetic_ecf(features: Array, freqs: Array, rows: Rows) -> charfn.ECF:
 
 
 def _specs(state: NCFMState, mesh: Mesh) -> NCFMState:
-    """Images, and what their optimiser keeps of each, are split by class."""
+    """Images, and what their optimizer keeps of each, are split by class."""
     del mesh
     whole = jax.tree.map(lambda _: PartitionSpec(), state)
     return whole._replace(
@@ -389,17 +389,18 @@ def recipe(
         steps: Length of the run.
         factor: Tiles per side that a synthetic image stores.
         start: `tiled`, `random`, `noise`, or the path of a `distilled.npz`.
-        learning_rate: Of the pixels.
+        learning_rate: The pixels' learning rate.
         learning_rate_decay: The last learning rate over the first, by a cosine.
         batch_real: Real images of each class in a step.
-        real_dtype: Of the network on the real images. Accelerators wait for memory there; CPUs
+        real_dtype: The network's dtype on the real images. Accelerators wait for memory there; CPUs
             gain nothing.
         strategy: Siamese augmentation; see `jaxdistill.data.augment`.
         num_freqs: Frequencies in a step.
         alpha: Weight of the amplitude term.
         beta: Weight of the phase term.
         calibration: Weight of the cross-entropy under the trained extractor.
-        finetune_learning_rate: Of the extractors on the synthetic images; at 0 they are frozen.
+        finetune_learning_rate: The extractors' learning rate on the synthetic images; at 0
+            they are frozen.
         sampler: The distribution of the frequencies: `gaussian`; `learned`, a mixture of scales;
             `released`, the network of the published code.
         freq_scale: Standard deviation of the Gaussian frequencies.
@@ -407,7 +408,7 @@ def recipe(
         objective: What a learned sampler maximises; see `ncfm`.
         ascent_steps: Steps of the sampler in one of the images.
         warmup: Steps before the sampler begins.
-        sampler_learning_rate: Of the sampler.
+        sampler_learning_rate: The sampler's learning rate.
         sampler_clip: Global norm that its gradients are clipped to.
 
     Raises:

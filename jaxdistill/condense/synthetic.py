@@ -159,15 +159,16 @@ def real_statistic(
 
     Args:
         statistic: `features of g classes -> tree` of arrays with a leading axis of g.
-        features: `(params, normalised images) -> features`.
+        features: `(params, normalized images) -> features`.
         params: Parameters of the network.
         images: Real images.
         keys: One key per class for the augmentation that the class shares.
-        normalize: uint8 or [0, 1] images to normalised images.
+        normalize: uint8 or [0, 1] images to normalized images.
         strategy: Augmentation, see `jaxdistill.data.augment`.
         microbatch: Most images in one forward pass; bounds memory and, on CPU, keeps it in the
             cache. A pass takes several whole classes, or a part of one that divides it.
-        dtype: Of the network's parameters and activations; the statistic is taken of float32.
+        dtype: The dtype of the network's parameters and activations; the statistic is taken of
+            float32.
 
     Returns:
         The statistics of all classes.
@@ -205,8 +206,8 @@ class Rows(NamedTuple):
         images: Augmented images, those of a class together; `()` where they are made anew for
             each pass, see `over_classes`.
         labels: The id of each image's class.
-        weights: Of each row in the mean over its class; the means of the shares add up to the
-            mean of the class.
+        weights: The weight of each row in the mean over its class; the means of the shares add up
+            to the mean of the class.
     """
 
     images: Float[Array, "r h w c"] | tuple[()]
@@ -235,7 +236,7 @@ def synthetic_rows(
     Args:
         pixels: Those of this device's classes.
         keys: One key per class, those of the real images.
-        normalize: uint8 or [0, 1] images to normalised images.
+        normalize: uint8 or [0, 1] images to normalized images.
         strategy: Augmentation that the class shares.
         factor: Tiles per side stored in each image.
         kept: Whether the images are wanted.
@@ -311,7 +312,7 @@ def over_classes(
         pixels: Those of this device's classes.
         keys: One key per class, as for `synthetic_rows`, like the rest.
         group: Classes at a time, a divisor of their number.
-        normalize: uint8 or [0, 1] images to normalised images.
+        normalize: uint8 or [0, 1] images to normalized images.
         strategy: Augmentation that the class shares.
         factor: Tiles per side stored in each image.
 
@@ -357,8 +358,8 @@ def by_class(tree: PyTree, shape: tuple[int, ...]) -> PyTree:
     """`PartitionSpec`s that split by class whatever has the shape of the pixels.
 
     Args:
-        tree: What to lay out: the pixels, and the state of their optimiser.
-        shape: Of the pixels.
+        tree: What to lay out: the pixels, and the state of their optimizer.
+        shape: The shape of the pixels.
     """
     split, whole = PartitionSpec(CLASS_AXIS), PartitionSpec()
     return jax.tree.map(lambda x: split if x.shape == shape else whole, tree)

@@ -1,7 +1,7 @@
 """Differentiable siamese augmentation (DSA), as pure functions of a key.
 
 Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation" (2021). Images are
-normalised before they are augmented, so the zero that fills uncovered pixels is the mean colour.
+normalized before they are augmented, so the zero that fills uncovered pixels is the mean colour.
 A siamese draw uses one set of parameters for the whole batch and does not depend on the batch
 size: two batches augmented with the same key undergo the same transformation.
 """
@@ -30,7 +30,7 @@ Op = Callable[[PRNGKeyArray, Images, tuple[int, ...]], Images]
 
 
 def normalizer(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Array], Images]:
-    """A function from uint8 images, or images in [0, 1], to normalised float32 images.
+    """A function from uint8 images, or images in [0, 1], to normalized float32 images.
 
     Args:
         mean: Mean of each channel, in units of [0, 1].
@@ -193,11 +193,11 @@ def augment(
     compose: bool = False,
     siamese: bool = False,
 ) -> Images:
-    """Augments normalised images.
+    """Augments normalized images.
 
     Args:
         key: Source of all draws.
-        images: Normalised images.
+        images: Normalized images.
         strategy: Operation names joined by `_`; empty or `none` for no augmentation.
         compose: False applies one operation of the list, drawn uniformly per call (DSA). True
             applies flip and colour, then one of crop, scale and rotate, then cutout, as far as

@@ -100,7 +100,7 @@ def from_arrays(
 
     Raises:
         InputError: If an array is empty, or has the wrong dtype, shape or range; also if a
-            channel is constant over the training images, which cannot be normalised.
+            channel is constant over the training images, which cannot be normalized.
     """
     train = _check_split("training", train_images, train_labels)
     test = _check_split("test", test_images, test_labels)
@@ -170,7 +170,7 @@ def pad(dataset: Dataset, size: int) -> Dataset:
     """Surround every image with black up to `size` by `size`, keeping the statistics.
 
     The statistics stay those of the bare images, so the border is one more dark region after
-    normalisation and does not shift the scale of the picture inside it.
+    normalization and does not shift the scale of the picture inside it.
 
     Raises:
         InputError: If the images are larger than `size` or cannot be centred in it.
@@ -202,7 +202,7 @@ def holdout(dataset: Dataset, per_class: int, seed: int) -> Dataset:
     Args:
         dataset: The data set; its test split is dropped unread.
         per_class: How many training images of each class move to the test slot.
-        seed: Of `numpy.random.default_rng`, which draws them.
+        seed: The seed of `numpy.random.default_rng`, which draws them.
 
     Raises:
         InputError: If `per_class` is below 1 or would leave a class without training images.
@@ -296,7 +296,7 @@ def _statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...
         if variance == 0:
             raise InputError(
                 f"channel {channel} has the same value in every training image; "
-                "it cannot be normalised: drop it"
+                "it cannot be normalized: drop it"
             )
         means.append(first / total / 255)
         stds.append(math.sqrt(variance) / total / 255)

@@ -20,7 +20,7 @@ class Made(NamedTuple):
     """A row that is finished.
 
     Attributes:
-        name: Of the row.
+        name: The name of the row.
         folder: Where its artefact is.
         recipe: What it was made by.
         output: Reads its artefact: a `Distilled` set, or the parameters of a student.

@@ -72,15 +72,15 @@ def evaluate(
         networks: Any of `jaxdistill.nn.classifiers.CLASSIFIERS`.
         depth: Blocks of the ConvNet.
         width: Its channels.
-        norm: Its normalisation.
+        norm: Its normalization.
         seeds: Networks of each kind.
         epochs: Passes over the set; the network is measured after the last.
         batch_size: Images a step.
-        learning_rate: Of SGD.
+        learning_rate: SGD's learning rate.
         strategy: Augmentation; see `jaxdistill.data.augment`.
         soft_labels: Whether the networks are trained on soft labels too: those of the artefact, or
             else what the task's trained extractors say.
-        temperature: Of the soft labels.
+        temperature: The temperature of the soft labels.
 
     Returns:
         A record for each row, network, kind of label and seed; accuracies are fractions.

@@ -54,8 +54,8 @@ class PrecisionRecall(NamedTuple):
     """Shares in [0, 1].
 
     Attributes:
-        precision: Of the generated samples that lie among the real ones.
-        recall: Of the real samples that lie among the generated ones.
+        precision: The share of generated samples that lie among the real ones.
+        recall: The share of real samples that lie among the generated ones.
     """
 
     precision: float

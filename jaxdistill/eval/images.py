@@ -55,9 +55,9 @@ def evaluate(
         teacher_rows: Samplers of the teacher, and their network calls, guidance left out.
         examples: Images of a row.
         paired: Images that are compared with what the teacher makes of the same noise.
-        reference_steps: Of the midpoint method that makes the teacher's images.
+        reference_steps: The steps of the midpoint method that makes the teacher's images.
         batch_size: Images made at a time.
-        judge_epochs: Of the classifier.
+        judge_epochs: How long the classifier is trained.
         judge_dir: Where the classifier and the teacher's images are kept; by default `judge` in the
             workdir.
 

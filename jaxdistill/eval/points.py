@@ -45,7 +45,7 @@ def evaluate(
             are.
         teacher_rows: Samplers of the teacher, and their network calls, guidance left out.
         examples: Points of a row.
-        reference_steps: Of the Runge-Kutta method that finds where the teacher's paths end.
+        reference_steps: The Runge-Kutta steps in which the teacher's paths are followed to t = 0.
         batch_size: Points made at a time.
 
     Returns:

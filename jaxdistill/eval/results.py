@@ -23,7 +23,7 @@ class Cell(NamedTuple):
         evaluation: The name that the config gives it.
         row: What is measured: a method, perhaps with the way it is used.
         metric: What is measured of it: a column.
-        seed: Of the measurement.
+        seed: The seed of the measurement.
         protocol: Hash of everything else that decides it.
     """
 

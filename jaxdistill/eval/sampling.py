@@ -177,7 +177,7 @@ def measure(
 
     Args:
         bench: What is measured.
-        names: Of the rows; all have the measure `nfe`.
+        names: The names of the rows; all have the measure `nfe`.
         protocol: Hash of what decides a measurement.
         row: Name of a row -> metric -> value.
 

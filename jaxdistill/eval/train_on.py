@@ -93,7 +93,7 @@ def _train_block(
     microbatch,
     mesh,
 ):
-    """`count` optimiser steps from the `first` of a stage, of all networks; one program."""
+    """`count` optimizer steps from the `first` of a stage, of all networks; one program."""
     steps = functools.partial(
         _train_steps, network=network, protocol=protocol, normalize=normalize, microbatch=microbatch
     )
@@ -118,7 +118,7 @@ def _initial(keys, *, network):
 def _train_steps(
     carry, key, images, targets, rate, first, count, *, network, protocol, normalize, microbatch
 ):
-    """`count` optimiser steps of one network."""
+    """`count` optimizer steps of one network."""
     n = images.shape[0]
     batch = min(protocol.batch, n)
     tx = optimizer(protocol)
@@ -206,11 +206,11 @@ def train_many(
     The networks are dealt to this process's devices; a device trains its own at the same time.
 
     Args:
-        keys: For each network, the source of its initialisation, order and augmentation.
+        keys: For each network, the source of its initialization, order and augmentation.
         network: What to train.
         images: uint8, or float32 in [0, 1], (n, H, W, C).
         targets: One-hot or soft labels.
-        normalize: Images to normalised images.
+        normalize: Images to normalized images.
         protocol: How.
         microbatch: Images in one pass; gradients of a batch are accumulated over passes.
         params: Initial parameters with a leading axis of networks, instead of `network.init`.

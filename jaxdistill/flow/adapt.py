@@ -1,6 +1,6 @@
 """Students made of their teacher: its trunk, adapted or trained whole, and a head of their own.
 
-This is what the recipes of students share: their settings, their optimiser, how they are used.
+This is what the recipes of students share: their settings, their optimizer, how they are used.
 """
 
 import functools
@@ -36,12 +36,12 @@ class Training(NamedTuple):
         nfe: Network calls of the student from noise to data (network function evaluations).
         steps: Length of the run.
         batch_size: Examples a step.
-        learning_rate: Of AdamW.
+        learning_rate: AdamW's learning rate.
         learning_rate_decay: The last learning rate over the first, by a cosine.
         warmup: Steps in which the learning rate rises, and before the moving average begins.
         clip: Global norm that gradients are clipped to.
         ema_power: Exponent of the moving average; see `students.power_average`.
-        rank: Of the adapters; at 0 the whole network is trained.
+        rank: The rank of the adapters; at 0 the whole network is trained.
         alpha: Scale of the adapters times their rank; by default the rank.
         targets: Regular expressions of the layers that get adapters.
     """

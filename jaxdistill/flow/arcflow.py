@@ -56,7 +56,7 @@ def arcflow(
     Args:
         student: The network and its policy.
         teacher: The velocity to follow.
-        optimizer: Optimiser of what is trained.
+        optimizer: Optimizer of what is trained.
         source: Where examples come from.
         queries: Teacher calls in a segment, for each example.
         shift: See `paths.shifted`.
@@ -64,7 +64,7 @@ def arcflow(
             0 compares the velocity at the place itself, once the teacher's steps are gone.
         teacher_steps: Steps over which the teacher's share of the way falls from all to none.
         mode_dropout: Share of the modes left out while the student moves, though not in the loss.
-        **options: Of `student_method`.
+        **options: Keywords of `student_method`.
 
     Raises:
         InputError: For numbers that cannot be meant.
@@ -189,8 +189,8 @@ def recipe(
         log_gamma: Lowest and highest logarithm of gamma at the start, evenly spaced between: by
             default gamma is 0.2 to 4.
         gamma_rate_scale: Learning rate of the gammas over that of the rest.
-        unit: Of gamma's exponent: a unit of time, or the fraction of the segment.
-        **rest: Of `Matching`, `adapt.Training` and `adapt.Segments`.
+        unit: What gamma's exponent counts: a unit of time, or the fraction of the segment.
+        **rest: Settings of `Matching`, `adapt.Training` and `adapt.Segments`.
 
     Raises:
         InputError: If the settings do not fit each other or the task.

@@ -36,11 +36,11 @@ def endpoint_regression(
     Args:
         student: The network and its policy.
         teacher: The velocity to follow.
-        optimizer: Optimiser of what is trained.
+        optimizer: Optimizer of what is trained.
         source: Where examples come from.
         queries: Euler steps of the teacher in a segment, even in raw time.
         shift: See `paths.shifted`.
-        **options: Of `student_method`.
+        **options: Keywords of `student_method`.
 
     Raises:
         InputError: If there is no query.
@@ -74,7 +74,7 @@ def recipe(
     Args:
         task: What it is for.
         queries: Euler steps of the teacher in a segment.
-        **rest: Of `adapt.Training` and `adapt.Segments`.
+        **rest: Settings of `adapt.Training` and `adapt.Segments`.
 
     Raises:
         InputError: If the settings do not fit each other or the task.

@@ -23,7 +23,7 @@ def recipe(
         task: What it is for.
         modes: Gaussians of the mixture.
         substeps: Euler steps of a move, which take no network call.
-        **rest: Of `arcflow.Matching`, `adapt.Training` and `adapt.Segments`.
+        **rest: Settings of `arcflow.Matching`, `adapt.Training` and `adapt.Segments`.
 
     Raises:
         InputError: If the settings do not fit each other or the task.

@@ -19,8 +19,8 @@ class MatchingState(NamedTuple):
     """What changes while a velocity is learned.
 
     Attributes:
-        params: Of the network.
-        opt: Of the optimiser.
+        params: The network's parameters.
+        opt: The optimizer's state.
         average: The moving average of the parameters, which is what the teacher is.
         step: Steps done.
     """
@@ -49,13 +49,13 @@ def flow_matching(
     Args:
         init: `key -> params`.
         velocity: `(params, x, t, label) -> u`.
-        optimizer: Optimiser.
+        optimizer: Optimizer.
         batches: What a step is fed; it must have `keys`.
         data: `batch -> (data, label)`.
         shift: See `paths.shifted`.
         null: The label that says nothing.
         label_drop: Share of the labels replaced by it, which guidance needs.
-        decay: Of the moving average.
+        decay: The share of itself that the moving average keeps each step.
         exact: The velocity of the data's distribution where it is known: it has the same mean as
             what is learned from without it, and no noise.
 

@@ -99,7 +99,7 @@ def thinned(
     """Logits without those of some modes.
 
     Args:
-        logits: Of the modes, on a grid.
+        logits: The logits of the modes, on a grid.
         marks: Uniform random numbers. Modes with a mark below `fraction` go, for the whole grid,
             but never all: the one with the largest mark stays.
         fraction: The expected share of modes that go.

@@ -34,9 +34,9 @@ class ProgressiveState(NamedTuple):
     """What changes in progressive distillation.
 
     Attributes:
-        trainable: Of this round's student.
-        teacher: Of the last round's, which it follows.
-        opt: Of the optimiser.
+        trainable: What this round's student trains.
+        teacher: What the last round's student trained, which this one follows.
+        opt: The optimizer's state.
         average: The moving average of `trainable`.
         step: Steps done, in all rounds.
         queries: Network calls of the teachers so far, of each of the examples of a step.
@@ -73,12 +73,12 @@ def progressive(
     Args:
         student: The network and a policy, meant to be a straight line.
         teacher: The velocity to follow.
-        optimizer: Optimiser of what is trained; it starts anew each round.
+        optimizer: Optimizer of what is trained; it starts anew each round.
         batches: What a step is fed; it must have `keys`.
         data: `batch -> (data, label)`; segments are entered from the path of data to noise.
-        steps: Of all rounds together, which share them evenly.
-        nfe: Of the last student.
-        first_nfe: Of the teacher; `nfe` times a power of two.
+        steps: The steps of all rounds together, which share them evenly.
+        nfe: The network calls of the last student.
+        first_nfe: The network calls of the teacher; `nfe` times a power of two.
         teacher_nfe: Network calls of one of its velocities, for the count of queries.
         shift: See `paths.shifted`.
         ema_power: See `students.power_average`.
@@ -175,7 +175,7 @@ def recipe(
     Args:
         task: What it is for.
         first_nfe: Euler steps of the teacher in the first round: `nfe` times a power of two.
-        **rest: Of `adapt.Training`.
+        **rest: Settings of `adapt.Training`.
 
     Raises:
         InputError: If the settings do not fit each other or the task.

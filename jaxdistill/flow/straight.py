@@ -21,7 +21,7 @@ def recipe(
     Args:
         task: What it is for.
         modes: Modes of the mixture.
-        **rest: Of `arcflow.Matching`, `adapt.Training` and `adapt.Segments`.
+        **rest: Settings of `arcflow.Matching`, `adapt.Training` and `adapt.Segments`.
 
     Raises:
         InputError: If the settings do not fit each other or the task.

@@ -104,7 +104,7 @@ def from_noise(shape: Sequence[int], size: int, schedule: Schedule, num_classes:
     """Examples that start from noise, with labels drawn evenly: no data at all.
 
     Args:
-        shape: Of one example.
+        shape: The shape of one example.
         size: Examples a step.
         schedule: The segments.
         num_classes: 0 where there are no labels; they are then all 0.
@@ -167,7 +167,7 @@ def noise_like(x: Examples, keys: Key[Array, " n"]) -> Examples:
 
 
 def mean_square(x: Examples) -> Float[Array, " n"]:
-    """Of each example."""
+    """The mean square of each example."""
     return jnp.square(x).reshape(x.shape[0], -1).mean(-1)
 
 
@@ -190,7 +190,7 @@ class StudentState(NamedTuple):
 
     Attributes:
         trainable: See `Student`.
-        opt: Of the optimiser.
+        opt: The optimizer's state.
         average: The moving average of `trainable`, which is what students are used with.
         step: Steps done.
         queries: Network calls of the teacher so far, of each of the examples of a step.
@@ -241,7 +241,7 @@ def student_method(
         match: What is asked of the student in a segment.
         student: The student; its outputs must have the shape of the teacher's.
         teacher: The teacher.
-        optimizer: Optimiser of what is trained.
+        optimizer: Optimizer of what is trained.
         source: Where examples come from.
         shift: See `paths.shifted`.
         teacher_nfe: Network calls of one of its velocities, for the count of queries.

@@ -61,7 +61,7 @@ class Distilled(NamedTuple):
     """A distilled data set.
 
     Attributes:
-        images: float32 in [0, 1], decoded as they are to be trained on, not normalised.
+        images: float32 in [0, 1], decoded as they are to be trained on, not normalized.
         labels: class ids.
         soft_labels: probabilities (rows sum to 1), or None when none were made.
         card: what the set is and where it comes from; see `REQUIRED`.

@@ -109,7 +109,7 @@ def save(
     """Starts to save the state; returns once it may be donated.
 
     Args:
-        manager: Of `manager`.
+        manager: What `manager` gave.
         step: The steps done.
         state: Tree of jax arrays.
         metadata: What JSON can hold; its `config_hash` is what `restore` compares.
@@ -140,7 +140,7 @@ def restore(
     again.
 
     Args:
-        manager: Of `manager`.
+        manager: What `manager` gave.
         target: Tree of `ShapeDtypeStruct`s with shardings.
         metadata: That of the run which wants to go on.
 

@@ -46,7 +46,7 @@ def save(
 
     Args:
         folder: Made if missing.
-        name: Of the files.
+        name: The name of the files.
         params: Nested dictionaries of arrays.
         card: What JSON can hold; `format`, `sha256` and `parameters` are added.
 

@@ -67,7 +67,8 @@ def fused(
     """The same by JAX's splash attention, which meets the weights block by block.
 
     Args:
-        qkv: Of a multiple of 512 tokens, and of heads whose width is a multiple of 128.
+        qkv: The queries, keys and values of a multiple of 512 tokens, with heads whose width is
+            a multiple of 128.
         heads: Number of heads.
         interpret: Runs the kernel without a TPU, slowly.
     """

@@ -31,7 +31,7 @@ def classifier(
         image_shape: (h, w, c).
         depth: Blocks of the ConvNet; the others have what they were published with.
         width: Its channels.
-        norm: Its normalisation.
+        norm: Its normalization.
 
     Raises:
         InputError: If no network has that name.
@@ -48,7 +48,7 @@ def as_functions(module: Any, image_shape: tuple[int, int, int]) -> Network:
     """A linen module with a method `features` as functions of its parameters.
 
     Args:
-        module: Of images (n, h, w, c) to logits.
+        module: A module from images (n, h, w, c) to logits.
         image_shape: (h, w, c).
     """
     blank = jnp.zeros((1, *image_shape))

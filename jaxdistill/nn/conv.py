@@ -207,7 +207,7 @@ def _folded_conv_norm(x: Array, kernel: Array, scale: Array, bias: Array, paddin
 
     The output of a convolution is linear in the input windows, so its mean and variance follow
     from the mean and covariance of the windows, which are small when there are few input
-    channels. The normalisation then goes into the kernel, and the large output is written once.
+    channels. The normalization then goes into the kernel, and the large output is written once.
     """
     patches = _patches(x, kernel.shape[0], 1, padding)
     n, h, w, k = patches.shape
@@ -246,7 +246,7 @@ def conv_instance_norm(
         padding: Zeros added on every side.
 
     Returns:
-        Normalised, scaled and shifted activations.
+        Normalized, scaled and shifted activations.
     """
     if x.shape[-1] >= _WINOGRAD_MIN_CHANNELS:
         return instance_norm(conv2d(x, kernel, 1, padding), scale, bias)
@@ -291,7 +291,7 @@ def conv2d(
 
 
 class Conv(nn.Module):
-    """Square convolution with PyTorch's default initialisation.
+    """Square convolution with PyTorch's default initialization.
 
     Attributes:
         features: Output channels.

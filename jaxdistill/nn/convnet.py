@@ -25,7 +25,7 @@ def first_padding(height: int, channels: int) -> int:
 
 
 class ConvNet(nn.Module):
-    """`depth` blocks of convolution, normalisation, activation and pooling, then a linear layer.
+    """`depth` blocks of convolution, normalization, activation and pooling, then a linear layer.
 
     The network of Zhao, Mopuri and Bilen, "Dataset Condensation with Gradient Matching" (2021).
     With depth 3 and width 128 it has 317,706 parameters on 28x28x1 images with 10 classes and
@@ -62,7 +62,7 @@ class ConvNet(nn.Module):
         return x.reshape(x.shape[0], -1)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
-        """The logits of normalised images."""
+        """The logits of normalized images."""
         return self.classifier(self.features(x))
 
 

@@ -7,7 +7,7 @@ from jaxdistill.nn.init import torch_bias_init, torch_kernel_init
 
 
 class Dense(nn.Module):
-    """Fully connected layer with PyTorch's default initialisation."""
+    """Fully connected layer with PyTorch's default initialization."""
 
     features: int
 

@@ -1,7 +1,7 @@
-"""PyTorch's default initialisation of convolutions and dense layers.
+"""PyTorch's default initialization of convolutions and dense layers.
 
-The published accuracies of distilled sets come from networks initialised like this; He or LeCun
-initialisation gives others.
+The published accuracies of distilled sets come from networks initialized like this; He or LeCun
+initialization gives others.
 """
 
 import math

@@ -31,7 +31,7 @@ class Judge(nn.Module):
         self.classifier = Dense(self.num_classes)
 
     def features(self, x: Float[Array, "n h w c"]) -> Float[Array, "n d"]:
-        """What normalised images are compared by."""
+        """What normalized images are compared by."""
         for conv in self.convs:
             x = jax.nn.gelu(conv(x))
         return self.dense(x.reshape(x.shape[0], -1))
@@ -41,5 +41,5 @@ class Judge(nn.Module):
         return self.classifier(jax.nn.gelu(features))
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
-        """The logits of normalised images."""
+        """The logits of normalized images."""
         return self.classify(self.features(x))

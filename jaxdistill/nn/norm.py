@@ -1,4 +1,4 @@
-"""Normalisation layers."""
+"""Normalization layers."""
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ EPSILON = 1e-5
 NORMS = ("instance", "layer", "group", "batch", "none")
 
 
-def _normalise(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+def _normalize(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     mean = x.mean(axes, keepdims=True)
     inverse = lax.rsqrt(jnp.square(x - mean).mean(axes, keepdims=True) + EPSILON)
     return mean, inverse
@@ -23,12 +23,12 @@ def instance_norm(
     x: Float[Array, "n h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"]
 ) -> Float[Array, "n h w c"]:
     """Per image and channel: zero mean, unit (biased) variance, eps 1e-5; then scale and shift."""
-    mean, inverse = _normalise(x, (1, 2))
+    mean, inverse = _normalize(x, (1, 2))
     return (x - mean) * (inverse * scale) + bias
 
 
 def _instance_norm_fwd(x, scale, bias):
-    mean, inverse = _normalise(x, (1, 2))
+    mean, inverse = _normalize(x, (1, 2))
     return (x - mean) * (inverse * scale) + bias, (x, mean, inverse, scale)
 
 
@@ -48,7 +48,7 @@ instance_norm.defvjp(_instance_norm_fwd, _instance_norm_bwd)
 
 
 class Norm(nn.Module):
-    """The normalisations of the field's ConvNet, with a learned scale and shift, eps 1e-5.
+    """The normalizations of the field's ConvNet, with a learned scale and shift, eps 1e-5.
 
     Attributes:
         kind: `instance` (per image and channel), `layer` (per image), `group` (four groups of
@@ -60,7 +60,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-        """Normalises, scales and shifts."""
+        """Normalizes, scales and shifts."""
         if self.kind == "none":
             return x
         channels = x.shape[-1]
@@ -73,5 +73,5 @@ class Norm(nn.Module):
             raise InputError(f"unknown norm {self.kind!r}; choose from {', '.join(NORMS)}")
         if self.kind == "group":
             x = x.reshape(*shape[:3], 4, channels // 4)
-        mean, inverse = _normalise(x, axes[self.kind])
+        mean, inverse = _normalize(x, axes[self.kind])
         return ((x - mean) * inverse).reshape(shape) * scale + bias

@@ -2,7 +2,7 @@
 
 The form is the one of the cross-architecture tables of data set distillation (Zhao and Bilen,
 "Dataset Condensation with Gradient Matching", ICLR 2021): 3x3 stem of stride 1 without pooling, and
-instance normalisation, so that nothing but parameters has to be kept.
+instance normalization, so that nothing but parameters has to be kept.
 """
 
 import flax.linen as nn
@@ -20,7 +20,7 @@ class _BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        # Normalising a 1x1 map over its only pixel erases it: 2x2 maps are not reduced any further.
+        # Normalizing a 1x1 map over its only pixel erases it: 2x2 maps are not reduced any further.
         stride = self.stride if min(x.shape[1:3]) > 2 else 1
         y = Conv(self.features, stride=stride, use_bias=False, name="conv1")(x)
         y = nn.relu(Norm(self.norm, name="norm1")(y))
@@ -43,7 +43,7 @@ class ResNet18(nn.Module):
     """ResNet-18 with a stride-1 stem and global average pooling (He et al., CVPR 2016).
 
     Images down to 2x2 pixels work: a stage whose input is 2 pixels high or wide keeps that size,
-    since instance normalisation turns 1x1 maps into constants. Sizes from 9 up never meet the rule.
+    since instance normalization turns 1x1 maps into constants. Sizes from 9 up never meet the rule.
 
     Attributes:
         num_classes: Number of logits.
@@ -74,5 +74,5 @@ class ResNet18(nn.Module):
         return x.mean(axis=(1, 2))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
-        """The logits of normalised images."""
+        """The logits of normalized images."""
         return self.classifier(self.features(x))

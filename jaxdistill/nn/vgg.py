@@ -1,7 +1,7 @@
 """VGG-11 for small images: an unseen architecture to judge a distilled set by.
 
 The form is the one of the cross-architecture tables of data set distillation (Zhao and Bilen,
-"Dataset Condensation with Gradient Matching", ICLR 2021): instance normalisation and one dense
+"Dataset Condensation with Gradient Matching", ICLR 2021): instance normalization and one dense
 layer, instead of the three of the original.
 """
 
@@ -23,7 +23,7 @@ class VGG11(nn.Module):
 
     Each of the five stages of 3x3 convolutions ends with 2x2 max pooling. Grey 28x28 images are
     padded with zeros to 32x32. Images down to 2x2 pixels work: before the last stage, pooling that
-    would give 1x1 maps is left out, since instance normalisation turns those into constants.
+    would give 1x1 maps is left out, since instance normalization turns those into constants.
     Sizes from 32 up never meet this rule.
 
     Attributes:
@@ -56,5 +56,5 @@ class VGG11(nn.Module):
         return x.reshape(x.shape[0], -1)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
-        """The logits of normalised images."""
+        """The logits of normalized images."""
         return self.classifier(self.features(x))

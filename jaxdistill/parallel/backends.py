@@ -49,7 +49,7 @@ def check(
         spec: What a step is fed.
         classes: Classes of the data, 0 where a step is not fed by class.
         specs: `PartitionSpec`s of the state.
-        frozen_specs: Of what is frozen.
+        frozen_specs: How what is frozen is split.
         mesh: The devices.
         backend: `jit` or `pmap`.
 

@@ -26,7 +26,8 @@ class Cost(NamedTuple):
     """What one device does, by the text of the compiled program.
 
     Attributes:
-        flops: Of matrix products and convolutions; a multiplication and an addition are two.
+        flops: What matrix products and convolutions take; a multiplication and an addition are
+            two.
         bytes: Read from and written to main memory, without the padding of tiles.
         cycles: The compiler's own estimate, where it makes one: its kernels without waits.
         custom_kernels: Runs of kernels written by hand, whose FLOPs and cycles are not in the

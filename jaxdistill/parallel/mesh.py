@@ -46,7 +46,7 @@ def fully_sharded(tree: PyTree, mesh: Mesh, smallest: int = 2**16) -> PyTree:
     where it uses them and scatters their gradients.
 
     Args:
-        tree: Arrays or their shapes: parameters, and what the optimiser keeps of them.
+        tree: Arrays or their shapes: parameters, and what the optimizer keeps of them.
         mesh: The devices.
         smallest: Arrays with fewer elements are replicated.
 

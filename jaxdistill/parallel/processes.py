@@ -67,7 +67,7 @@ def wait(name: str) -> None:
     """Waits until every process is here.
 
     Args:
-        name: Of the place; all must give the same.
+        name: A name of the place; all must give the same.
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -95,7 +95,7 @@ class Report(NamedTuple):
 
     Attributes:
         devices: How many.
-        kind: Of the devices.
+        kind: The kind of the devices.
         arguments: Bytes of arguments.
         temporaries: Bytes of intermediate results.
         output: Bytes of results.
@@ -105,7 +105,7 @@ class Report(NamedTuple):
         hbm: Bytes that the device has, None where it is not known.
         fits: Whether the compiler accepts it.
         refusal: What it said if not.
-        cost: Of one run of the program, in which loops of unknown length count once.
+        cost: The cost of one run of the program, in which loops of unknown length count once.
         seconds: The compiler's estimate of the time of its kernels, None where it makes none. It
             is no measurement. The `optimal_seconds` of JAX's `cost_analysis` are not used: of a
             program with loops they may even be negative.

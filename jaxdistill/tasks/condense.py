@@ -37,7 +37,7 @@ class Extractor(NamedTuple):
     Attributes:
         depth: Blocks; each halves the image.
         width: Channels.
-        norm: Its normalisation; see `jaxdistill.nn.norm.Norm`.
+        norm: Its normalization; see `jaxdistill.nn.norm.Norm`.
     """
 
     depth: Annotated[int, Between(1, 16)] = 3
@@ -51,9 +51,9 @@ class Pool(NamedTuple):
     Attributes:
         dir: Where they are kept; by default `pool` in the workdir.
         size: How many.
-        epochs: Of the training of each.
+        epochs: How long each is trained.
         batch_size: Images a step.
-        learning_rate: Of SGD.
+        learning_rate: SGD's learning rate.
         strategy: Augmentation; see `jaxdistill.data.augment`.
     """
 

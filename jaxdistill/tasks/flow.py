@@ -57,7 +57,7 @@ class FlowPath(NamedTuple):
     """The path from data to noise.
 
     Attributes:
-        shift: Of the noise levels: `t = m r / (1 + (m - 1) r)` of even raw times r.
+        shift: The factor m that shifts even times r to noise levels `m r / (1 + (m - 1) r)`.
     """
 
     shift: Annotated[float, Between(1e-3, 1e3)] = 1.0
@@ -71,13 +71,13 @@ class Model(NamedTuple):
         patch: Side of a patch, in pixels.
         width: Channels, a multiple of 4 and of `heads`.
         depth: Blocks.
-        heads: Of attention.
+        heads: The number of heads of attention.
         bands: Octaves of sines and cosines of a point's place.
         widths: Channels of the UNet's levels.
         unroll: Blocks of the DiT compiled side by side.
         remat: Whether blocks are computed again for the gradient.
-        dtype: Of the activations.
-        param_dtype: Of the parameters.
+        dtype: The dtype of the activations.
+        param_dtype: The dtype of the parameters.
     """
 
     network: Literal["dit", "unet", "mlp"] = "dit"
@@ -102,8 +102,8 @@ class Teacher(NamedTuple):
         exact: Whether it learns from the exact velocity and is followed by it, where it is known.
         steps: Length of its training.
         batch_size: Examples a step.
-        learning_rate: Of AdamW.
-        ema_decay: Of the moving average, which is the teacher.
+        learning_rate: AdamW's learning rate.
+        ema_decay: What the moving average, which is the teacher, keeps of itself each step.
         label_drop: Share of the labels that are left out, which guidance needs.
         guidance: Scale of classifier-free guidance. Above 1 a velocity takes two calls of its
             network, and the student learns it in one.

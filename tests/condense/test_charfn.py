@@ -10,7 +10,7 @@ import pytest
 from jaxdistill.condense import charfn
 from jaxdistill.nn.frequency_net import ReleasedSampleNet, ScaleNet
 
-# Inputs (float32, features not normalised) with losses and gradients computed once in float64 by
+# Inputs (float32, features not normalized) with losses and gradients computed once in float64 by
 # automatic differentiation of the same formula, outside of this library. `A` has 64 real and 8
 # synthetic features of length 32 and 16 frequencies, `B` 256, 4, 128 and 512. `ab{i}` is row i of
 # `alpha_beta`; of the gradients by the frequencies, `gt`, the first 64 rows are kept.

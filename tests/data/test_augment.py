@@ -239,7 +239,7 @@ def test_an_unknown_operation_is_refused():
         augment(key(0), images(2), "flip_blur")
 
 
-def test_bytes_and_fractions_are_normalised_alike():
+def test_bytes_and_fractions_are_normalized_alike():
     pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)), jnp.uint8)
     prepare = normalizer((0.1, 0.2, 0.3), (0.5, 1.0, 2.0))
     expected = (np.float64(pixels) / 255 - [0.1, 0.2, 0.3]) / [0.5, 1.0, 2.0]

@@ -1,4 +1,4 @@
-"""ResNet-18 and VGG-11: their sizes, their initialisation, and that they see their input."""
+"""ResNet-18 and VGG-11: their sizes, their initialization, and that they see their input."""
 
 import math
 
@@ -136,7 +136,7 @@ def test_every_parameter_gets_a_gradient(grey):
         assert np.abs(grad).max() > 1e-6, path
 
 
-def test_initialisation_is_that_of_pytorch(grey):
+def test_initialization_is_that_of_pytorch(grey):
     params = flatten_dict(grey[1])
     for path, kernel in params.items():
         if path[-1] != "kernel":
