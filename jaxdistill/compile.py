@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from jaxdistill import runner, settings
 from jaxdistill.errors import InputError
-from jaxdistill.io.files import dump, write_files
+from jaxdistill.io.files import dump, expanded, write_files
 from jaxdistill.parallel import backends
 from jaxdistill.parallel.mesh import abstract
 from jaxdistill.parallel.topology import quiet, report, topology_devices
@@ -81,6 +81,7 @@ def chunk(config: Config, devices: Sequence[jax.Device] | None = None) -> Chunk:
 # ---------------------------------------------------------------------------- mode=compile
 
 
+@jax.enable_x64(False)  # as `experiment.train` runs it
 def plan(
     config: Config,
     topology: str,
@@ -115,8 +116,9 @@ def plan(
     }
     print(table(record))
     if workdir is not None:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        write_files({Path(workdir) / "compile.json": functools.partial(dump, record)})
+        folder = expanded(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files({folder / "compile.json": functools.partial(dump, record)})
     return record
 
 
@@ -158,6 +160,7 @@ def _gigabytes(size: int) -> str:
 # ---------------------------------------------------------------------------- mode=export
 
 
+@jax.enable_x64(False)  # as `experiment.train` runs it
 def export(
     config: Config,
     workdir: str | os.PathLike[str],
@@ -188,7 +191,7 @@ def export(
         "arguments": [_entry(n, x) for n, x in zip(names, leaves, strict=True)],
         "results": [_entry(n, x) for n, x in zip(*_named(results, ("state", "log")), strict=True)],
     }
-    folder = Path(workdir) / "artifacts"
+    folder = expanded(workdir) / "artifacts"
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[Path, Callable] = {}
     for platform in platforms:

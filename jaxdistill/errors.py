@@ -1,4 +1,4 @@
-"""The two exception types that users are meant to see."""
+"""The exception types that users are meant to see."""
 
 
 class InputError(ValueError):
@@ -14,6 +14,10 @@ class InputError(ValueError):
         """Makes one line of the message."""
         printable = "".join(c if c.isprintable() else " " for c in str(message))
         super().__init__(" ".join(printable.split()))
+
+
+class Diverged(InputError):
+    """What was computed stopped being finite, which the settings have caused."""
 
 
 class Interrupted(Exception):

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import jax
 
 from jaxdistill import run_folder, settings, stage
-from jaxdistill.errors import InputError
+from jaxdistill.errors import Diverged, InputError
+from jaxdistill.eval import results
 from jaxdistill.eval.bench import Bench, Made
-from jaxdistill.eval.results import Results
 from jaxdistill.interrupt import ShouldStop, never
+from jaxdistill.io.files import expanded
 from jaxdistill.io.versions import versions
 from jaxdistill.parallel import processes
 from jaxdistill.settings import Config, Experiment, Row
@@ -22,6 +23,7 @@ from jaxdistill.task import Recipe
 from jaxdistill.tasks import Loaded
 
 
+@jax.enable_x64(False)  # a run is one of 32 bits, whatever the program around it computes in
 def train(
     config: Config, workdir: str | os.PathLike[str], should_stop: ShouldStop = never
 ) -> list[dict]:
@@ -39,12 +41,14 @@ def train(
 
     Raises:
         InputError: If the config, the data or the workdir do not fit.
+        Diverged: If a method, or something that measures it, did; what is whole is kept.
         Interrupted: If `should_stop` said yes.
         OSError: If a file cannot be written.
     """
     ready = set_up(config, workdir, should_stop)
-    made = {name: _make(ready, row) for name, row in ready.experiment.rows.items()}
-    return _evaluate(ready, made)
+    with run_folder.opened(ready.workdir, ready.experiment.stated()):
+        made = {name: _make(ready, row) for name, row in ready.experiment.rows.items()}
+        return _evaluate(ready, made)
 
 
 def evaluate(
@@ -60,7 +64,7 @@ def evaluate(
         Interrupted: If `should_stop` said yes; what is measured by then is kept.
         OSError: If a file cannot be written.
     """
-    artefact = Path(workdir) / "artifacts" / settings.resolve(config).family.ARTEFACT
+    artefact = expanded(workdir) / "artifacts" / settings.resolve(config).family.ARTEFACT
     if not artefact.is_file():
         raise InputError(
             f"{artefact.parent} holds no {artefact.name}; run --mode=train in this workdir first"
@@ -89,25 +93,24 @@ class Ready(NamedTuple):
 def set_up(
     config: Config, workdir: str | os.PathLike[str], should_stop: ShouldStop = never
 ) -> Ready:
-    """Checks everything that can be wrong, then makes the workdir.
+    """Checks everything that can be wrong, and makes nothing.
 
     Raises:
         InputError: As `train` does.
     """
-    workdir, experiment = Path(workdir), settings.resolve(config)
+    workdir, experiment = expanded(workdir), settings.resolve(config)
     run_folder.check(workdir)
     loaded = experiment.family.load(experiment, workdir, should_stop)
     recipes = {n: row.recipe(loaded.task) for n, row in experiment.rows.items()}
     for evaluation in experiment.evals.values():
         if hasattr(evaluation.module, "check"):
-            evaluation.module.check(loaded.task, **evaluation.settings)
+            evaluation.module.check(loaded.task, loaded.data, **evaluation.settings)
     for row in experiment.rows.values():
         run_folder.compare(
             _folder(workdir, experiment, row.name),
             experiment.identity(row) | loaded.source,
             experiment.default_identity(row),
         )
-    run_folder.make(workdir, experiment.stated())
     return Ready(experiment, workdir, loaded, recipes, should_stop)
 
 
@@ -163,11 +166,14 @@ def _make(ready: Ready, row: Row) -> Made:
         if processes.is_first():
             family.save(folder / "artifacts", experiment, loaded, row, output, card)
         processes.wait(f"{row.name} is made")
-    _, card = family.read(folder / "artifacts", shapes)
+    try:
+        _, card = family.read(folder / "artifacts", shapes)
+    except InputError as error:
+        raise InputError(f"{error}; delete it, and the same command makes it again") from error
     if card.get("config_hash") != identity:
         raise InputError(
-            f"{artefact} was not made by the run in {folder}, whose settings are in row.json; "
-            "put the run's own artefact back, or delete this one"
+            f"{artefact} has no card of the run in {folder}, whose settings are in row.json; "
+            "put the run's own back, or delete it, and the same command makes it again"
         )
     return Made(
         row.name,
@@ -180,7 +186,7 @@ def _make(ready: Ready, row: Row) -> Made:
 
 def _evaluate(ready: Ready, made: dict[str, Made]) -> list[dict]:
     """Every evaluation of every row."""
-    results, records = Results(ready.workdir), []
+    measured, records = results.Results(ready.workdir), []
     stored = run_folder.identity(ready.workdir)
     bench = Bench(
         "",
@@ -188,11 +194,17 @@ def _evaluate(ready: Ready, made: dict[str, Made]) -> list[dict]:
         ready.loaded.data,
         made,
         ready.workdir,
-        results,
+        measured,
         # Other rows may have other settings; what they share decides how all are measured.
         {name: value for name, value in stored.items() if name != "method"},
         ready.should_stop,
     )
     for name, evaluation in ready.experiment.evals.items():
         records += evaluation.module.evaluate(bench._replace(name=name), **evaluation.settings)
+    if lost := results.diverged(records):
+        rows = ", ".join(dict.fromkeys(f"{r['evaluation']} of {r['row']}" for r in lost))
+        raise Diverged(
+            f"{len(lost)} of {len(records)} measurements diverged ({rows}); the others are in "
+            f"{ready.workdir / 'results.json'}; lower the learning rates"
+        )
     return records

@@ -14,6 +14,7 @@
 """
 
 import ast
+import contextlib
 import os
 import platform
 import signal
@@ -22,14 +23,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import flags
-
-from jaxdistill import config as configs
 from jaxdistill.errors import InputError, Interrupted
 
 EXIT_INTERRUPTED = 75
 """Exit code after SIGTERM: what was done is kept, and the same command goes on. It is EX_TEMPFAIL
 of sysexits.h; docs/running.md lists the other codes."""
+
+EXIT_CTRL_C = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 MODES = ("train", "eval", "compile", "export")
 
@@ -60,6 +61,11 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         InputError: for anything wrong in the flags, the config, the data or the workdir.
         Interrupted: if `should_stop` said yes.
     """
+    # Imports stand where they are needed: an interrupt or a wrong flag waits for none of them.
+    from absl import flags
+
+    from jaxdistill import config as configs
+
     spec, overrides, argv = _split(argv)
     if not spec:
         names = ", ".join(sorted(configs.shipped()))
@@ -80,15 +86,16 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         raise InputError("--mode=compile and --topology=NAME, such as v5e:2x4, go together")
     if not values.workdir and not compiling:
         raise InputError("give --workdir=FOLDER; the run and its results go there")
-    # This and what follows import JAX: only once the flags are known to be good.
     config = configs.load(spec, overrides)
+    from jaxdistill.parallel import processes
+
+    if values.distributed:
+        processes.join(values.distributed)
+    processes.check_devices()
     if values.mode in ("train", "eval"):
         from jaxdistill import experiment
-        from jaxdistill.parallel import processes
 
         _keep_compiled()
-        if values.distributed:
-            processes.join(values.distributed)
         action = {"train": experiment.train, "eval": experiment.evaluate}[values.mode]
         action(config, values.workdir, should_stop)
         return
@@ -106,7 +113,10 @@ def _keep_compiled() -> None:
 
     if jax.config.jax_compilation_cache_dir is None:
         # By host, for a home may be shared by machines that cannot run each other's programs.
-        folder = Path.home() / ".cache" / "jaxdistill" / platform.node()
+        try:
+            folder = Path.home() / ".cache" / "jaxdistill" / platform.node()
+        except RuntimeError:  # a user without a home
+            return
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
@@ -122,10 +132,31 @@ def _on_sigterm() -> Callable[[], bool]:
     return came.is_set
 
 
+def _on_sigint() -> None:
+    """From now on Ctrl-C ends the process at once, with one line.
+
+    As an exception it would have to get through imports and compilers, which answer it with errors
+    of their own. What is on disk is whole at any moment.
+    """
+
+    def handle(*_):
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os.write(2, b"\njaxdistill: interrupted; the same command goes on\n")
+        os._exit(EXIT_CTRL_C)
+
+    signal.signal(signal.SIGINT, handle)
+
+
 def cli() -> None:
     """Entry point of the `jaxdistill` command."""
+    _on_sigint()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")  # tables have letters that not every terminal has
     if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
         print(__doc__)
+        from jaxdistill import config as configs
+
         for name, path in sorted(configs.shipped().items()):
             print(f"--config={name}: {ast.get_docstring(ast.parse(path.read_text()))}")
         return
@@ -140,8 +171,6 @@ def cli() -> None:
         print(f"jaxdistill: {stop}; the same command goes on", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(EXIT_INTERRUPTED)  # the interpreter would wait for what is being computed
-    except KeyboardInterrupt:
-        sys.exit("jaxdistill: interrupted; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.errors import InputError, Interrupted
+from jaxdistill.errors import Diverged, InputError, Interrupted
 from jaxdistill.eval import train_on
 from jaxdistill.interrupt import ShouldStop, never
 from jaxdistill.io.files import write_files
@@ -50,6 +50,7 @@ def load_or_train(
         `{"initial": params, "trained": params}`, each leaf stacked over the networks.
 
     Raises:
+        Diverged: if a network did; it is not kept.
         InputError: if a file is damaged or holds another network.
         Interrupted: if `should_stop` said yes; networks already trained stay.
     """
@@ -91,6 +92,13 @@ def load_or_train(
                 raise Interrupted(
                     f"stopped while training extractors; {kept} of {len(paths)} are kept"
                 ) from stop
+            lost = train_on.have_diverged(trained, network, images, targets, normalize=normalize)
+            for i, diverged in zip(group, lost, strict=True):
+                if diverged:
+                    raise Diverged(
+                        f"network {i} of {folder} diverged in its training and is not kept; lower "
+                        f"its learning rate, which is {protocol.rate:g}"
+                    )
             for row, i in enumerate(group):
                 member = {"initial": initial, "trained": trained}
                 _write(paths[i], jax.tree.map(lambda x, row=row: x[row], member))

@@ -1,7 +1,13 @@
 """The folder of a run: what it holds, and whose each of its rows is."""
 
+import contextlib
+import errno
+import fcntl
 import functools
-from collections.abc import Mapping
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +19,7 @@ from jaxdistill.parallel import processes
 from jaxdistill.settings import difference, digest
 
 _ROW = "row.json"
+_LOCK = ".lock"
 
 
 def check(workdir: Path) -> None:
@@ -31,29 +38,76 @@ def check(workdir: Path) -> None:
             )
 
 
-def make(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Makes the folder, writes `config.json` and `versions.json`, removes what a kill left over.
+@contextlib.contextmanager
+def opened(workdir: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Makes the folder and holds it for this process, with `config.json` and `versions.json` in it.
 
-    Of several processes the first does it, and the others wait.
+    Another start in the same folder is refused meanwhile. What a killed process left over is
+    removed. A folder that cannot be written to is opened as it is: what is finished can be read.
+    Of several processes the first does all this, and the others wait.
 
     Raises:
-        InputError: If the folder cannot be made.
+        InputError: If the folder cannot be made, or another process holds it.
     """
-    if processes.is_first():
+    with contextlib.ExitStack() as stack:
+        if processes.is_first():
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"cannot make the workdir {workdir}: {error.strerror}") from error
+            if _is_writable(workdir):
+                stack.enter_context(_held(workdir))
+                _prepare(workdir, config)
+        processes.wait("set up")
+        yield
+
+
+def _is_writable(workdir: Path) -> bool:
+    """Whether files can be made there, which permissions alone do not tell."""
+    try:
+        with tempfile.TemporaryFile(dir=workdir):
+            return True
+    except OSError as error:
+        # A full disk or a quota is said by what wants to write.
+        return error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _prepare(workdir: Path, config: Mapping[str, Any]) -> None:
+    for part in (workdir, *workdir.glob("baselines/*")):
+        for folder in (part, part / "artifacts", part / "teacher", part / "judge"):
+            remove_leftovers(folder)
+    write_files(
+        {
+            workdir / "config.json": functools.partial(dump, config),
+            workdir / "versions.json": functools.partial(dump, versions()),
+        }
+    )
+
+
+@contextlib.contextmanager
+def _held(workdir: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the system takes back when the process ends, however it does.
+
+    Where the file system knows no locks there is none.
+
+    Raises:
+        InputError: If another process holds it.
+    """
+    with open(workdir / _LOCK, "a+", encoding="utf-8") as file:
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the workdir {workdir}: {error.strerror}") from error
-        for part in (workdir, *workdir.glob("baselines/*")):
-            for folder in (part, part / "artifacts", part / "teacher", part / "judge"):
-                remove_leftovers(folder)
-        write_files(
-            {
-                workdir / "config.json": functools.partial(dump, config),
-                workdir / "versions.json": functools.partial(dump, versions()),
-            }
-        )
-    processes.wait("set up")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise InputError(
+                f"workdir {workdir} is in use by {file.read(200) or 'another process'}; "
+                "wait for it or end it, or use another workdir"
+            ) from error
+        except OSError:  # no such thing on this file system
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
 
 
 def compare(folder: Path, wanted: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

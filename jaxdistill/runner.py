@@ -4,7 +4,6 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +14,10 @@ from jaxtyping import Array, Int32, Key, PRNGKeyArray, PyTree
 
 from jaxdistill import collective
 from jaxdistill.data import device, stream
-from jaxdistill.errors import InputError, Interrupted
+from jaxdistill.errors import Diverged, InputError, Interrupted
 from jaxdistill.interrupt import ShouldStop, never
 from jaxdistill.io import checkpoint
+from jaxdistill.io.files import expanded
 from jaxdistill.io.writers import JsonlWriter, Progress, TensorBoardWriter
 from jaxdistill.method import BatchSpec, Frozen, Method, State
 from jaxdistill.parallel import backends, processes
@@ -36,10 +36,6 @@ class TrainState(NamedTuple):
     step: Int32[Array, ""]
     key: PRNGKeyArray
     method: State
-
-
-class Diverged(InputError):
-    """A metric or the state stopped being finite."""
 
 
 class _Chunk(NamedTuple):
@@ -127,7 +123,7 @@ def run(
     with contextlib.ExitStack() as stack:
         manager, restored = None, None
         if workdir is not None:
-            workdir = Path(workdir)
+            workdir = expanded(workdir)
             manager = stack.enter_context(checkpoint.manager(workdir / "checkpoints", keep))
             restored = checkpoint.restore(manager, program.state, metadata)
         if restored is None:

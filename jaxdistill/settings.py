@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from jaxdistill import keywords
 from jaxdistill.errors import InputError
-from jaxdistill.keywords import ASIDE, Between, Natural
+from jaxdistill.keywords import ASIDE, Between, Folder, Natural
 from jaxdistill.task import Recipe
 
 _FAMILIES = "jaxdistill.tasks"
@@ -43,7 +43,7 @@ class Data(NamedTuple):
     """
 
     name: str
-    data_dir: str | None = None
+    data_dir: Folder = None
     image_size: Annotated[int | None, Between(1, 10**5)] = None
     pad_to: Annotated[int | None, Between(1, 10**5)] = None
     placement: Annotated[Literal["resident", "streamed"], ASIDE] = "resident"

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from jaxdistill import runner
 from jaxdistill.data import device
+from jaxdistill.errors import Diverged
 from jaxdistill.interrupt import ShouldStop
 from jaxdistill.io import checkpoint
 from jaxdistill.method import Frozen, Method, State
@@ -101,7 +102,7 @@ def run(
                 progress=name,
                 should_stop=should_stop,
             )
-        except runner.Diverged as error:
+        except Diverged as error:
             if restarts >= run.restarts:
                 raise
             restarts, rate_factor = restarts + 1, rate_factor * run.restart_factor

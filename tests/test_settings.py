@@ -74,6 +74,7 @@ def test_ways_and_places_identify_nothing_and_other_rows_neither():
 
     plain = identity(SMOKE)
     same = {"run__chunk": "7", "pool__dir": "/x", "data__placement": "streamed"}
+    same |= {"data__data_dir": "/y"}
     assert identity(SMOKE, **same, parallel__backend="pmap") == plain
     assert identity(f"{SMOKE},baselines=dm") == plain
     assert identity(SMOKE, evals__accuracy__seeds="9") == plain

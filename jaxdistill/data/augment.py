@@ -227,5 +227,6 @@ def _one_of(key: PRNGKeyArray, images: Images, names: tuple[str, ...], shape) ->
     if len(names) == 1:
         return OPS[names[0]](key, images, shape)
     k_which, k_op = jax.random.split(key)
-    branches = [lambda k, x, op=OPS[name]: op(k, x, shape) for name in names]
+    # Where JAX is told to compute in 64 bits, draws make the images so.
+    branches = [lambda k, x, op=OPS[name]: op(k, x, shape).astype(x.dtype) for name in names]
     return lax.switch(jax.random.randint(k_which, (), 0, len(names)), branches, k_op, images)

@@ -239,13 +239,13 @@ def choose(
     """
     if spec.kind == "uniform":
         ends = jnp.cumsum(counts)
-        chosen = jax.random.randint(key, (spec.size,), 0, ends[-1])
+        chosen = jax.random.randint(key, (spec.size,), 0, ends[-1], jnp.int32)
         labels = jnp.searchsorted(ends, chosen, side="right").astype(jnp.int32)
         return labels, chosen - (ends - counts)[labels]
     # The columns with the largest random marks: a draw without replacement, by partial sorting.
     classes = counts.shape[0]
     keys = collective.class_keys(key, classes)
-    marks = jax.vmap(lambda k: jax.random.uniform(k, (columns,)))(keys)
+    marks = jax.vmap(lambda k: jax.random.uniform(k, (columns,), jnp.float32))(keys)
     real = jnp.arange(columns) < counts[:, None]
     chosen = jax.lax.top_k(jnp.where(real, marks, -1.0), spec.size)[1]
     labels = jnp.broadcast_to(jnp.arange(classes, dtype=jnp.int32)[:, None], chosen.shape)

@@ -10,6 +10,7 @@ from jaxdistill.data import folders, idx, tfds
 from jaxdistill.data.dataset import Dataset, from_arrays, from_npz, pad
 from jaxdistill.data.resize import resize_all
 from jaxdistill.errors import InputError
+from jaxdistill.io.files import expanded
 from jaxdistill.io.reading import one_line
 
 DIGITS_TRAIN_ROWS = 1437
@@ -85,7 +86,7 @@ def load(
         if value is not None and value < 1:
             raise InputError(f"data.{key} must be at least 1, not {value}")
     try:
-        dataset = _read(name, None if data_dir is None else _expand(data_dir), image_size)
+        dataset = _read(name, None if data_dir is None else expanded(data_dir), image_size)
         if image_size is not None and dataset.image_shape[:2] != (image_size, image_size):
             dataset = from_arrays(
                 resize_all(dataset.train.images, image_size),
@@ -136,7 +137,7 @@ def _read(name: StrPath, data_dir: Path | None, image_size: int | None) -> Datas
         return _read_fashion_mnist(data_dir, image_size)
     if name == "tiny_imagenet":
         return folders.read_tiny_imagenet(data_dir, image_size)
-    path = _expand(name)
+    path = expanded(name)
     if any(ord(letter) < 32 for letter in str(path)):
         raise InputError(f"no data set is called {_shown(name)}; check the name")
     if path.suffix == ".npz":
@@ -147,13 +148,6 @@ def _read(name: StrPath, data_dir: Path | None, image_size: int | None) -> Datas
         if bare or (not path.exists() and tfds.is_builtin(name.split("/")[0])):
             return tfds.read(name, data_dir, image_size)
     return _read_folder(path, image_size)
-
-
-def _expand(path: StrPath) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:  # ~ of a user that there is not
-        raise InputError(f"no such folder: {_shown(path)}; {one_line(error)}") from error
 
 
 def _read_digits() -> Dataset:

@@ -1,8 +1,9 @@
 """What an evaluation is given: the rows that a run has made, and what they were made from.
 
 An evaluation is a module with `evaluate(bench, *, keywords...)`, which measures what is missing in
-`bench.results`, prints its table and returns its records. Where it has `check(task, **keywords)`,
-that is called before anything is run, to refuse settings that would fail in the end.
+`bench.results`, prints its table and returns its records. Where it has
+`check(task, data, **keywords)`, that is called before anything is run, to refuse settings that
+would fail in the end.
 """
 
 from collections.abc import Callable

@@ -6,6 +6,7 @@ split.
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from jaxdistill.condense.labels import soft_labels as label_softly
 from jaxdistill.data.augment import parse
+from jaxdistill.data.dataset import Dataset
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import results, train_on
 from jaxdistill.eval.bench import Bench, Made
@@ -31,6 +33,7 @@ from jaxdistill.task import CondenseTask, Network
 
 def check(
     task: CondenseTask,
+    data: Dataset,
     *,
     networks: Sequence[str],
     strategy: str,
@@ -41,7 +44,7 @@ def check(
     Raises:
         InputError: If a network or an augmentation is unknown, or there is no network.
     """
-    del task, others
+    del task, data, others
     parse(strategy)
     if not networks:
         raise InputError("evals.*.networks is empty; give at least one network")
@@ -137,7 +140,8 @@ def evaluate(
     records = bench.results.records(wanted)
     if processes.is_first():
         for row in bench.rows.values():
-            _record_in_card(row, [r for r in records if r["row"] == row.name])
+            own = [r for r in records if r["row"] == row.name]
+            _record_in_card(row, [r for r in own if r["value"] is not None])
         where = f"{data.name}, {epochs} epochs, {len(data.test.labels)} test images"
         print(f"{where}: accuracy in %, mean ± std over {seeds} seeds, last epoch")
         print(results.table(records, results.percent))
@@ -199,12 +203,15 @@ def _measure(
         **passes,
     )
     images, labels = (jnp.asarray(x) for x in data.test)
+    lost = train_on.have_diverged(
+        params, network, distilled.images, targets, normalize=task.normalize
+    )
     measured = {}
-    for index, cell in enumerate(group):
+    for index, (cell, diverged) in enumerate(zip(group, lost, strict=True)):
         one = jax.tree.map(lambda x, index=index: x[index], params)
         accuracy = train_on.accuracy(network, one, images, labels, **passes)
         measured[cell] = {
-            "value": accuracy,
+            "value": math.nan if diverged else accuracy,
             "images": len(distilled.labels),
             "epochs": protocol.epochs,
             # Of the networks trained together.
@@ -217,6 +224,7 @@ def _measure(
 
 def _record_in_card(row: Made, records: list[dict]) -> None:
     distilled = row.output()
-    if distilled.card["accuracies"] != records:
+    drawn = (row.folder / "distilled.png").is_file()
+    if distilled.card.get("accuracies") != records or not drawn:
         distilled.card["accuracies"] = records
         artifact.save(row.folder, distilled)

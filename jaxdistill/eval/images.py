@@ -11,17 +11,20 @@ import numpy as np
 
 from jaxdistill import pool
 from jaxdistill.data.augment import normalizer
+from jaxdistill.data.dataset import Dataset
 from jaxdistill.errors import InputError
 from jaxdistill.eval import generative, sampling, train_on
 from jaxdistill.eval.bench import Bench
 from jaxdistill.eval.sampling import MAIN, OTHER, PAIRED, Generator, Rows
 from jaxdistill.io import pictures
-from jaxdistill.io.files import write_files
+from jaxdistill.io.files import expanded, write_files
 from jaxdistill.io.reading import read_npz
 from jaxdistill.keywords import Between, Count, Folder
 from jaxdistill.nn.judge import Judge
 from jaxdistill.settings import digest
+from jaxdistill.task import FlowTask
 
+_BLOCKS = 10  # of the kernel distance
 _SHOWN = 20  # examples of each row in the picture
 _REAL = "real, training images"
 # What integrates the teacher's paths. Not Heun's method: its last step asks for the velocity at
@@ -29,7 +32,33 @@ _REAL = "real, training images"
 _REFERENCE = "midpoint"
 
 
-check = sampling.check
+def check(task: FlowTask, data: Dataset, *, examples: int, **others: Any) -> None:
+    """Refuses rows that are none, and data too few to be compared with.
+
+    Raises:
+        InputError: In these cases.
+    """
+    sampling.check(task, data, examples=examples, **others)
+    least = max(_BLOCKS * 2, Judge.num_features + 1)
+    compared = data.test.labels[_compared(len(data.test.labels), examples)]
+    if len(compared) < least:
+        raise InputError(
+            f"evals.*: {len(compared)} test images are compared with, at least {least} are needed "
+            "for their moments; take another evaluation, or data with more test images"
+        )
+    drawn = np.arange(examples) % data.num_classes
+    for what, labels in (("test images are compared with", compared), ("examples are made", drawn)):
+        counts = np.bincount(labels, minlength=data.num_classes)
+        if counts.min() < 2:
+            raise InputError(
+                f"{counts.min()} {what} of class '{data.class_names[counts.argmin()]}', 2 are "
+                "needed for their diversity; raise evals.*.examples, or take other data"
+            )
+
+
+def _compared(number: int, examples: int) -> np.ndarray:
+    """Which test images are compared with: they may lie class by class, and only some are used."""
+    return np.random.default_rng(0).permutation(number)[:examples]
 
 
 def evaluate(
@@ -68,7 +97,7 @@ def evaluate(
         Interrupted: If it is stopped; what is measured by then is kept.
     """
     rows = sampling.rows(bench, nfe, teacher_rows, batch_size)
-    folder = Path(judge_dir) if judge_dir else bench.workdir / "judge"
+    folder = expanded(judge_dir) if judge_dir else bench.workdir / "judge"
     protocol = digest([examples, paired, reference_steps, judge_epochs, _REFERENCE, bench.identity])
     names = [_REAL, *rows.generators]
     missing = sampling.is_missing(bench, names, protocol)
@@ -160,8 +189,7 @@ class _Measures:
         data = rows.bench.data
         self.rows, self.judge, self.ends = rows, judge, ends
         self.examples, self.paired = len(teachers), len(ends)
-        # Test images may lie class by class, and only some are used.
-        order = np.random.default_rng(0).permutation(len(data.test.labels))[: self.examples]
+        order = _compared(len(data.test.labels), self.examples)
         self.labels = data.test.labels[order]
         self.features, _ = self._judged(data.test.images[order])
         self.moments = generative.moments(self.features)
@@ -193,7 +221,7 @@ class _Measures:
         rows = self.rows
         made, cost = sampling.timed(rows, generator, self.examples, MAIN)
         labels = sampling.noise(rows.bench.task, self.examples, MAIN)[1]
-        paired = sampling.generate(rows, generator, self.paired, PAIRED)
+        paired = sampling.finite(sampling.generate(rows, generator, self.paired, PAIRED))
         distances = self._nearest(pixels(made[: self.paired]))
         return {
             "nfe": generator.nfe,
@@ -211,9 +239,9 @@ class _Measures:
         moments = generative.moments(features)
         some = min(len(features), len(self.features), 5000)
         support = generative.precision_recall(self.features[:some], features[:some])
-        block = min(1000, some // 10)
+        block = min(1000, some // _BLOCKS)
         kernel = generative.kid(
-            self.features, features, jax.random.key(3), blocks=10, block_size=block
+            self.features, features, jax.random.key(3), blocks=_BLOCKS, block_size=block
         )
         return {
             "FD to data": generative.frechet(moments, self.moments),
@@ -238,7 +266,7 @@ def pixels(examples: np.ndarray) -> np.ndarray:
 def _draw(rows: Rows) -> None:
     """Samples of the rows from the same noise."""
     few = sampling.shown_rows(rows)
-    made = [sampling.generate(rows, g, _SHOWN, MAIN) for g in few.values()]
+    made = [np.nan_to_num(sampling.generate(rows, g, _SHOWN, MAIN)) for g in few.values()]
     labels = np.repeat(np.arange(len(few), dtype=np.int32), _SHOWN)
     picture = pictures.grid(pixels(np.concatenate(made)), labels, list(few))
     sampling.write_picture(rows.bench.workdir / "artifacts" / "samples.png", picture)

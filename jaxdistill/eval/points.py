@@ -19,6 +19,7 @@ from jaxdistill.keywords import Between, Count
 from jaxdistill.settings import digest
 from jaxdistill.task import FlowTask
 
+_PICTURES = ("samples.png", "trajectories.png")
 # What integrates the teacher's exact paths.
 _REFERENCE = "rk4"
 
@@ -69,7 +70,8 @@ def evaluate(
             data = np.asarray(jax.jit(jax.vmap(bench.data.sample))(keys)).reshape(-1, 2)
             one = functools.partial(_row, rows, ends, data)
             sampling.measure(bench, names, protocol, one)
-        if missing or not (bench.workdir / "artifacts" / "samples.png").is_file():
+        pictures = (bench.workdir / "artifacts" / name for name in _PICTURES)
+        if missing or not all(path.is_file() for path in pictures):
             _draw(rows, min(2000, examples))
         sampling.show(bench, names, protocol, examples)
 
@@ -99,7 +101,10 @@ def _draw(rows: Rows, number: int) -> None:
     """Samples of the rows from the same noise, and the ways there of the first student."""
     folder = rows.bench.workdir / "artifacts"
     few = sampling.shown_rows(rows)
-    made = {n: sampling.generate(rows, g, number, MAIN).reshape(-1, 2) for n, g in few.items()}
+    made = {
+        n: np.nan_to_num(sampling.generate(rows, g, number, MAIN)).reshape(-1, 2)
+        for n, g in few.items()
+    }
     name = next(iter(rows.bench.rows))
     sampling.write_picture(folder / "trajectories.png", pictures.curves(ways(rows, name)))
     sampling.write_picture(folder / "samples.png", pictures.scatter(made))

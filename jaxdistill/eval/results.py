@@ -72,8 +72,13 @@ class Results:
         return [cell for cell in cells if cell not in self.measured]
 
     def keep(self, measured: Mapping[Cell, Mapping[str, Any]]) -> None:
-        """Adds measurements, and writes all."""
-        self.measured |= {cell: dict(values) for cell, values in measured.items()}
+        """Adds measurements, and writes all.
+
+        A value that is not finite is kept as None: what was measured diverged.
+        """
+        for cell, values in measured.items():
+            value = values["value"]
+            self.measured[cell] = dict(values) | {"value": value if _is_finite(value) else None}
         write(self._own, self.measured)
 
     def records(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
@@ -107,7 +112,9 @@ def _measurement(record: object) -> tuple[Cell, dict]:
     for name, value in cell._asdict().items():
         if type(value) is not Cell.__annotations__[name]:
             raise TypeError(f"{name} is {reprlib.repr(value)}")
-    if type(rest["value"]) not in (int, float) or not _is_finite(rest["value"]):
+    if rest["value"] is not None and (
+        type(rest["value"]) not in (int, float) or not _is_finite(rest["value"])
+    ):
         raise TypeError(f"value is {reprlib.repr(rest['value'])}")
     return cell, rest
 
@@ -124,6 +131,11 @@ def write(path: Path, measured: Mapping[Cell, dict]) -> None:
     lines = [json.dumps(cell._asdict() | values) for cell, values in measured.items()]
     text = "[\n" + ",\n".join(lines) + "\n]\n"
     write_files({path: lambda file: file.write(text.encode())})
+
+
+def diverged(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of the records that have no value, for what they measured diverged."""
+    return [record for record in records if record["value"] is None]
 
 
 def percent(values: Sequence[float | int]) -> str:
@@ -144,7 +156,7 @@ def table(
     """A Markdown table: a row for each row of the records, a column for each metric.
 
     Args:
-        records: Fields of `Cell`, and `value`.
+        records: Fields of `Cell`, and `value`, None where it diverged.
         shown: The values of a cell over its seeds, as a text.
     """
     values: dict[tuple[str, str], list[float]] = {}
@@ -154,8 +166,16 @@ def table(
     lines = [["row", *metrics]]
     for row in rows:
         cells = [values.get((row, metric)) for metric in metrics]
-        lines.append([row, *(shown(cell) if cell else "–" for cell in cells)])
+        lines.append([row, *("–" if cell is None else _cell(cell, shown) for cell in cells)])
     return markdown(lines)
+
+
+def _cell(values: Sequence[float | int | None], shown: Callable) -> str:
+    """The values over the seeds; a mean of those that have not diverged would flatter the row."""
+    lost = sum(value is None for value in values)
+    if not lost:
+        return shown(values)
+    return "diverged" if lost == len(values) else f"{lost} of {len(values)} diverged"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -5,6 +5,7 @@ guidance included (nfe, network function evaluations); a student's is what its s
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import PyTree
 from PIL import Image
 
-from jaxdistill.errors import InputError, Interrupted
+from jaxdistill.errors import Diverged, InputError, Interrupted
 from jaxdistill.eval import results
 from jaxdistill.eval.bench import Bench
 from jaxdistill.eval.results import Cell
@@ -61,14 +62,14 @@ def parse_teacher_row(row: str) -> tuple[str, int]:
 
 
 def check(
-    task: FlowTask, *, nfe: tuple[int, ...], teacher_rows: tuple[str, ...], **others: Any
+    task: FlowTask, data: Any, *, nfe: tuple[int, ...], teacher_rows: tuple[str, ...], **others: Any
 ) -> None:
     """Refuses rows that are none: the `check` of each evaluation of students.
 
     Raises:
         InputError: In this case.
     """
-    del task, others
+    del task, data, others
     if not nfe:
         raise InputError("evals.*.nfe is (); give the numbers of network calls, at least 1 each")
     for row in teacher_rows:
@@ -159,11 +160,26 @@ def generate(
     return np.concatenate(parts)[:number]
 
 
+def finite(examples: np.ndarray) -> np.ndarray:
+    """The examples, if there is something to measure of them.
+
+    Raises:
+        Diverged: If a number is not finite.
+    """
+    if not np.isfinite(examples).all():
+        raise Diverged("the examples are not finite")
+    return examples
+
+
 def timed(rows: Rows, generator: Generator, number: int, stream: int) -> tuple[np.ndarray, dict]:
-    """Examples of a row, and the seconds that they took, compilation left out."""
+    """Examples of a row, and the seconds that they took, compilation left out.
+
+    Raises:
+        Diverged: If an example is not finite.
+    """
     generate(rows, generator, 1, stream)  # compiles
     began = time.perf_counter(), time.process_time()
-    made = generate(rows, generator, number, stream)
+    made = finite(generate(rows, generator, number, stream))
     return made, {
         "wall s": round(time.perf_counter() - began[0], 2),
         "CPU s": round(time.process_time() - began[1], 2),
@@ -179,7 +195,7 @@ def measure(
         bench: What is measured.
         names: The names of the rows; all have the measure `nfe`.
         protocol: Hash of what decides a measurement.
-        row: Name of a row -> metric -> value.
+        row: Name of a row -> metric -> value; it raises `Diverged` where there is none.
 
     Raises:
         Interrupted: If it is stopped; what is measured by then is kept.
@@ -189,7 +205,10 @@ def measure(
     for done, cell in enumerate(cells):
         if bench.should_stop():
             raise Interrupted(f"stopped while evaluating; {done} of {len(cells)} rows are measured")
-        found = row(cell.row)
+        try:
+            found = row(cell.row)
+        except Diverged:
+            found = {"nfe": math.nan}
         bench.results.keep({cell._replace(metric=m): {"value": v} for m, v in found.items()})
         bar.update(done + 1, {m: v for m, v in found.items() if m != "nfe" and v})
     bar.close()

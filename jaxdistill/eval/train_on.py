@@ -21,6 +21,8 @@ from jaxdistill.interrupt import ShouldStop, never, wait
 
 # Launches of a training, between which its progress is seen and it can be stopped.
 _BLOCKS = 20
+# Images of a training set by which a network is known to be lost.
+_LOOKED_AT = 64
 
 
 class Protocol(NamedTuple):
@@ -269,6 +271,34 @@ def train_many(
             on_block(min(begin + first + block, end) / total)
         params = carry.params
     return jax.tree.map(lambda x: x[:count], jax.device_put(params, devices[0]))
+
+
+def have_diverged(
+    params: Any,
+    network: Network,
+    images: Any,
+    targets: Float[Array, "n classes"],
+    *,
+    normalize: Callable[[Array], Array],
+) -> np.ndarray:
+    """Which of the networks that `train_many` gives are lost, bool (networks,).
+
+    Those are lost whose loss on what they were trained on is not finite, or ten times that of a
+    guess: a learning rate that is too high may keep all numbers finite, and means nothing.
+    """
+    some = np.unique(np.linspace(0, len(images) - 1, min(len(images), _LOOKED_AT)).astype(int))
+    images, targets = jnp.asarray(images)[some], jnp.asarray(targets)[some]
+    losses = _losses(params, images, targets, network=network, normalize=normalize)
+    return ~(np.asarray(losses) <= 10 * np.log(targets.shape[1]))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "normalize"))
+def _losses(params, images, targets, *, network, normalize):
+    def one(params):
+        logits = network.logits(params, normalize(images))
+        return optax.softmax_cross_entropy(logits, targets).mean()
+
+    return lax.map(one, params)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "normalize", "microbatch"))

@@ -176,7 +176,7 @@ def recipe(
     task: FlowTask,
     *,
     modes: Annotated[int, Between(1, 1000)] = 8,
-    log_gamma: tuple[float, ...] = (-1.6094, 1.3863),
+    log_gamma: tuple[Annotated[float, Between(-80, 80)], ...] = (-1.6094, 1.3863),
     gamma_rate_scale: Rate = 0.1,
     unit: Literal["time", "step"] = "time",
     **rest: Annotated[Any, Matching, adapt.Training, adapt.Segments],

@@ -31,7 +31,7 @@ from jaxtyping import Float32, Int32
 from PIL import Image
 
 from jaxdistill.errors import InputError
-from jaxdistill.io.files import write_files
+from jaxdistill.io.files import expanded, write_files
 from jaxdistill.io.pictures import grid
 from jaxdistill.io.reading import one_line, read_json, read_npz
 
@@ -87,7 +87,7 @@ def save(directory: str | os.PathLike[str], distilled: Distilled) -> None:
         InputError: when the arrays or the card break the format (nothing is touched then), or
             the directory cannot be written.
     """
-    directory = Path(directory)
+    directory = expanded(directory)
     arrays = {
         key: np.asarray(value) for key in _DTYPES if (value := getattr(distilled, key)) is not None
     }
@@ -130,7 +130,7 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Distilled
     Raises:
         InputError: when the file is not such an artefact, or not a whole one.
     """
-    path = Path(path)
+    path = expanded(path)
     if os.path.isdir(path):
         inner = path / "artifacts"
         path = (inner if os.path.isdir(inner) else path) / "distilled.npz"

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import stat
 import sys
 import warnings
@@ -46,7 +47,7 @@ def manager(
     """Opens a directory of checkpoints, making it when missing.
 
     Leaving the context waits for the saves under way. What a killed process left of a save is
-    removed.
+    removed before the directory is opened.
 
     Args:
         directory: Where they lie, one sub-directory a step.
@@ -64,6 +65,7 @@ def manager(
     except OSError as error:
         raise InputError(f"cannot keep checkpoints in {directory}: {error.strerror}") from error
     _refuse_strange(directory)
+    _remove_leftovers(directory)
     return _opened(directory, keep)
 
 
@@ -86,9 +88,35 @@ def _refuse_strange(directory: str) -> None:
                 )
 
 
+def _remove_leftovers(directory: str) -> None:
+    """Removes what killed processes left of saves; of several processes the first does it.
+
+    Orbax would do it in a thread, while the first saves are under way.
+
+    Raises:
+        InputError: If something cannot be removed.
+    """
+    if jax.process_index() != 0:
+        return
+    try:
+        for entry in os.scandir(directory):
+            if ocp.step.TMP_DIR_SUFFIX not in entry.name:
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+    except OSError as error:
+        raise InputError(
+            f"cannot remove {entry.path}, which a killed process left: {error.strerror}"
+        ) from error
+
+
 @contextlib.contextmanager
-def _opened(directory: str, keep: int) -> Iterator[Manager]:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+def _opened(directory: str, keep: int, read_only: bool = False) -> Iterator[Manager]:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=not read_only, read_only=read_only
+    )
     try:
         opened = Manager(directory, options=options)
     except Exception as error:  # a hostile file makes its readers raise what they will
@@ -185,7 +213,9 @@ def newest_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if not os.path.isdir(directory):
         return {}
-    with manager(directory) as opened:
+    directory = os.path.abspath(directory)
+    _refuse_strange(directory)
+    with _opened(directory, 1, read_only=True) as opened:
         for step in sorted(opened.all_steps(), reverse=True):
             with contextlib.suppress(Exception):  # `restore` will tell
                 return _record(opened, step)["run"]

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jaxdistill.errors import InputError
+
 
 def write_files(files: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
     """Writes several files, each replaced as a whole, in the order given.
@@ -42,6 +44,18 @@ def write_files(files: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
     finally:
         for temporary in pending.values():
             temporary.unlink(missing_ok=True)
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path whose `~` is the home that a shell would put there.
+
+    Raises:
+        InputError: If it is of a user that there is not.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"no such folder: {str(path)!r:.200}; {error}") from error
 
 
 def dump(tree: Any, file: BinaryIO) -> None:

@@ -19,7 +19,7 @@ import safetensors.flax
 from flax import traverse_util
 from jaxtyping import PyTree
 
-from jaxdistill.errors import InputError
+from jaxdistill.errors import Diverged, InputError
 from jaxdistill.io.files import dump, write_files
 from jaxdistill.io.reading import one_line, read_json
 
@@ -51,10 +51,17 @@ def save(
         card: What JSON can hold; `format`, `sha256` and `parameters` are added.
 
     Raises:
+        Diverged: If a parameter is not finite; nothing is written.
         InputError: If the files cannot be written.
     """
     folder = Path(folder)
     flat = traverse_util.flatten_dict(params, sep="/")
+    for key, x in flat.items():
+        if not _is_finite(x):
+            raise Diverged(
+                f"{key} of the {name} is not finite, so {folder} does not get it; lower the "
+                "learning rates"
+            )
     content = safetensors.flax.save({key: np.asarray(x) for key, x in flat.items()})
     card = dict(card) | {
         "format": FORMAT,
@@ -103,9 +110,20 @@ def load(folder: str | os.PathLike[str], name: str) -> tuple[dict, dict]:
         )
     try:
         flat = {name: _array(record) for name, record in safetensors.deserialize(content)}
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({one_line(error)})") from error
-    return traverse_util.unflatten_dict(flat, sep="/"), card
+        tree = traverse_util.unflatten_dict(flat, sep="/")
+        # A name that is also the beginning of another loses one of them.
+        if traverse_util.flatten_dict(tree, sep="/").keys() != flat.keys():
+            raise ValueError("its names are no tree")
+        for key, x in flat.items():
+            if not _is_finite(x):
+                raise ValueError(f"{key} holds values that are not finite")
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} cannot be used ({one_line(error)})") from error
+    return tree, card
+
+
+def _is_finite(x: Any) -> bool:
+    return not jnp.issubdtype(x.dtype, jnp.floating) or bool(np.isfinite(np.asarray(x)).all())
 
 
 def _array(record: Mapping[str, Any]) -> np.ndarray:
@@ -116,7 +134,7 @@ def _array(record: Mapping[str, Any]) -> np.ndarray:
 
 
 def check_shapes(what: str, params: PyTree, shapes: PyTree) -> None:
-    """Makes sure that parameters are those of a network.
+    """Makes sure that parameters are those of a network: numbers of its kind, of its shapes.
 
     Args:
         what: For the message: where they come from.
@@ -126,10 +144,12 @@ def check_shapes(what: str, params: PyTree, shapes: PyTree) -> None:
     Raises:
         InputError: If a parameter is missing, is one too many, or has another shape.
     """
-    have, want = (
-        {key: x.shape for key, x in traverse_util.flatten_dict(tree, sep="/").items()}
-        for tree in (params, shapes)
-    )
+    flat = traverse_util.flatten_dict(params, sep="/")
+    have = {key: x.shape for key, x in flat.items()}
+    want = {key: x.shape for key, x in traverse_util.flatten_dict(shapes, sep="/").items()}
+    for key, x in flat.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise InputError(f"{what} has {key} as {x.dtype}; parameters are floating point")
     for key in sorted({*have, *want}):
         if have.get(key) != want.get(key):
             raise InputError(

@@ -29,6 +29,9 @@ def join(spec: str) -> None:
                 " 10.0.0.1:9876,4,0"
             )
         count, index = (int(n) for n in numbers)
+        port = address.rpartition(":")[2]
+        if not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise InputError(f"--distributed={spec!r}: the port is a number from 1 to 65535")
         if index >= count:
             raise InputError(f"--distributed={spec!r}: the index is counted from 0 to {count - 1}")
         options = dict(coordinator_address=address, num_processes=count, process_id=index)
@@ -37,6 +40,21 @@ def join(spec: str) -> None:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"the processes of this run cannot be joined: {reason}") from error
+
+
+def check_devices() -> None:
+    """Makes sure that JAX finds devices. To be called once the processes are joined.
+
+    Raises:
+        InputError: If `JAX_PLATFORMS` names what is not there.
+    """
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"JAX finds no devices: {reason}; leave JAX_PLATFORMS unset, or name one that is there"
+        ) from error
 
 
 def is_first() -> bool:

@@ -20,6 +20,7 @@ from jaxdistill.errors import InputError
 from jaxdistill.eval import train_on
 from jaxdistill.interrupt import ShouldStop
 from jaxdistill.io import artifact
+from jaxdistill.io.files import expanded
 from jaxdistill.keywords import Between, Count, Folder, Rate
 from jaxdistill.nn.classifiers import classifier
 from jaxdistill.parallel.mesh import make_mesh
@@ -220,7 +221,7 @@ def _train_pool(groups, network, data, normalize, workdir, should_stop) -> PyTre
     settings = groups.pool
     spec = {k: v for k, v in settings._asdict().items() if k not in ("dir", "size")}
     return pool.load_or_train(
-        Path(settings.dir) if settings.dir else workdir / "pool",
+        expanded(settings.dir) if settings.dir else workdir / "pool",
         settings.size,
         train_on.Network(network.init, network.logits),
         data,

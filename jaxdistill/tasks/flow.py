@@ -1,6 +1,7 @@
 """The family that distils a flow teacher: many-step velocities in, students of a few steps out."""
 
 import functools
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from jaxdistill import collective, stage
+from jaxdistill import collective, keywords, run_folder, stage
 from jaxdistill.data import device
 from jaxdistill.errors import InputError
 from jaxdistill.flow.matching import examples_of, flow_matching
@@ -20,6 +21,7 @@ from jaxdistill.flow.samplers import guided
 from jaxdistill.flow.targets import TARGETS, Target
 from jaxdistill.interrupt import ShouldStop
 from jaxdistill.io import weights
+from jaxdistill.io.files import expanded
 from jaxdistill.io.reading import one_line
 from jaxdistill.io.versions import versions
 from jaxdistill.keywords import Between, Count, Dtype, Folder, Fraction, Rate
@@ -29,7 +31,7 @@ from jaxdistill.nn.flow_mlp import FlowMLP
 from jaxdistill.nn.unet import UNet
 from jaxdistill.parallel import processes
 from jaxdistill.parallel.mesh import fully_sharded, make_mesh
-from jaxdistill.settings import Data, Experiment, Parallel, Row, Run, digest, resolve
+from jaxdistill.settings import Data, Experiment, Parallel, Row, Run, resolve
 from jaxdistill.task import FlowTask, Part
 from jaxdistill.tasks import Loaded, image_facts, load_images, placed, source_of
 
@@ -196,7 +198,7 @@ def save(
     card = card | {
         "shape": task.shape,
         "num_classes": task.num_classes,
-        "teacher": str(Path(where).absolute()) if where else None,
+        "teacher": str(expanded(where).absolute()) if where else None,
         "config": experiment.stated(),
     }
     weights.save(folder, "student", output, card)
@@ -358,20 +360,19 @@ def teacher_method(groups: Settings, task: FlowTask, rate_factor: float = 1.0) -
 def _teacher(experiment, task, source, workdir, should_stop) -> tuple[PyTree, str]:
     """The teacher's parameters, read or trained first, and their checksum."""
     groups = experiment.groups
-    folder = Path(groups.teacher.dir) if groups.teacher.dir else workdir / "teacher"
+    folder = expanded(groups.teacher.dir) if groups.teacher.dir else workdir / "teacher"
     done = (folder / "teacher.safetensors").is_file()
     processes.wait("the teacher is looked for")
+    if groups.teacher.dir and not done:
+        raise InputError(f"{folder} holds no teacher.safetensors; leave teacher.dir out to train")
+    if not groups.teacher.dir:
+        identity = run_folder.claim(folder, *_identity(experiment, source))
     if not done:
-        if groups.teacher.dir:
-            raise InputError(
-                f"{folder} holds no teacher.safetensors; leave teacher.dir out to train"
-            )
         if groups.model.param_dtype != "float32":
             raise InputError(
                 "a teacher is trained with model.param_dtype=float32, or its moving average would "
                 "stand still; give the folder of a trained one as teacher.dir"
             )
-        identity = digest([_identity(experiment), source])
         ended = stage.run(
             "teacher",
             functools.partial(teacher_method, groups, task),
@@ -407,11 +408,13 @@ def _teacher(experiment, task, source, workdir, should_stop) -> tuple[PyTree, st
     return params, card["sha256"]
 
 
-def _identity(experiment: Experiment) -> dict:
-    """What a teacher is made of."""
-    groups = experiment.groups
-    parts = (groups.data, groups.path, groups.model, groups.teacher)
-    return {"seed": experiment.seed, "groups": [dict(part._asdict()) for part in parts]}
+def _identity(experiment: Experiment, source: dict) -> tuple[dict, dict]:
+    """What decides what a teacher is, and the defaults of its settings; see `run_folder.claim`."""
+    groups = {n: getattr(experiment.groups, n) for n in ("data", "path", "model", "teacher")}
+    own = {n: keywords.identifying(type(g), g._asdict()) for n, g in groups.items()}
+    defaults = {n: keywords.defaults(type(g)) for n, g in groups.items()}
+    identity = {"family": "flow", "seed": experiment.seed, **own, **source}
+    return json.loads(json.dumps(identity)), json.loads(json.dumps(defaults))
 
 
 def _check_teacher(experiment: Experiment, folder: Path, card: dict) -> None:
@@ -466,7 +469,7 @@ def load_student(
     Raises:
         InputError: If there is no student, or its teacher is not there or is another.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     inner = folder / "artifacts"
     folder = inner if (inner / ARTEFACT).is_file() else folder
     params, card = weights.load(folder, "student")
@@ -486,7 +489,7 @@ def load_student(
     else:
         task = _images(groups, card["dataset"], shape, num_classes, Part())
     recipe = row.module.recipe(task, **row.settings)
-    where = Path(teacher or place or _beside(folder))
+    where = expanded(teacher or place or _beside(folder))
     base, teachers = weights.load(where, "teacher")
     if teachers["sha256"] != wanted:
         raise InputError(f"the teacher in {where} is not that of the student in {folder}")
@@ -498,7 +501,7 @@ def load_student(
         label = jnp.asarray(label)
         if label.ndim != 1 or not jnp.issubdtype(label.dtype, jnp.integer):
             raise InputError(f"labels are whole numbers (n,), not {label.dtype} {label.shape}")
-        noise = jax.random.normal(key, (len(label), *shape))
+        noise = jax.random.normal(key, (len(label), *shape), jnp.float32)
         return compiled(card["nfe"] if nfe is None else nfe)(params, frozen, noise, label)
 
     return Trained(sample, shape, num_classes, card)
