@@ -128,7 +128,7 @@ _TEACHER_ROWS = (
 )
 
 
-def get_config(argument=None):
+def get_config(argument=None, dataset=None, method=None):
     """The recipe of a data set and a student."""
     arg = parse_argument(
         argument,
@@ -139,14 +139,17 @@ def get_config(argument=None):
         nfe=2,
         seed=0,
     )
-    recipe = _RECIPES.get(arg["dataset"], _IMAGES)
+    # What the command line says of data and method goes before the argument.
+    dataset = arg["dataset"] if dataset is None else dataset
+    method = arg["method"] if method is None else method
+    recipe = _RECIPES.get(dataset, _IMAGES)
 
     config = ml_collections.ConfigDict()
     config.family = "flow"
     config.seed = arg["seed"]
 
     config.data = ml_collections.ConfigDict()
-    config.data.name = arg["dataset"]
+    config.data.name = dataset
 
     config.path = ml_collections.ConfigDict()
     config.path.shift = recipe["shift"]
@@ -174,10 +177,10 @@ def get_config(argument=None):
     def row(name):
         return ml_collections.ConfigDict(student | rows.get(name, {"name": name}))
 
-    config.method = row(arg["method"])
+    config.method = row(method)
     config.baselines = ml_collections.ConfigDict(sort_keys=False)
     for name in filter(None, arg["baselines"].split("+")):
-        if name != arg["method"]:
+        if name != method:
             config.baselines[name] = row(name)
 
     config.evals = ml_collections.ConfigDict()

@@ -12,7 +12,8 @@ Arguments, joined by commas behind the colon:
     sampler=    gaussian (default), learned, released: the distribution of NCFM's frequencies
     smoke       a run of seconds that only shows that everything works
 
-Anything else is an override: `--config.method.calibration=1.0`.
+Anything else is an override: `--config.method.calibration=1.0`. A path with a comma in it is given
+as `--config.data.name=PATH`.
 
     config                              hardware     accuracy to expect (hard labels)
     ncfm:dataset=digits,ipc=1           2 CPU cores  90.2 ± 0.9
@@ -79,14 +80,15 @@ _RECIPES = {
     "cifar10": _LARGE | {"batch_real": 1024},
     "cifar100": _LARGE,
     "tiny_imagenet": _LARGE | {"image_size": 64, "depth": 4, "microbatch": 64},
-    "imagenette": _LARGE | {"image_size": 128, "depth": 5, "microbatch": 16, "batch_real": 512},
+    "imagenette/160px-v2": _LARGE
+    | {"image_size": 128, "depth": 5, "microbatch": 16, "batch_real": 512},
 }
 _TFDS = {"imagenette": "imagenette/160px-v2"}
 # Where the recipe of a data set does not say; fewer steps for more images, which take longer.
 _STEPS = {1: 400, 10: 150}
 
 
-def get_config(argument=None):
+def get_config(argument=None, dataset=None, method=None):
     """The recipe of a data set and a number of images per class."""
     arg = parse_argument(
         argument,
@@ -98,7 +100,11 @@ def get_config(argument=None):
         sampler="gaussian",
         seed=0,
     )
-    dataset, ipc = arg["dataset"], arg["ipc"]
+    # What the command line says of data and method goes before the argument.
+    dataset = arg["dataset"] if dataset is None else dataset
+    dataset = _TFDS.get(dataset, dataset)
+    method = arg["method"] if method is None else method
+    ipc = arg["ipc"]
     recipe = _RECIPES.get(dataset, _SMALL)
 
     config = ml_collections.ConfigDict()
@@ -106,7 +112,7 @@ def get_config(argument=None):
     config.seed = arg["seed"]
 
     config.data = ml_collections.ConfigDict()
-    config.data.name = _TFDS.get(dataset, dataset)
+    config.data.name = dataset
     config.data.image_size = recipe["image_size"]
 
     # The extractors: pairs of an initial and a trained network.
@@ -145,10 +151,10 @@ def get_config(argument=None):
     def row(name):
         return ml_collections.ConfigDict({"name": name, **rows.get(name, coreset)})
 
-    config.method = row(arg["method"])
+    config.method = row(method)
     config.baselines = ml_collections.ConfigDict(sort_keys=False)
     for name in filter(None, arg["baselines"].split("+")):
-        if name != arg["method"]:
+        if name != method:
             config.baselines[name] = row(name)
 
     config.evals = ml_collections.ConfigDict()

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from jaxdistill import keywords, settings
 from jaxdistill.errors import InputError
 
 _LARGEST = 2**63 - 1  # of the whole numbers that arrays hold
+# Settings that a config's recipe depends on, and the keywords of `get_config` that take them.
+_SAID = {"data.name": "dataset", "method.name": "method"}
 # Inside an installed wheel the configs lie in the package; in a checkout they lie beside it.
 _FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 
@@ -36,7 +39,9 @@ def resolve(spec: str) -> str:
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collections.ConfigDict:
     """The config of `name[:argument]`, every setting said, for notebooks and scripts.
 
-    The file is run as the Python program that it is: load none that you would not run.
+    The file is run as the Python program that it is: load none that you would not run. Where its
+    `get_config` has the keywords `dataset` and `method`, it gets the overrides of `data.name` and
+    `method.name` so: a path may then hold the commas that an argument may not.
 
     Args:
         spec: A shipped config or the path of one, and its argument.
@@ -58,10 +63,14 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collection
         raise InputError(f"{path} is not a Python program: {error}") from error
     if not callable(getattr(module, "get_config", None)):
         raise InputError(f"{path} is no config: it defines no get_config(argument)")
-    config = module.get_config(argument or None)
+    overrides = dict(overrides or {})
+    # A recipe follows the data and the method, whichever way they are named.
+    taken = inspect.signature(module.get_config).parameters
+    said = {word: path for path, word in _SAID.items() if path in overrides and word in taken}
+    config = module.get_config(argument or None, **{w: overrides.pop(p) for w, p in said.items()})
     if not isinstance(config, ml_collections.ConfigDict):
         raise InputError(f"get_config of {path} returns {type(config).__name__}, not a ConfigDict")
-    return complete(config, overrides or {})
+    return complete(config, overrides)
 
 
 def complete(

@@ -169,11 +169,14 @@ def _make(ready: Ready, row: Row) -> Made:
     try:
         _, card = family.read(folder / "artifacts", shapes)
     except InputError as error:
-        raise InputError(f"{error}; delete it, and the same command makes it again") from error
+        raise InputError(
+            f"{error}; delete {folder / 'artifacts'}, and the same command makes it again"
+        ) from error
     if card.get("config_hash") != identity:
         raise InputError(
             f"{artefact} has no card of the run in {folder}, whose settings are in row.json; "
-            "put the run's own back, or delete it, and the same command makes it again"
+            f"put the run's own back, or delete {folder / 'artifacts'}, and the same command makes "
+            "it again"
         )
     return Made(
         row.name,

@@ -20,6 +20,7 @@ import platform
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,6 +154,7 @@ def cli() -> None:
     _on_sigint()
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # tables have letters that not every terminal has
+    warnings.formatwarning = lambda message, *_, **__: f"jaxdistill: {message}\n"
     if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
         print(__doc__)
         from jaxdistill import config as configs

@@ -18,8 +18,14 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from jaxdistill.errors import InputError
-from jaxdistill.io.reading import read_npz
+from jaxdistill.io.reading import npz_names, read_npz
 
+_CHANNELS = (1, 3, 4)  # that pictures have
+# How the arrays of a file are called: here and by MedMNIST, and by Keras.
+_KEYS = (
+    ("train_images", "train_labels", "test_images", "test_labels"),
+    ("x_train", "y_train", "x_test", "y_test"),
+)
 _CHUNK = 1 << 24  # values counted at once
 
 
@@ -92,9 +98,9 @@ def from_arrays(
 
     Args:
         train_images: uint8, (N, H, W, C) or, for one channel, (N, H, W).
-        train_labels: Integers, (N,); every class id from 0 to the largest one must occur.
+        train_labels: Integers, (N,) or (N, 1); every class id from 0 to the largest one must occur.
         test_images: As `train_images`, with images of the same shape.
-        test_labels: Integers, (N,), among the training classes.
+        test_labels: Integers, (N,) or (N, 1), among the training classes.
         name: Recorded in the artefact.
         class_names: One per class; the decimal class ids by default.
 
@@ -138,16 +144,17 @@ def from_npz(path: Path) -> Dataset:
     """Read a data set from a NumPy file.
 
     Args:
-        path: An `.npz` file with `train_images`, `train_labels`, `test_images`, `test_labels`, as
-            `from_arrays` takes them, and perhaps `class_names`.
+        path: An `.npz` file with `train_images`, `train_labels`, `test_images`, `test_labels`, or
+            `x_train`, `y_train`, `x_test`, `y_test`, as `from_arrays` takes them, and perhaps
+            `class_names`.
 
     Raises:
         InputError: If it is missing, damaged or holds other things.
     """
-    keys = ("train_images", "train_labels", "test_images", "test_labels")
     if not path.is_file():
         raise InputError(f"no such file: {path}")
     try:
+        keys = _KEYS[1] if _KEYS[1][0] in npz_names(path) else _KEYS[0]
         arrays = read_npz(path, keys, optional=("class_names",))
     except InputError as error:
         raise InputError(f"cannot read {path} as an .npz of a data set: {error}") from error
@@ -269,6 +276,13 @@ def _check_split(which: str, images: np.ndarray, labels: np.ndarray) -> Split:
         )
     if images.size == 0:
         raise InputError(f"the {which} split is empty: images of shape {images.shape}")
+    if images.shape[1] in _CHANNELS and images.shape[3] not in _CHANNELS:
+        raise InputError(
+            f"{which} images of shape {images.shape} seem to have their channels first, which "
+            "would be last here: give (N, H, W, C), as np.moveaxis(images, 1, -1) makes it"
+        )
+    if labels.shape == (len(images), 1):
+        labels = labels[:, 0]
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise InputError(
             f"{which} labels must be {len(images)} integers, one per image, "

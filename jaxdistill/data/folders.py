@@ -1,11 +1,12 @@
 """Data sets in image files: a folder for each class, and Tiny ImageNet as its archive unpacks."""
 
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jaxdistill.data.dataset import Dataset, from_arrays
 from jaxdistill.data.resize import check_pixels, fit, stack, too_large, unequal
@@ -13,6 +14,8 @@ from jaxdistill.errors import InputError
 from jaxdistill.io.reading import inflation_limit, one_line
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+_ORIENTATION = 0x0112  # of EXIF; from 5 on width and height are exchanged
+_GROUND = "white"  # what shows where a picture is transparent
 
 
 class _Labelled(NamedTuple):
@@ -31,34 +34,45 @@ def read(folder: Path, image_size: int | None) -> Dataset:
         InputError: If something is missing, damaged, enormous or outside of the folder.
     """
     root = folder.resolve()
-    names = [entry.name for entry in _visible(folder / "train", root) if entry.is_dir()]
-    if not names:
+    train = _classes(folder / "train", root)
+    if not train:
         raise InputError(f"{folder / 'train'} has no class folders; expected train/<class>/*.png")
     test_folder = folder / "test" if (folder / "test").is_dir() else folder / "val"
     if not test_folder.is_dir():
         raise InputError(f"{folder} has no test folder; expected test/<class>/* beside train")
-    test_names = [entry.name for entry in _visible(test_folder, root) if entry.is_dir()]
-    unknown = sorted(set(test_names) - set(names))
-    if unknown:
+    test = _classes(test_folder, root)
+    if unknown := sorted(test.keys() - train.keys()):
         raise InputError(
             f"class '{unknown[0]}' is in {test_folder} but not in {folder / 'train'}; "
             "test classes must be among the training classes"
         )
 
-    def listed(parent: Path, classes: list[str]) -> list[_Labelled]:
+    names = sorted(train)
+
+    def listed(classes: dict[str, Path]) -> list[_Labelled]:
         return [
             _Labelled(path, names.index(name))
-            for name in classes
-            for path in _image_files(parent / name, root)
+            for name in sorted(classes)
+            for path in _image_files(classes[name], root)
         ]
 
-    return _from_files(
-        listed(folder / "train", names),
-        listed(test_folder, test_names),
-        root.name,
-        names,
-        image_size,
-    )
+    return _from_files(listed(train), listed(test), root.name, names, image_size)
+
+
+def _classes(folder: Path, root: Path) -> dict[str, Path]:
+    """The class folders of a split, by their names as people read them.
+
+    The same letters may be stored in several ways, and systems that a folder passes change them.
+    """
+    found: dict[str, Path] = {}
+    for entry in _visible(folder, root):
+        if not entry.is_dir():
+            continue
+        name = unicodedata.normalize("NFC", entry.name)
+        if name in found:
+            raise InputError(f"{folder} has two folders that read '{name}'; rename or merge them")
+        found[name] = entry
+    return found
 
 
 def read_tiny_imagenet(data_dir: Path | None, image_size: int | None) -> Dataset:
@@ -125,13 +139,17 @@ def _visible(folder: Path, root: Path) -> list[Path]:
 def _image_files(folder: Path, root: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
-    paths = [
-        entry
-        for entry in _visible(folder, root)
-        if entry.suffix.lower() in _IMAGE_SUFFIXES and entry.is_file()
-    ]
+    entries = _visible(folder, root)
+    paths = [x for x in entries if x.suffix.lower() in _IMAGE_SUFFIXES and x.is_file()]
     if not paths:
         raise InputError(f"{folder} holds no png, jpg or jpeg image; remove it or fill it")
+    if left := sorted({*entries} - {*paths}):
+        warnings.warn(
+            f"{folder}: {len(left)} of {len(entries)} entries are left out, for they are no png, "
+            f"jpg or jpeg file: {', '.join(x.name for x in left[:3])}"
+            f"{', …' if len(left) > 3 else ''}",
+            stacklevel=2,
+        )
     return paths
 
 
@@ -144,35 +162,59 @@ def _from_files(
 ) -> Dataset:
     # Every header is read before anything is decoded: a mistake in the last file costs no wait,
     # and an image that claims to be enormous is never unpacked.
-    grey, first, pixels, size = True, None, 0, 0
+    grey, first, pixels, held = True, None, 0, 0
     for path, _ in (*train, *test):
         with _open_image(path) as image:
-            width, height = image.size
+            width, height = _upright_size(path, image)
             mode = image.mode
         check_pixels(path, height, width, image_size)
         if mode[0] in "IF":
             raise InputError(f"{path} has more than 8 bits per channel; convert it to 8 bits")
-        grey = grey and mode == "L"
+        grey = grey and mode in ("1", "L", "LA")
         first = first or (path, height, width)
         if image_size is None and (height, width) != first[1:]:
             raise unequal(first[0], first[1:], path, (height, width))
-        pixels, size = pixels + height * width, size + path.stat().st_size
+        pixels, held = pixels + height * width, held + path.stat().st_size
     # As single files, so all of them together: blank images are a thousand times their files.
-    if image_size is None and pixels * (1 if grey else 3) > inflation_limit(size):
+    if image_size is None and pixels * (1 if grey else 3) > inflation_limit(held):
         raise InputError(
-            f"the images of {name} are {pixels // 10**6} megapixels in {size} bytes of files; "
+            f"the images of {name} are {pixels // 10**6} megapixels in {held} bytes of files; "
             "set data.image_size to shrink them"
         )
 
+    size = None if image_size is not None else first[1:]
+
     def decoded(files: list[_Labelled]) -> np.ndarray:
         return stack(
-            (_decode(path, "L" if grey else "RGB", image_size) for path, _ in files), len(files)
+            (_decode(path, "L" if grey else "RGB", image_size, size) for path, _ in files),
+            len(files),
         )
 
     labels = [np.array([label for _, label in files], np.int32) for files in (train, test)]
     return from_arrays(
         decoded(train), labels[0], decoded(test), labels[1], name=name, class_names=class_names
     )
+
+
+def _upright_size(path: Path, image: Image.Image) -> tuple[int, int]:
+    """Width and height as a viewer shows them, from the header alone."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return image.size  # Pillow would unpack the pixels to look for it behind them
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+    except Exception as error:  # EXIF is read by another parser, which raises what it likes
+        raise InputError(f"{path} has damaged EXIF data; remove or replace it") from error
+    return image.size[::-1] if turned else image.size
+
+
+def _as_seen(image: Image.Image, mode: str) -> Image.Image:
+    """A picture as a viewer shows it: upright, and on a ground where it is transparent."""
+    upright = ImageOps.exif_transpose(image)
+    if "A" in upright.mode or "transparency" in upright.info:
+        above = upright.convert("RGBA")
+        ground = Image.new("RGBA", above.size, _GROUND)
+        return Image.alpha_composite(ground, above).convert("RGB").convert(mode)
+    return upright.convert(mode)
 
 
 def _open_image(path: Path) -> Image.Image:
@@ -189,13 +231,17 @@ def _open_image(path: Path) -> Image.Image:
             ) from error
 
 
-def _decode(path: Path, mode: str, image_size: int | None) -> np.ndarray:
+def _decode(
+    path: Path, mode: str, image_size: int | None, size: tuple[int, int] | None
+) -> np.ndarray:
     with _open_image(path) as image:
         try:
-            converted = image.convert(mode)
+            converted = _as_seen(image, mode)
         except Exception as error:
             raise InputError(
                 f"cannot decode {path}: {one_line(error)}; remove or replace it"
             ) from error
     pixels = np.asarray(converted if image_size is None else fit(converted, image_size))
+    if size is not None and pixels.shape[:2] != size:
+        raise InputError(f"{path} is not of the size that its header says; remove or replace it")
     return pixels.reshape(*pixels.shape[:2], -1)

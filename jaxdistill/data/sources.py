@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxdistill.data import folders, idx, tfds
+from jaxdistill.data import cifar, folders, idx, tfds
 from jaxdistill.data.dataset import Dataset, from_arrays, from_npz, pad
 from jaxdistill.data.resize import resize_all
 from jaxdistill.errors import InputError
@@ -70,10 +70,12 @@ def load(
         name: `digits` (embedded in scikit-learn), `fashion_mnist` (from `data_dir`, from the
             Debian package `dataset-fashion-mnist`, or from TFDS), `tiny_imagenet` (from
             `data_dir`), another TFDS name, or a path: an image folder with
-            `train/<class>/*.png|jpg|jpeg` and `test/<class>/*`, a folder of IDX files, or an
-            `.npz` file with `train_images`, `train_labels`, `test_images`, `test_labels` and
-            perhaps `class_names`. A name without a path separator is never taken for a folder.
-        data_dir: Where a named data set lies; TFDS has its own default.
+            `train/<class>/*.png|jpg|jpeg` and `test/<class>/*`, a folder of IDX files or of CIFAR's
+            binary files, or an `.npz` file with `train_images`, `train_labels`, `test_images`,
+            `test_labels` and perhaps `class_names`. A name without a path separator is never taken
+            for a folder.
+        data_dir: Where a named data set lies, as IDX files or CIFAR's binary ones, or as TFDS
+            keeps it, which has a default of its own.
         image_size: Resize so that the shorter side has this many pixels (bilinear with
             antialiasing), then crop the centre square. Needed when images differ in size.
         pad_to: Surround the images with black up to this height and width. Statistics are taken
@@ -137,6 +139,10 @@ def _read(name: StrPath, data_dir: Path | None, image_size: int | None) -> Datas
         return _read_fashion_mnist(data_dir, image_size)
     if name == "tiny_imagenet":
         return folders.read_tiny_imagenet(data_dir, image_size)
+    if data_dir is not None and idx.lies_in(data_dir):
+        return idx.read(data_dir, str(name))
+    if data_dir is not None and (form := cifar.form_in(data_dir)) == name:
+        return cifar.read(data_dir, form)
     path = expanded(name)
     if any(ord(letter) < 32 for letter in str(path)):
         raise InputError(f"no data set is called {_shown(name)}; check the name")
@@ -177,11 +183,18 @@ def _read_folder(path: Path, image_size: int | None) -> Dataset:
         raise InputError(f"no such folder: {path}; give an existing folder, an .npz or a name")
     if idx.lies_in(path):
         return idx.read(path, path.resolve().name)
+    if form := cifar.form_in(path):
+        return cifar.read(path, form)
+    if cifar.is_pickled(path):
+        raise InputError(
+            f"{path} holds CIFAR as pickles, which are never read; download its binary version, "
+            "or convert it to an .npz with train_images, train_labels, test_images, test_labels"
+        )
     if (path / "train").is_dir():
         return folders.read(path, image_size)
     raise InputError(
         f"{path} is no data set: expected train/<class>/*.png|jpg|jpeg and test/<class>/*, "
-        "or the IDX files train-images-idx3-ubyte[.gz] and so on"
+        "the IDX files train-images-idx3-ubyte[.gz] and so on, or CIFAR's binary files"
     )
 
 

@@ -47,12 +47,12 @@ def check(task: FlowTask, data: Dataset, *, examples: int, **others: Any) -> Non
             "for their moments; take another evaluation, or data with more test images"
         )
     drawn = np.arange(examples) % data.num_classes
-    for what, labels in (("test images are compared with", compared), ("examples are made", drawn)):
+    for what, labels in (("test images compared with", compared), ("examples of a row", drawn)):
         counts = np.bincount(labels, minlength=data.num_classes)
         if counts.min() < 2:
             raise InputError(
-                f"{counts.min()} {what} of class '{data.class_names[counts.argmin()]}', 2 are "
-                "needed for their diversity; raise evals.*.examples, or take other data"
+                f"class '{data.class_names[counts.argmin()]}' has {counts.min()} of the {what}, "
+                "and its diversity takes 2; raise evals.*.examples, or take other data"
             )
 
 

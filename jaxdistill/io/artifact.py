@@ -113,7 +113,10 @@ def save(directory: str | os.PathLike[str], distilled: Distilled) -> None:
             }
         )
     except OSError as error:
-        raise InputError(f"cannot write the distilled set: {error.strerror or error}") from error
+        where = error.filename or directory
+        raise InputError(
+            f"cannot write the distilled set: {where}: {error.strerror or error}"
+        ) from error
 
 
 def load(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Distilled:

@@ -113,10 +113,8 @@ def _remove_leftovers(directory: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(directory: str, keep: int, read_only: bool = False) -> Iterator[Manager]:
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=not read_only, read_only=read_only
-    )
+def _opened(directory: str, keep: int | None = None) -> Iterator[Manager]:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
     try:
         opened = Manager(directory, options=options)
     except Exception as error:  # a hostile file makes its readers raise what they will
@@ -215,7 +213,7 @@ def newest_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
     directory = os.path.abspath(directory)
     _refuse_strange(directory)
-    with _opened(directory, 1, read_only=True) as opened:
+    with _opened(directory) as opened:
         for step in sorted(opened.all_steps(), reverse=True):
             with contextlib.suppress(Exception):  # `restore` will tell
                 return _record(opened, step)["run"]

@@ -82,6 +82,17 @@ def read_npz(
         raise InputError(_without_file(error)) from error
 
 
+def npz_names(path: str | os.PathLike[str]) -> list[str]:
+    """The names of the arrays in a file; none if it is no archive."""
+    try:
+        if _size(path) is None:
+            return []
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except Exception:  # `read_npz` tells what is wrong
+        return []
+
+
 def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_JSON) -> Any:
     """Reads what a JSON file holds.
 

@@ -81,7 +81,8 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         write_files(files)
     except OSError as error:
-        raise InputError(f"cannot write {name} to {folder}: {error.strerror or error}") from error
+        where = error.filename or folder
+        raise InputError(f"cannot write {where}: {error.strerror or error}") from error
 
 
 def load(folder: str | os.PathLike[str], name: str) -> tuple[dict, dict]:
@@ -96,7 +97,7 @@ def load(folder: str | os.PathLike[str], name: str) -> tuple[dict, dict]:
     path, described = Path(folder) / f"{name}.safetensors", Path(folder) / f"{name}.json"
     for file in (path, described):
         if not file.is_file():
-            raise InputError(f"{folder} holds no {file.name}; give the folder that a run wrote")
+            raise InputError(f"{file} is no file; give the folder that a run wrote")
     try:
         card = read_json(described)
         if not isinstance(card, dict) or not {"format", "sha256"} <= card.keys():
@@ -142,17 +143,19 @@ def check_shapes(what: str, params: PyTree, shapes: PyTree) -> None:
         shapes: The same of `jax.ShapeDtypeStruct`, as the network wants them.
 
     Raises:
-        InputError: If a parameter is missing, is one too many, or has another shape.
+        InputError: If a parameter is missing, is one too many, or has another shape or kind.
     """
-    flat = traverse_util.flatten_dict(params, sep="/")
-    have = {key: x.shape for key, x in flat.items()}
-    want = {key: x.shape for key, x in traverse_util.flatten_dict(shapes, sep="/").items()}
-    for key, x in flat.items():
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise InputError(f"{what} has {key} as {x.dtype}; parameters are floating point")
+    have, want = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, shapes))
     for key in sorted({*have, *want}):
-        if have.get(key) != want.get(key):
+        own, wanted = (tree[key].shape if key in tree else None for tree in (have, want))
+        if own != wanted:
             raise InputError(
-                f"{what} has {key} of shape {have.get(key)}, the config's network {want.get(key)}; "
+                f"{what} has {key} of shape {own}, the config's network {wanted}; "
                 "use the config that it was made with"
+            )
+        own, wanted = (jnp.issubdtype(tree[key].dtype, jnp.floating) for tree in (have, want))
+        if own != wanted:
+            raise InputError(
+                f"{what} has {key} as {have[key].dtype}, the config's network as "
+                f"{want[key].dtype}; use the config that it was made with"
             )

@@ -84,6 +84,11 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
     """
     groups = experiment.groups
     data = load_images(groups.data)
+    if data.num_classes < 2:
+        raise InputError(
+            f"{data.name} has one class, and a set is distilled to tell classes apart; give data "
+            "with two or more"
+        )
     parse(groups.pool.strategy)
     normalize = normalizer(data.mean, data.std)
     network = _extractor(groups, data.num_classes, data.image_shape)

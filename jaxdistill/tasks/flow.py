@@ -51,6 +51,7 @@ _OF_A_TEACHER = (
     ("model", "heads"),
     ("teacher", "label_drop"),
 )
+_NO_DATA = keywords.defaults(Data)
 # A number that splitting the keys, as methods do, does not fold into them.
 _DATA_KEY = 0x64617461
 
@@ -143,6 +144,9 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
     if name in _LATENTS:
         raise InputError(f"{name} is a shape without data, to be compiled: use --mode=compile")
     if name in TARGETS:
+        strange = [n for n, v in groups.data._asdict().items() if n != "name" and v != _NO_DATA[n]]
+        if strange:
+            raise InputError(f"data.{strange[0]} means nothing for {name}, which is no images")
         target = TARGETS[name]()
         task, source = _points(groups, target), {}
         data: Any = target

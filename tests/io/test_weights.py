@@ -70,7 +70,7 @@ def test_no_damage_gets_through(tmp_path_factory, data):
 
 
 def test_what_is_missing_is_named(folder, tmp_path):
-    with pytest.raises(InputError, match=r"holds no net\.safetensors"):
+    with pytest.raises(InputError, match=r"net\.safetensors is no file"):
         weights.load(tmp_path, "net")
     (folder / "net.json").unlink()
     with pytest.raises(InputError, match=r"holds no net\.json"):
@@ -91,7 +91,7 @@ def test_a_forged_file_with_a_fitting_card_is_refused(folder):
     card = json.loads((folder / "net.json").read_text())
     card["sha256"] = hashlib.sha256(content).hexdigest()
     (folder / "net.json").write_text(json.dumps(card))
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot be used"):
         weights.load(folder, "net")
 
 
@@ -104,5 +104,5 @@ def test_other_shapes_are_named(folder):
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write net to"):
+    with pytest.raises(InputError, match="cannot write .*file/a: Not a directory"):
         weights.save(tmp_path / "file" / "a", "net", PARAMS, {})
