@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import jax.numpy as jnp
@@ -111,16 +111,14 @@ def load(folder: str | os.PathLike[str], name: str) -> tuple[dict, dict]:
         )
     try:
         flat = {name: _array(record) for name, record in safetensors.deserialize(content)}
-        tree = traverse_util.unflatten_dict(flat, sep="/")
-        # A name that is also the beginning of another loses one of them.
-        if traverse_util.flatten_dict(tree, sep="/").keys() != flat.keys():
+        if any(str(above) in flat for name in flat for above in PurePosixPath(name).parents):
             raise ValueError("its names are no tree")
         for key, x in flat.items():
             if not _is_finite(x):
                 raise ValueError(f"{key} holds values that are not finite")
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} cannot be used ({one_line(error)})") from error
-    return tree, card
+    return traverse_util.unflatten_dict(flat, sep="/"), card
 
 
 def _is_finite(x: Any) -> bool:
