@@ -7,6 +7,6 @@ from tests.survival import kill
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """The outcome of a run of `kill.FLAGS` that was left alone, and where its programs are."""
+    """The outcome of the condensing run of `kill.py` left alone, and where its programs are."""
     scratch = tmp_path_factory.mktemp("undisturbed")
-    return kill.undisturbed(scratch), scratch
+    return kill.undisturbed(scratch, kill.RUNS["condense"]), scratch

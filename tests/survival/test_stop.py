@@ -16,6 +16,8 @@ from jaxdistill.data.dataset import from_arrays
 from jaxdistill.errors import Interrupted
 from jaxdistill.eval import train_on
 from tests.survival import kill
+
+RUN = kill.RUNS["condense"]
 from tests.test_backends import min_max, toy_data
 from tests.test_runner import assert_same_bits, checkpoints, records, run, walk
 
@@ -109,8 +111,8 @@ def test_extractors_already_trained_stay(tmp_path):
 
 def terminate(workdir, scratch, phase):
     """Starts the run, sends SIGTERM in a phase; the exit code, the seconds, and the last line."""
-    folder = kill.Folder(workdir)
-    process = kill.start(workdir, scratch)
+    folder = kill.Folder(workdir, RUN.artefact)
+    process = kill.start(workdir, scratch, RUN)
     # The first extractor is begun once there is a folder for it.
     while not (workdir / "pool").is_dir() or folder.phase() != phase:
         assert process.poll() is None, "it ended before"
@@ -135,7 +137,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed):
         assert code == main.EXIT_INTERRUPTED == 75
         assert told in line
         assert seconds < 90  # a few when nothing else runs; tracing a program cannot be cut
-    kill.finish(workdir, scratch)
+    kill.finish(workdir, scratch, RUN)
     assert kill.outcome(workdir) == wanted
 
 
