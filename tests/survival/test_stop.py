@@ -16,10 +16,10 @@ from jaxdistill.data.dataset import from_arrays
 from jaxdistill.errors import Interrupted
 from jaxdistill.eval import train_on
 from tests.survival import kill
-
-RUN = kill.RUNS["condense"]
 from tests.test_backends import min_max, toy_data
 from tests.test_runner import assert_same_bits, checkpoints, records, run, walk
+
+RUN = kill.RUNS["condense"]
 
 
 def after(times):
@@ -129,7 +129,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed):
     wanted, scratch = undisturbed
     workdir = scratch / "stopped"
     for phase, told in (
-        ("start or extractors", "stopped while training extractors; 0 of 2 are kept"),
+        ("start or before any method", "stopped while training extractors; 0 of 2 are kept"),
         ("training", "of 800, which is saved; the same command goes on"),
         ("evaluation", "networks are measured; the same command goes on"),
     ):
