@@ -59,6 +59,7 @@ def chunk(config: Config, devices: Sequence[jax.Device] | None = None) -> Chunk:
     fed = method.batches.kind in ("per_class", "uniform")
     data = task.examples.shapes if fed else ()
     mesh = resolved.family.mesh(resolved, task, devices)
+    data = backends.laid_out(method.batches, data, mesh)
     program = runner.programs(
         method,
         data=data,

@@ -114,6 +114,7 @@ def run(
         raise InputError("checkpoints and TensorBoard events need a workdir; give one")
     device.check(method.batches, data)
     mesh = make_mesh() if mesh is None else mesh
+    data = backends.laid_out(method.batches, data, mesh)
     program = programs(
         method, data=data, frozen=frozen, key=key, chunk=chunk, mesh=mesh, backend=backend
     )
@@ -219,7 +220,7 @@ def programs(
     mesh: Mesh,
     backend: str,
 ) -> Programs:
-    """The compiled functions of `run`, for the same arguments.
+    """The compiled functions of `run`, for the same arguments, the data as `laid_out` gives them.
 
     Arrays may be given as `jax.ShapeDtypeStruct`, and the mesh may be one of another machine.
 

@@ -237,6 +237,25 @@ def holdout(dataset: Dataset, per_class: int, seed: int) -> Dataset:
     )
 
 
+def class_sizes(labels: Int[np.ndarray, " n"], num_classes: int) -> Int32[np.ndarray, " c"]:
+    """The number of examples of each class.
+
+    Args:
+        labels: Class ids in [0, num_classes).
+        num_classes: Number of classes.
+
+    Raises:
+        InputError: If a class has no example or a label is out of range.
+    """
+    if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
+        raise InputError(f"labels must lie between 0 and {num_classes - 1}")
+    counts = np.bincount(labels, minlength=num_classes)
+    empty = np.flatnonzero(counts == 0)
+    if empty.size:
+        raise InputError(f"class {empty[0]} has no images to draw from")
+    return counts.astype(np.int32)
+
+
 def per_class_table(
     labels: Int[np.ndarray, " n"], num_classes: int
 ) -> tuple[Int32[np.ndarray, "c m"], Int32[np.ndarray, " c"]]:
@@ -254,16 +273,11 @@ def per_class_table(
     Raises:
         InputError: If a class has no example or a label is out of range.
     """
-    if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
-        raise InputError(f"labels must lie between 0 and {num_classes - 1}")
-    counts = np.bincount(labels, minlength=num_classes)
-    empty = np.flatnonzero(counts == 0)
-    if empty.size:
-        raise InputError(f"class {empty[0]} has no images to draw from")
+    counts = class_sizes(labels, num_classes)
     order = np.argsort(labels, kind="stable")
     starts = np.cumsum(counts) - counts
     columns = np.arange(counts.max())[None, :] % counts[:, None]
-    return order[starts[:, None] + columns].astype(np.int32), counts.astype(np.int32)
+    return order[starts[:, None] + columns].astype(np.int32), counts
 
 
 def _check_split(which: str, images: np.ndarray, labels: np.ndarray) -> Split:

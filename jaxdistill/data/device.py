@@ -4,9 +4,10 @@ Examples are trees of arrays: images, captions as ids, two tokenizations of one 
 as they are stored, such as uint8, and nothing crosses from the host after the upload.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Int, Int32, PRNGKeyArray, PyTree
 
 from jaxdistill import collective
-from jaxdistill.data.dataset import per_class_table
+from jaxdistill.data.dataset import class_sizes
 from jaxdistill.errors import InputError
 from jaxdistill.method import Batch, BatchSpec
 
@@ -28,27 +29,32 @@ _RESERVED = ("labels", "keys")
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["examples", "counts"],
-    meta_fields=["shapes", "labelled"],
+    data_fields=["examples", "starts", "counts"],
+    meta_fields=["shapes", "largest", "labelled"],
 )
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """A pytree of arrays whose leading axis is the class, so that devices can divide the classes.
+    """A pytree of arrays in which the examples lie class by class, so that devices can divide them.
 
     Attributes:
-        examples: A dict, or a tree of dicts, of arrays (classes, m, ...). The numbers of an example
-            are one axis, whatever its shape: TPUs would pad a last axis of one or three channels
-            to 128. Classes with fewer examples start over up to the length of the largest.
+        examples: A dict, or a tree of dicts, of arrays (shards, m, ...). A shard has the examples
+            of some consecutive classes, one class after the other, filled up to the length of the
+            longest shard. The numbers of an example are one axis, whatever its shape: TPUs would
+            pad a last axis of one or three channels to 128.
+        starts: int32 (classes,). Where each class begins in its shard.
         counts: int32 (classes,). Examples of each class; one class where there are no labels.
         shapes: The shape of one example in each array, in the order of the tree's leaves.
+        largest: Examples of the largest class.
         labelled: Whether the classes mean something.
 
     Programs are compiled from shapes alone, so the arrays may be those.
     """
 
     examples: Any
+    starts: Any
     counts: Any
     shapes: tuple[tuple[int, ...], ...]
+    largest: int
     labelled: bool = True
 
 
@@ -81,50 +87,82 @@ def resident(
         InputError: If the arrays are not of one length or a name is taken, a class is empty, or a
             label is out of range.
     """
-    table, counts = tabulate(examples, labels, num_classes)
+    own, classes = checked_labels(examples, labels, num_classes)
+    counts, order = class_sizes(own, classes), np.argsort(own, kind="stable")
 
     def arrange(array):
-        size = math.prod(array.shape[1:])
-        return array.reshape(len(array), size)[table] if array.ndim > 2 else array[table]
+        rows = np.asarray(array)[order]
+        return (rows.reshape(len(rows), -1) if rows.ndim > 2 else rows)[None]
 
-    examples = jax.tree.map(np.asarray, dict(examples))
-    shapes = tuple(x.shape[1:] for x in jax.tree.leaves(examples))
-    return Resident(jax.tree.map(arrange, examples), counts, shapes, labels is not None)
+    shapes = tuple(x.shape[1:] for x in jax.tree.leaves(dict(examples)))
+    made = jax.tree.map(arrange, dict(examples))
+    starts = (np.cumsum(counts) - counts).astype(np.int32)
+    return Resident(made, starts, counts, shapes, int(counts.max()), labels is not None)
+
+
+def divided(data: Resident, shards: int) -> Resident:
+    """The same examples in some shards of equally many classes; nothing is drawn otherwise.
+
+    Args:
+        data: In one shard; shapes alone are taken for classes of equal size.
+        shards: How many; a divisor of the number of classes.
+    """
+    classes, (first, *_) = data.counts.shape[0], jax.tree.leaves(data.examples)
+    if shards == 1:
+        return data
+    if isinstance(data.counts, jax.ShapeDtypeStruct):
+        longest = -(-first.shape[1] // shards)
+
+        def shape(x):
+            return jax.ShapeDtypeStruct((shards, longest, *x.shape[2:]), x.dtype)
+
+        return replace(data, examples=jax.tree.map(shape, data.examples))
+    counts = np.asarray(data.counts)
+    edges = np.cumsum([0, *counts])[:: classes // shards]
+    longest = int(np.diff(edges).max())
+
+    def cut(x):
+        out = np.zeros((shards, longest, *x.shape[2:]), x.dtype)
+        for shard, (begin, end) in enumerate(itertools.pairwise(edges)):
+            out[shard, : end - begin] = x[0, begin:end]
+        return out
+
+    starts = np.asarray(data.starts) - np.repeat(edges[:-1], classes // shards)
+    return replace(data, examples=jax.tree.map(cut, data.examples), starts=starts.astype(np.int32))
 
 
 def resident_shapes(
-    examples: Mapping[str, PyTree], classes: int, per_class: int, labelled: bool = True
+    examples: Mapping[str, PyTree], classes: int, largest: int, count: int, labelled: bool = True
 ) -> Resident:
     """The shapes of `resident`, for programs that are compiled without the data.
 
     Args:
         examples: `jax.ShapeDtypeStruct`s of one example, by name.
         classes: Number of classes, 1 where there are no labels.
-        per_class: Examples of the largest class.
+        largest: Examples of the largest class.
+        count: Examples of all classes.
         labelled: Whether there are labels.
     """
 
     def arrange(x):
         shape = (math.prod(x.shape),) if len(x.shape) > 1 else x.shape
-        return jax.ShapeDtypeStruct((classes, per_class, *shape), x.dtype)
+        return jax.ShapeDtypeStruct((1, count, *shape), x.dtype)
 
-    return Resident(
-        jax.tree.map(arrange, dict(examples)),
-        jax.ShapeDtypeStruct((classes,), jnp.int32),
-        tuple(x.shape for x in jax.tree.leaves(dict(examples))),
-        labelled,
-    )
+    numbers = jax.ShapeDtypeStruct((classes,), jnp.int32)
+    shapes = tuple(x.shape for x in jax.tree.leaves(dict(examples)))
+    made = jax.tree.map(arrange, dict(examples))
+    return Resident(made, numbers, numbers, shapes, largest, labelled)
 
 
-def tabulate(
+def checked_labels(
     examples: Mapping[str, PyTree],
     labels: Int[np.ndarray, " n"] | None,
     num_classes: int | None,
-) -> tuple[Int32[np.ndarray, "c m"], Int32[np.ndarray, " c"]]:
-    """The positions of the examples of each class, and their numbers; see `per_class_table`.
+) -> tuple[Int[np.ndarray, " n"], int]:
+    """The labels and the number of classes of examples; all are of one class where there is none.
 
     Raises:
-        InputError: As `resident` does.
+        InputError: If the arrays are not of one length, or a name is taken.
     """
     lengths = {len(x) for x in jax.tree.leaves(dict(examples))}
     if labels is not None:
@@ -137,9 +175,8 @@ def tabulate(
     if taken := [name for name in _RESERVED if name in examples]:
         raise InputError(f"examples are called {taken[0]}, which batches have beside; rename them")
     if labels is None:
-        (count,) = lengths
-        return per_class_table(np.zeros(count, np.int32), 1)
-    return per_class_table(labels, num_classes)
+        return np.zeros(*lengths, np.int32), 1
+    return labels, num_classes
 
 
 def check(spec: BatchSpec, data: Any, class_names: Sequence[str] | None = None) -> None:
@@ -212,10 +249,11 @@ def _examples(spec, data, key, part, row):
     if isinstance(data, Window):
         return jax.tree.map(lambda x: x[row], data.batches)
     leaves, structure = jax.tree.flatten(data.examples)
-    labels, columns = choose(spec, jnp.asarray(data.counts), leaves[0].shape[1], key)
+    labels, columns = choose(spec, jnp.asarray(data.counts), data.largest, key)
     labels, columns = (_slice(x, part) for x in (labels, columns))
+    places = jnp.asarray(data.starts)[labels] + columns
     drawn = [
-        jnp.asarray(x)[labels, columns].reshape(*columns.shape, *shape)
+        jnp.asarray(x)[0, places].reshape(*columns.shape, *shape)
         for x, shape in zip(leaves, data.shapes, strict=True)
     ]
     examples = jax.tree.unflatten(structure, drawn)

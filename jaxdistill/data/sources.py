@@ -38,22 +38,24 @@ class Facts(NamedTuple):
         num_classes: Number of classes.
         image_shape: Height, width and channels.
         largest_class: Training images of the largest class.
+        images: Training images of all classes.
     """
 
     num_classes: int
     image_shape: tuple[int, int, int]
     largest_class: int
+    images: int
 
 
 # As published. The images of Imagenette differ in size.
 _FACTS = {
-    "digits": Facts(10, (8, 8, 1), 146),
-    "mnist": Facts(10, (28, 28, 1), 6742),
-    "fashion_mnist": Facts(10, (28, 28, 1), 6000),
-    "cifar10": Facts(10, (32, 32, 3), 5000),
-    "cifar100": Facts(100, (32, 32, 3), 500),
-    "tiny_imagenet": Facts(200, (64, 64, 3), 500),
-    "imagenette/160px-v2": Facts(10, (0, 0, 3), 993),
+    "digits": Facts(10, (8, 8, 1), 146, DIGITS_TRAIN_ROWS),
+    "mnist": Facts(10, (28, 28, 1), 6742, 60_000),
+    "fashion_mnist": Facts(10, (28, 28, 1), 6000, 60_000),
+    "cifar10": Facts(10, (32, 32, 3), 5000, 50_000),
+    "cifar100": Facts(100, (32, 32, 3), 500, 50_000),
+    "tiny_imagenet": Facts(200, (64, 64, 3), 500, 100_000),
+    "imagenette/160px-v2": Facts(10, (0, 0, 3), 993, 9469),
 }
 
 
@@ -125,8 +127,9 @@ def facts(
     known = _FACTS.get(str(name))
     if known is None or (image_size is None and 0 in known.image_shape):
         dataset = load(name, data_dir=data_dir, image_size=image_size, pad_to=pad_to)
-        largest = int(np.bincount(dataset.train.labels).max())
-        return Facts(dataset.num_classes, dataset.image_shape, largest)
+        labels = dataset.train.labels
+        largest = int(np.bincount(labels).max())
+        return Facts(dataset.num_classes, dataset.image_shape, largest, len(labels))
     height, width, channels = known.image_shape
     size = pad_to or image_size
     return known._replace(image_shape=(size or height, size or width, channels))

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PRNGKeyArray, PyTree
 
 from jaxdistill.data import device
+from jaxdistill.data.dataset import per_class_table
 from jaxdistill.data.device import Window
 from jaxdistill.method import CLASS_AXIS, DATA_AXIS, BatchSpec
 
@@ -56,7 +57,7 @@ def stream(
     Raises:
         InputError: As `device.resident` does.
     """
-    table, counts = device.tabulate(examples, labels, num_classes)
+    table, counts = per_class_table(*device.checked_labels(examples, labels, num_classes))
     return Stream(dict(examples), table, counts, labels is not None)
 
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdistill import collective
+from jaxdistill.data import device
 from jaxdistill.errors import InputError
 from jaxdistill.method import CLASS_AXIS, DATA_AXIS, Batch, BatchSpec
 from jaxdistill.parallel.mesh import shardings
@@ -35,8 +36,22 @@ Program = Callable[..., tuple[PyTree, PyTree]]
 """`(sample, state, count, frozen, data) -> (state, log)`; `sample(data, key, row) -> batch`."""
 
 
+def laid_out(spec: BatchSpec, data: PyTree, mesh: Mesh) -> PyTree:
+    """Data in as many shards as devices hold different classes of them; see `data_spec`.
+
+    Args:
+        spec: What is drawn from them.
+        data: A `device.Resident`; anything else is given back as it is.
+        mesh: The devices.
+    """
+    by_class = mesh.shape[CLASS_AXIS] if spec.kind == "per_class" else 1
+    if not isinstance(data, device.Resident) or data.counts.shape[0] % by_class:
+        return data  # `check` refuses what cannot be divided
+    return device.divided(data, by_class)
+
+
 def data_spec(spec: BatchSpec) -> PartitionSpec:
-    """How a resident data set, whose leading axes are classes, lies on the devices."""
+    """How a resident data set, whose leading axes are shards and classes, lies on the devices."""
     return PartitionSpec(CLASS_AXIS) if spec.kind == "per_class" else PartitionSpec()
 
 

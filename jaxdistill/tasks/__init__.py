@@ -70,7 +70,10 @@ def image_facts(data: Data) -> sources.Facts:
     facts = sources.facts(
         data.name, data_dir=data.data_dir, image_size=data.image_size, pad_to=data.pad_to
     )
-    return facts._replace(largest_class=facts.largest_class - data.holdout_per_class)
+    out = data.holdout_per_class
+    return facts._replace(
+        largest_class=facts.largest_class - out, images=facts.images - out * facts.num_classes
+    )
 
 
 def placed(settings: Data, data: dataset.Dataset) -> Part:
@@ -80,6 +83,6 @@ def placed(settings: Data, data: dataset.Dataset) -> Part:
     example = jax.ShapeDtypeStruct(images.shape[1:], images.dtype)
     largest = int(np.bincount(labels).max())
     return Part(
-        device.resident_shapes({"images": example}, data.num_classes, largest),
+        device.resident_shapes({"images": example}, data.num_classes, largest, len(labels)),
         functools.cache(lambda: place({"images": images}, labels, data.num_classes)),
     )

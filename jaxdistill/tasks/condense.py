@@ -127,7 +127,7 @@ def shapes(experiment: Experiment) -> CondenseTask:
     facts = image_facts(groups.data)
     per_class, channels = facts.largest_class, facts.image_shape[-1]
     network = _extractor(groups, facts.num_classes, facts.image_shape)
-    count = facts.num_classes * per_class
+    count = facts.images
     image = jax.ShapeDtypeStruct(facts.image_shape, jnp.uint8)
     train = {
         "images": jax.ShapeDtypeStruct((count, *facts.image_shape), jnp.uint8),
@@ -145,7 +145,7 @@ def shapes(experiment: Experiment) -> CondenseTask:
         network,
         Part(_pool_shapes(groups.pool, network)),
         Part(train),
-        Part(device.resident_shapes({"images": image}, facts.num_classes, per_class)),
+        Part(device.resident_shapes({"images": image}, facts.num_classes, per_class, count)),
         groups.run.microbatch,
         _distilled,
     )

@@ -175,13 +175,17 @@ def shapes(experiment: Experiment) -> FlowTask:
     if name in TARGETS:
         return _points(groups, TARGETS[name]())
     if name in _LATENTS:
-        shape, classes, per_class = _LATENTS[name]
+        shape, classes, largest = _LATENTS[name]
+        count = max(classes, 1) * largest
         example, labelled = jax.ShapeDtypeStruct(shape, jnp.float32), classes > 0
     else:
         facts = image_facts(groups.data)
-        shape, classes, per_class = facts.image_shape, facts.num_classes, facts.largest_class
+        shape, classes = facts.image_shape, facts.num_classes
+        largest, count = facts.largest_class, facts.images
         example, labelled = jax.ShapeDtypeStruct(shape, jnp.uint8), True
-    examples = device.resident_shapes({"images": example}, max(classes, 1), per_class, labelled)
+    examples = device.resident_shapes(
+        {"images": example}, max(classes, 1), largest, count, labelled
+    )
     return _images(groups, name, shape, classes, Part(examples))
 
 

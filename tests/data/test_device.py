@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.data.device import check, draw, resident, resident_shapes
+from jaxdistill import collective
+from jaxdistill.data.device import check, divided, draw, resident, resident_shapes
 from jaxdistill.errors import InputError
 from jaxdistill.method import BatchSpec
 
@@ -184,7 +185,7 @@ def test_trees_with_a_table_of_classes_are_drawn_by_class():
 def test_the_shapes_of_data_that_are_not_there():
     data = resident(pairs(), (np.arange(11) % 2).astype(np.int32), 2)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), pairs())
-    shapes = resident_shapes(example, 2, 6)
+    shapes = resident_shapes(example, 2, 6, 11)
     assert jax.tree.structure(shapes) == jax.tree.structure(data)
     for one, other in zip(jax.tree.leaves(shapes), jax.tree.leaves(data), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
@@ -208,3 +209,40 @@ def test_examples_that_do_not_fit_are_refused(examples, labels, classes, message
 def test_examples_of_no_class_are_not_drawn_by_class():
     with pytest.raises(InputError, match="takes examples of each class; give it data with labels"):
         check(BatchSpec("per_class", 1), resident(pairs()))
+
+
+def unequal():
+    """Images that tell their position, of classes of very different sizes."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), (40, 3, 5, 2)))
+    images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None]
+    return {"images": images}, labels.astype(np.int32)
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_shards_hold_their_classes_and_give_the_same_draws(shards):
+    examples, labels = unequal()
+    whole = resident(examples, labels, 4)
+    split = divided(whole, shards)
+    per_shard = 4 // shards
+    longest = max(whole.counts.reshape(shards, -1).sum(1))
+    assert split.examples["images"].shape == (shards, longest, 1)
+    spec, key = BatchSpec("per_class", 2), jax.random.key(5)
+    wanted = positions(draw(spec, whole, key))
+    assert (labels[wanted] == np.arange(4)[:, None]).all()
+    keys = collective.class_keys(key, 4)
+    for shard in range(shards):
+        own = slice(shard * per_shard, (shard + 1) * per_shard)
+        starts, counts = split.starts[own], split.counts[own]
+        held = split.examples["images"][shard, :, 0]
+        for label, begin, count in zip(range(own.start, own.stop), starts, counts, strict=True):
+            assert (labels[held[begin : begin + count]] == label).all()
+            marks = np.asarray(jax.random.uniform(keys[label], (whole.largest,)))[:count]
+            chosen = held[begin + np.argsort(-marks)[:2]]
+            np.testing.assert_array_equal(chosen, wanted[label])
+
+
+def test_memory_follows_the_number_of_examples():
+    labels = np.concatenate([np.zeros(20_000, np.int32), np.arange(1, 100).repeat(20)])
+    images = np.zeros((len(labels), 4, 4, 1), np.uint8)
+    data = resident({"images": images}, labels.astype(np.int32), 100)
+    assert sum(np.asarray(x).nbytes for x in jax.tree.leaves(data)) < images.nbytes + 1000

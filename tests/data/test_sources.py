@@ -364,7 +364,10 @@ def test_facts_are_those_of_the_data(name):
     assert (facts.num_classes, facts.image_shape) == (data.num_classes, data.image_shape)
     resident = device.resident({"images": data.train.images}, data.train.labels, data.num_classes)
     example = jax.ShapeDtypeStruct(facts.image_shape, np.uint8)
-    known = device.resident_shapes({"images": example}, facts.num_classes, facts.largest_class)
+    known = device.resident_shapes(
+        {"images": example}, facts.num_classes, facts.largest_class, facts.images
+    )
+    assert known.largest == resident.largest
     assert known.examples["images"].shape == resident.examples["images"].shape
 
 
@@ -375,7 +378,7 @@ def test_facts_of_other_data_are_read_from_them(tmp_path):
     arrays = {f"{s}_{k}": v for s in ("train", "test") for k, v in
               (("images", images), ("labels", labels))}  # fmt: skip
     np.savez(tmp_path / "own.npz", **arrays)
-    assert sources.facts(tmp_path / "own.npz") == sources.Facts(2, (6, 6, 1), 3)
+    assert sources.facts(tmp_path / "own.npz") == sources.Facts(2, (6, 6, 1), 3, 5)
     with pytest.raises(InputError, match="no such folder"):
         sources.facts("./missing")
 
