@@ -36,21 +36,27 @@ def check(
     data: Dataset,
     *,
     networks: Sequence[str],
+    depth: int,
+    width: int,
+    norm: str,
     strategy: str,
     **others: Any,
 ) -> None:
     """Refuses settings that would fail in the end.
 
     Raises:
-        InputError: If a network or an augmentation is unknown, or there is no network.
+        InputError: If a network or an augmentation is unknown, there is no network, or one cannot
+            be built for the images.
     """
-    del task, data, others
+    del data, others
     parse(strategy)
     if not networks:
         raise InputError("evals.*.networks is empty; give at least one network")
     for name in networks:
         if name not in CLASSIFIERS:
             raise InputError(f"unknown network {name!r}; choose from {', '.join(CLASSIFIERS)}")
+        judge = _judge(name, task.num_classes, task.image_shape, depth, width, norm)
+        jax.eval_shape(judge.init, jax.random.key(0))
 
 
 def evaluate(

@@ -80,6 +80,11 @@ class _Block(nn.Module):
         kernel = self.param("kernel", torch_kernel_init, (3, 3, channels, self.width))
         bias = self.param("bias", torch_bias_init(9 * channels), (self.width,))
         if self.norm == "instance":
+            if x.shape[1] * x.shape[2] == 1:
+                raise InputError(
+                    "a block gets maps of one pixel, which instance norm makes constant; lower the "
+                    "depth of the ConvNet, or give larger images"
+                )
             # The norm removes the bias; it stays a parameter, as the published counts have it.
             scale = self.param("scale", nn.initializers.ones, (self.width,))
             shift = self.param("shift", nn.initializers.zeros, (self.width,))

@@ -115,3 +115,11 @@ def test_features_and_logits_are_those_of_the_plain_formula(norm, activation, po
     np.testing.assert_allclose(features, y.reshape(3, -1), atol=1e-4)
     last = params["classifier"]
     np.testing.assert_allclose(logits, features @ last["kernel"] + last["bias"], atol=1e-4)
+
+
+def test_a_block_that_would_see_nothing_is_refused():
+    x = jnp.zeros((1, 8, 8, 1))
+    for norm, depth in (("instance", 3), ("layer", 4)):
+        ConvNet(depth=depth, norm=norm).init(jax.random.key(0), x)
+    with pytest.raises(InputError, match="maps of one pixel, which instance norm makes constant"):
+        ConvNet(depth=4).init(jax.random.key(0), x)
