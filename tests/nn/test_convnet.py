@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from jaxdistill.errors import InputError
 from jaxdistill.nn.convnet import ConvNet
 
 fast_jit = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
