@@ -74,6 +74,7 @@ def student_example(tmp_path_factory):
         return runpy.run_path(str(EXAMPLES / "student.py")), folder
 
 
+@pytest.mark.slow
 def test_the_student_example_beats_euler(student_example):
     names, folder = student_example
     assert names["ours"] < 0.25 * names["euler"]
@@ -81,6 +82,7 @@ def test_the_student_example_beats_euler(student_example):
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_the_teacher_of_the_student_example_is_the_velocity_of_its_data(student_example):
     names, _ = student_example
 

@@ -88,6 +88,7 @@ def test_a_run_leaves_what_it_promises(points):
     assert lora.count(teacher) > 0
 
 
+@pytest.mark.slow
 def test_images_have_all_the_measures(images):
     rows = rows_of(images)
     student = rows["arcflow, 2"]
@@ -105,6 +106,7 @@ def test_images_have_all_the_measures(images):
     assert leaves == {f"{layer}/lora_{x}" for layer in layers for x in "ab"}
 
 
+@pytest.mark.slow
 def test_the_teachers_images_are_made_once_and_damaged_ones_named(images, tmp_path):
     workdir = shutil.copytree(images, tmp_path / "run")
     args = [f"--config={ALONE}", f"--workdir={workdir}", "--mode=eval", *GUIDED]
@@ -120,7 +122,7 @@ def test_the_teachers_images_are_made_once_and_damaged_ones_named(images, tmp_pa
         main.run(args)
 
 
-@pytest.mark.parametrize("kind", ["points", "images"])
+@pytest.mark.parametrize("kind", ["points", pytest.param("images", marks=pytest.mark.slow)])
 def test_the_example_of_the_documentation_samples_from_what_a_run_left(kind, request, monkeypatch):
     workdir = request.getfixturevalue(kind)
     monkeypatch.chdir(workdir)
@@ -295,6 +297,7 @@ def test_a_teacher_of_other_data_is_refused(points, tmp_path):
         main.run(["--config=flow:dataset=ring8,smoke", *args])
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_pixels_is_refused(images, tmp_path):
     args = [f"--config.teacher.dir={images / 'teacher'}", f"--workdir={tmp_path / 'run'}"]
     with pytest.raises(InputError, match=r"trained with data\.pad_to=None, this run has 12"):
@@ -311,6 +314,7 @@ def test_the_gammas_have_a_rate_of_their_own():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "overrides"),
     [

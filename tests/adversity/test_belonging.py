@@ -11,7 +11,7 @@ from jaxdistill import load_distilled, main
 from jaxdistill.errors import InputError, Interrupted
 from tests.adversity.conftest import command, contents, write
 
-# The older JAX says the same.
+# Another JAX says the same.
 pytestmark = pytest.mark.slow
 
 

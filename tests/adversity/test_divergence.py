@@ -13,6 +13,9 @@ from jaxdistill.eval import results
 from jaxdistill.io import weights
 from tests.adversity.conftest import CONDENSE, FLOW
 
+# Another JAX says the same.
+pytestmark = pytest.mark.slow
+
 
 def _tables():
     """Every group of settings, method and evaluation, with its table."""

@@ -10,6 +10,9 @@ from jaxdistill import main
 from jaxdistill.errors import InputError
 from tests.adversity.conftest import FLOW, command, contents, write
 
+# Another JAX says the same.
+pytestmark = pytest.mark.slow
+
 
 def test_a_folder_in_the_place_of_a_file_is_named(finished, tmp_path):
     flags, workdir = finished

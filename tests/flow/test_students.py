@@ -176,6 +176,7 @@ def trained(curved, kind="arcflow", schedule=None, steps=1500):
     return method.output(state), made
 
 
+@pytest.mark.slow
 def test_curves_come_nearer_to_the_teachers_ends_than_lines():
     bent, straight = (endpoint_error(*trained(curved)) for curved in (True, False))
     times = paths.shifted(paths.boundaries(2), 3.2)
@@ -185,11 +186,13 @@ def test_curves_come_nearer_to_the_teachers_ends_than_lines():
     assert bent < 0.6 * straight < 0.6 * 0.5 * untrained
 
 
+@pytest.mark.slow
 def test_endpoint_regression_with_many_queries_beats_lines_on_the_way():
     # A line may meet the ends exactly; what biases it is to match velocities on its own way.
     assert endpoint_error(*trained(False, "endpoint")) < 0.5 * endpoint_error(*trained(False))
 
 
+@pytest.mark.slow
 def test_an_elastic_student_serves_every_number_of_calls():
     elastic_one, rigid = trained(True, schedule=(1, 2, 4, 8)), trained(True)
     errors = [endpoint_error(*elastic_one, nfe=nfe) for nfe in (1, 2, 4, 8)]
@@ -253,6 +256,7 @@ def test_the_teacher_and_the_student_share_the_way(share):
     assert (own.sum(0) <= 0.5 * (1 - share) + 1e-6).all()
 
 
+@pytest.mark.slow
 def test_the_teacher_leads_at_first_and_the_student_later():
     # On a field that is not the student's own, what is asked differs with who leads.
     def asked(step, teacher_steps):
@@ -295,6 +299,7 @@ def test_a_teacher_that_makes_no_velocities_is_refused(output):
             method.init(jax.random.key(0), (), {"keys": jax.random.split(jax.random.key(0), 16)})
 
 
+@pytest.mark.slow
 def test_the_loss_reaches_every_parameter_and_no_teacher():
     made = student()
     frozen = {"scale": jnp.float32(1.0)}

@@ -163,6 +163,7 @@ def test_bias_of_convolutions(net, has_bias):
     assert all(((*path, "bias") in params) == has_bias for path in convs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grey", ["vgg"], indirect=True)
 def test_vgg_pads_grey_28_pixel_images_with_zeros_to_32(grey):
     run = grey[2]

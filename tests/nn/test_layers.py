@@ -132,6 +132,7 @@ def test_conv_then_instance_norm(channels, padding):
     assert_close(actual, desired, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "channels"), [(16, 16), (6, 16), (16, 3)], ids=str)
 def test_half_precision_stays_so_and_loses_no_more_than_its_digits(side, channels):
     x, kernel = normal(4, side, side, channels), normal(3, 3, channels, 8, seed=1)
