@@ -82,6 +82,18 @@ def gathered(tree: PyTree, specs: PyTree) -> PyTree:
     )
 
 
+def whole_batch(tree: PyTree, axis: int) -> PyTree:
+    """What the devices that share the batch of the same classes have, one share after another.
+
+    Args:
+        tree: This device's share of each array.
+        axis: Along which the shares lie.
+    """
+    if share()[1] == 1:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, DATA_AXIS, axis=axis, tiled=True), tree)
+
+
 def _place(axis: str) -> tuple[Array | int, int]:
     """The position of this device on an axis, and the length of the axis."""
     try:

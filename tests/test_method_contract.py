@@ -16,6 +16,7 @@ from jaxdistill.condense.herding import herding
 from jaxdistill.condense.k_center import k_center
 from jaxdistill.condense.ncfm import OBJECTIVES, ncfm
 from jaxdistill.condense.random import random_subset
+from jaxdistill.condense.rded import rded
 from jaxdistill.data.augment import normalizer
 from jaxdistill.data.device import draw
 from jaxdistill.method import Method
@@ -92,11 +93,20 @@ def coreset_case(name):
     return Case(CORESETS[name](IPC), table, IPC)
 
 
+def rded_case():
+    # A batch of the size that the others take, so that all can be fed together.
+    method = rded(
+        logits, normalize=NORMALIZE, ipc=1, image_shape=(SIDE, SIDE, 1), mipc=REAL, factor=2
+    )
+    return Case(method, {"observers": POOL["trained"]}, 1)
+
+
 CASES = {
     "ncfm, gaussian": ncfm_case,
     "ncfm, learned": partial(ncfm_case, learned=True, warmup=1),
     "ncfm, fine-tuned": partial(ncfm_case, finetune_learning_rate=0.01, calibration=1.0),
     "dm": dm_case,
+    "rded": rded_case,
     **{name: partial(coreset_case, name) for name in CORESETS},
 }
 
@@ -178,6 +188,7 @@ def test_any_number_of_devices_gives_the_same():
         **{o: ncfm_case(learned=True, objective=o, strategy="none") for o in OBJECTIVES},
         "fine-tuned": ncfm_case(finetune_learning_rate=0.01, calibration=1.0, strategy="none"),
         "dm": dm_case(strategy="flip"),
+        "rded": rded_case(),
     }
     tested = together({name: case.method for name, case in cases.items()})
     frozen = {name: case.frozen for name, case in cases.items()}

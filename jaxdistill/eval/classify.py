@@ -55,8 +55,8 @@ def check(
     for name in networks:
         if name not in CLASSIFIERS:
             raise InputError(f"unknown network {name!r}; choose from {', '.join(CLASSIFIERS)}")
-        judge = _judge(name, task.num_classes, task.image_shape, depth, width, norm)
-        jax.eval_shape(judge.init, jax.random.key(0))
+        network = judge(name, task.num_classes, task.image_shape, depth, width, norm)
+        jax.eval_shape(network.init, jax.random.key(0))
 
 
 def evaluate(
@@ -105,7 +105,7 @@ def evaluate(
     # Once, for programs are compiled anew for other functions.
     judges = {
         f"{name}, {kind} labels": (
-            _judge(name, task.num_classes, task.image_shape, depth, width, norm),
+            judge(name, task.num_classes, task.image_shape, depth, width, norm),
             kind,
         )
         for name in networks
@@ -155,7 +155,24 @@ def evaluate(
 
 
 @functools.cache
-def _judge(name, num_classes, image_shape, depth, width, norm) -> train_on.Network:
+def judge(
+    name: str,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    depth: int,
+    width: int,
+    norm: str,
+) -> train_on.Network:
+    """A network to be trained and measured: the same for the same arguments, as its programs are.
+
+    Args:
+        name: One of `jaxdistill.nn.classifiers.CLASSIFIERS`.
+        num_classes: Number of classes.
+        image_shape: (h, w, c).
+        depth: Blocks of the ConvNet.
+        width: Its channels.
+        norm: Its normalization.
+    """
     net: Network = classifier(name, num_classes, image_shape, depth=depth, width=width, norm=norm)
     return train_on.Network(net.init, net.logits)
 

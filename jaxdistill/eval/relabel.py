@@ -1,0 +1,397 @@
+"""Accuracy on real test images of fresh networks that a teacher labels as they are trained.
+
+The protocol of RDED (Sun, Shi, Yu and Lin, CVPR 2024): cells change places, crop, flip, CutMix, and
+the Kullback-Leibler divergence at a temperature of 20 from what the teacher says of the very view;
+AdamW, whose learning rate falls by a cosine to half of what it was. The last epoch counts.
+
+What the labels are is a setting, for they are worth more than the images: hard ones, one soft label
+an image, those of some views that are drawn once and kept, or the teacher's for every view.
+"""
+
+import functools
+import math
+import time
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array
+
+from jaxdistill.condense.crops import boxes, cut, shuffled
+from jaxdistill.data.dataset import Dataset
+from jaxdistill.errors import InputError, Interrupted
+from jaxdistill.eval import classify, results, train_on
+from jaxdistill.eval.bench import Bench, Made
+from jaxdistill.eval.results import Cell
+from jaxdistill.interrupt import ShouldStop, never, wait
+from jaxdistill.io.writers import Progress
+from jaxdistill.keywords import Between, Count, Fraction, Rate
+from jaxdistill.parallel import processes
+from jaxdistill.settings import digest
+from jaxdistill.task import CondenseTask
+
+Labels = Literal["hard", "soft", "views", "teacher"]
+"""Hard ones; the teacher's of each image as it is; the teacher's of a number of views, which come
+back; the teacher's of every view anew."""
+
+_RATIO = (3 / 4, 4 / 3)  # of crops
+_BLOCKS = 20  # launches of a training
+
+
+class Protocol(NamedTuple):
+    """How a network is trained; see `evaluate`."""
+
+    labels: Labels
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    temperature: float
+    half_cosine: bool
+    cutmix: bool
+    factor: int
+    views: int
+
+
+def check(
+    task: CondenseTask, data: Dataset, *, networks: tuple[str, ...], factor: int, **others: Any
+) -> None:
+    """Refuses settings that would fail in the end.
+
+    Raises:
+        InputError: If a network is unknown or cannot be built, or the factor does not divide the
+            images.
+    """
+    shape = {name: others[name] for name in ("depth", "width", "norm")}
+    classify.check(task, data, networks=networks, strategy="none", **shape)
+    if any(side % factor for side in task.image_shape[:2]):
+        raise InputError(
+            f"evals.*.factor={factor} does not divide images of {task.image_shape[:2]}"
+        )
+
+
+def evaluate(
+    bench: Bench,
+    *,
+    networks: tuple[str, ...] = ("convnet",),
+    depth: Annotated[int, Between(1, 16)] = 3,
+    width: Annotated[int, Between(1, 2**14)] = 128,
+    norm: str = "instance",
+    seeds: Annotated[int, Between(1, 1000)] = 3,
+    labels: tuple[Labels, ...] = ("hard", "teacher"),
+    epochs: Count = 300,
+    batch_size: Count = 50,
+    learning_rate: Rate = 1e-3,
+    weight_decay: Fraction = 0.01,
+    temperature: Annotated[float, Between(1e-3, 1e3)] = 20.0,
+    cosine: Literal["half", "full"] = "half",
+    cutmix: bool = True,
+    factor: Annotated[int, Between(1, 64)] = 1,
+    views: Annotated[int, Between(1, 10**5)] = 30,
+) -> list[dict]:
+    """Trains fresh networks on every row under every kind of label, and prints the table.
+
+    Args:
+        bench: What is measured. The teacher is the first trained extractor.
+        networks: Any of `jaxdistill.nn.classifiers.CLASSIFIERS`.
+        depth: Blocks of the ConvNet.
+        width: Its channels.
+        norm: Its normalization.
+        seeds: Networks of each kind.
+        labels: Kinds of labels, a column each; see `Labels`.
+        epochs: Passes over the set; the network is measured after the last.
+        batch_size: Images a step.
+        learning_rate: AdamW's at the start.
+        weight_decay: AdamW's, of parameters with two axes or more.
+        temperature: The temperature of soft labels and of the network that learns them.
+        cosine: Whether the learning rate falls to half of what it was, or to nothing.
+        cutmix: Whether a rectangle of each image comes from another image of the batch.
+        factor: Cells per side that change places; crops take at least a part `1 / factor` of the
+            area, so that with one there are no crops.
+        views: Views of the set that come back, for the labels `views`. They and their labels
+            follow from the seed, so they are not written; `label_bytes` says what that would take.
+
+    Returns:
+        A record for each row, network, kind of label and seed; accuracies are fractions. Those with
+        soft labels say how many `label_bytes` they take in 16 bits.
+
+    Raises:
+        InputError: If an artefact is none.
+        Interrupted: If it is stopped; what is measured by then is kept.
+    """
+    task, data = bench.task, bench.data
+    shared = (epochs, batch_size, learning_rate, weight_decay, temperature, cosine == "half")
+    protocols = {kind: Protocol(kind, *shared, cutmix, factor, views) for kind in labels}
+    judges = {
+        name: classify.judge(name, task.num_classes, task.image_shape, depth, width, norm)
+        for name in networks
+    }
+    own = {
+        kind: digest([*protocol, depth, width, norm, bench.identity])
+        for kind, protocol in protocols.items()
+    }
+    metrics = {f"{n}, {k} labels": (n, k) for n in networks for k in labels}
+    wanted = [
+        Cell(bench.name, row, metric, seed, own[kind])
+        for metric, (_, kind) in metrics.items()
+        for row in bench.rows
+        for seed in range(seeds)
+    ]
+    missing = bench.results.missing(wanted)
+    # In all processes, each of which waits for the others in it.
+    pool = task.extractors.load()["trained"] if missing else None
+    teacher = jax.tree.map(lambda x: x[0], pool)
+    todo = processes.mine(missing)
+    bar = Progress(len(todo), 0, "evaluating") if todo else None
+    for done, cell in enumerate(todo):
+        name, kind = metrics[cell.metric]
+        try:
+            measured = _measure(
+                bench, bench.rows[cell.row], judges[name], teacher, protocols[kind], cell.seed
+            )
+        except Interrupted as stop:
+            raise Interrupted(
+                f"stopped while evaluating; {len(wanted) - len(bench.results.missing(wanted))} of "
+                f"{len(wanted)} networks are measured"
+            ) from stop
+        bench.results.keep({cell: measured})
+        bar.update(done + 1, {"accuracy": measured["value"]})
+    if bar is not None:
+        bar.close()
+    bench.results.gather()
+    records = bench.results.records(wanted)
+    if processes.is_first():
+        print(
+            f"{data.name}, {epochs} epochs, {cosine} cosine, {len(data.test.labels)} test images: "
+            f"accuracy in %, mean ± std over {seeds} seeds, last epoch"
+        )
+        print(results.table(records, results.percent))
+    return records
+
+
+def _measure(
+    bench: Bench,
+    row: Made,
+    network: train_on.Network,
+    teacher: Any,
+    protocol: Protocol,
+    seed: int,
+) -> dict[str, Any]:
+    """The accuracy of one fresh network, and what it took."""
+    task, distilled = bench.task, row.output()
+    images, hard = jnp.asarray(distilled.images), jnp.asarray(distilled.labels)
+    start = time.perf_counter(), time.process_time()
+    params = train(
+        jax.random.key(seed),
+        network,
+        images,
+        hard,
+        teacher=(task.network.logits, teacher),
+        num_classes=task.num_classes,
+        normalize=task.normalize,
+        protocol=protocol,
+        should_stop=bench.should_stop,
+    )
+    test, labels = (jnp.asarray(x) for x in bench.data.test)
+    one_hot = train_on.one_hot(hard, task.num_classes)
+    one = jax.tree.map(lambda x: x[None], params)
+    (lost,) = train_on.have_diverged(one, network, images, one_hot, normalize=task.normalize)
+    accuracy = train_on.accuracy(
+        network, params, test, labels, normalize=task.normalize, microbatch=task.microbatch
+    )
+    sets = {"hard": 0, "soft": 1, "views": protocol.views, "teacher": protocol.epochs}
+    return {
+        "value": math.nan if lost else accuracy,
+        "images": len(hard),
+        "epochs": protocol.epochs,
+        "label_bytes": 2 * sets[protocol.labels] * len(hard) * task.num_classes,
+        "wall_seconds": round(time.perf_counter() - start[0], 2),
+        "cpu_seconds": round(time.process_time() - start[1], 2),
+    }
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def train(
+    key: Array,
+    network: train_on.Network,
+    images: Array,
+    labels: Array,
+    *,
+    teacher: tuple[Any, Any],
+    num_classes: int,
+    normalize: Any,
+    protocol: Protocol,
+    should_stop: ShouldStop = never,
+) -> Any:
+    """Trains a fresh network and returns its parameters after the last epoch.
+
+    Args:
+        key: Decides initialization, order and views.
+        network: What to train.
+        images: float32 (n, h, w, c) in [0, 1].
+        labels: Class ids (n,).
+        teacher: `(params, normalized images) -> logits`, and the parameters.
+        num_classes: Number of classes.
+        normalize: Images to normalized images.
+        protocol: How.
+        should_stop: Whether to give up.
+
+    Raises:
+        Interrupted: If `should_stop` said yes.
+    """
+    k_init, k_train = jax.random.split(key)
+    logits, known = teacher
+    params = jax.jit(network.init)(k_init)
+    carry = params, optimizer(protocol).init(params)
+    soft = None
+    if protocol.labels == "soft":
+        said = jax.jit(lambda p, x: jax.nn.softmax(logits(p, normalize(x)) / protocol.temperature))
+        soft = said(known, images).astype(jnp.float16).astype(jnp.float32)
+    steps = protocol.epochs * -(-len(images) // min(protocol.batch_size, len(images)))
+    block = -(-steps // _BLOCKS)
+    for first in range(0, steps, block):
+        carry = _block(
+            carry,
+            k_train,
+            images,
+            labels,
+            soft,
+            known,
+            jnp.int32(first),
+            jnp.int32(min(block, steps - first)),
+            network=network,
+            teacher_logits=logits,
+            normalize=normalize,
+            protocol=protocol,
+            classes=num_classes,
+        )
+        wait(carry, should_stop, "stopped while training a network")
+    return carry[0]
+
+
+def optimizer(protocol: Protocol) -> optax.GradientTransformation:
+    """AdamW of rate one, which the caller multiplies by that of the epoch."""
+    return optax.adamw(
+        1.0,
+        b1=0.9,
+        b2=0.999,
+        weight_decay=protocol.weight_decay,
+        mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+    )
+
+
+def rate(protocol: Protocol, epoch: Array) -> Array:
+    """The learning rate of an epoch: a cosine, of which the half is gone through, or all."""
+    part = epoch / protocol.epochs
+    angle = jnp.pi * (part / 2 if protocol.half_cosine else part)
+    return protocol.learning_rate * 0.5 * (1 + jnp.cos(angle))
+
+
+class View(NamedTuple):
+    """A batch as a network sees it.
+
+    Attributes:
+        images: Normalized images (b, h, w, c).
+        partners: Which image of the batch the rectangle of each is from (b,).
+        kept: The part of the area that is the image's own.
+    """
+
+    images: Array
+    partners: Array
+    kept: Array
+
+
+def view(key: Array, images: Array, normalize: Any, protocol: Protocol) -> View:
+    """Augments a batch: cells, crop, flip, normalization, CutMix.
+
+    Args:
+        key: Decides all of it.
+        images: (b, h, w, c) in [0, 1].
+        normalize: Images to normalized images.
+        protocol: What is done.
+    """
+    count, height, width, _ = images.shape
+    k_image, k_partner, k_part, k_centre = jax.random.split(key, 4)
+
+    def one(key, image):
+        k_cells, k_crop, k_flip = jax.random.split(key, 3)
+        if protocol.factor > 1:
+            image = shuffled(k_cells, image, protocol.factor)
+            area = (1 / protocol.factor, 1.0)
+            (box,) = boxes(k_crop, height, width, 1, area=area, ratio=_RATIO)
+            image = cut(image, box, height, width)
+        return jnp.where(jax.random.bernoulli(k_flip), image[:, ::-1], image)
+
+    x = normalize(jax.vmap(one)(jax.random.split(k_image, count), images))
+    own = jnp.arange(count)
+    if not protocol.cutmix:
+        return View(x, own, jnp.float32(1.0))
+    partners = jax.random.permutation(k_partner, count)
+    # One rectangle a batch, whose sides are that part of the image's.
+    side = jnp.sqrt(1.0 - jax.random.uniform(k_part, (), jnp.float32))
+    centres = jax.random.uniform(k_centre, (2,), jnp.float32)
+    inside = []
+    for size, centre in zip((height, width), centres, strict=True):
+        half = jnp.floor(size * side).astype(jnp.int32) // 2
+        middle = jnp.floor(centre * size).astype(jnp.int32)
+        pixels = jnp.arange(size)
+        inside.append((pixels >= middle - half) & (pixels < middle + half))
+    hole = inside[0][:, None] & inside[1][None, :]
+    mixed = jnp.where(hole[None, :, :, None], x[partners], x)
+    return View(mixed, partners, 1.0 - hole.mean(dtype=jnp.float32))
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("network", "teacher_logits", "normalize", "protocol", "classes"),
+    donate_argnames="carry",
+)
+def _block(
+    carry, key, images, hard, soft, teacher, first, count,
+    *, network, teacher_logits, normalize, protocol, classes,
+):  # fmt: skip
+    """Some steps of the training; one program for all of them."""
+    n = images.shape[0]
+    batch = min(protocol.batch_size, n)
+    per_epoch = -(-n // batch)
+    tx = optimizer(protocol)
+
+    def step(i, carry):
+        params, state = carry
+        epoch, position = i // per_epoch, i % per_epoch
+        # Views that come back are drawn, batches and all, from the same keys again.
+        drawn = epoch % protocol.views if protocol.labels == "views" else epoch
+        k_order, k_view = jax.random.split(jax.random.fold_in(key, drawn))
+        index = position * batch + jnp.arange(batch)
+        # The last batch of an epoch is short: absent images have weight zero.
+        weight = (index < n).astype(jnp.float32)
+        weight /= weight.sum()
+        rows = jax.random.permutation(k_order, n)[index % n]
+        seen = view(jax.random.fold_in(k_view, position), images[rows], normalize, protocol)
+
+        def mixed(labels):
+            return seen.kept * labels + (1 - seen.kept) * labels[seen.partners]
+
+        warm = 1.0 if protocol.labels == "hard" else protocol.temperature
+        if protocol.labels == "hard":
+            target = mixed(jax.nn.one_hot(hard[rows], classes))
+        elif protocol.labels == "soft":
+            target = mixed(soft[rows])
+        else:
+            target = jax.nn.softmax(teacher_logits(teacher, seen.images) / warm)
+            # As 16 bits keep them.
+            target = target.astype(jnp.float16).astype(jnp.float32)
+
+        def loss(params):
+            logits = network.logits(params, seen.images) / warm
+            return jnp.sum(weight * optax.softmax_cross_entropy(logits, target))
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        updates = jax.tree.map(lambda u: rate(protocol, epoch) * u, updates)
+        return optax.apply_updates(params, updates), state
+
+    return lax.fori_loop(first, first + count, step, carry)
