@@ -1,0 +1,99 @@
+"""RDED's claims taken apart on Fashion-MNIST: which images, which labels, which learning rate.
+
+    python benchmarks/rded.py                 # what is missing, into benchmarks/records/rded.json
+    python benchmarks/rded.py --table         # the tables, from the record
+
+Every row of images is trained on under every kind of label, with equal steps. The observer is
+trained once; the seed of a run decides the images and the crops, and each set is trained on by
+several networks.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+import jaxdistill
+from benchmarks import recording
+from jaxdistill.eval.results import markdown
+
+_RECORD = recording.FOLDER / "rded.json"
+_COSINES = ("half", "full")
+
+
+def _run(ipc: int, cosine: str, seed: int, args: argparse.Namespace) -> dict:
+    # One workdir for both: the evaluation alone differs.
+    workdir = args.workdir / f"{ipc}-{seed}"
+    overrides = {
+        "pool.dir": str(args.workdir / "pool"),
+        "evals.accuracy.cosine": cosine,
+        "evals.accuracy.seeds": str(args.students),
+    }
+    config = jaxdistill.load_config(f"rded:dataset=fashion_mnist,ipc={ipc},seed={seed}", overrides)
+    results = jaxdistill.train(config, workdir)
+    resolved = json.loads((workdir / "config.json").read_text())
+    del resolved["pool"]["dir"]  # a place on this machine
+    card = json.loads((workdir / "artifacts" / "distilled.json").read_text())
+    return {
+        "ipc": ipc,
+        "cosine": cosine,
+        "seed": seed,
+        "cost": card["cost"],
+        "results": results,
+        "config": resolved,
+        "versions": json.loads((workdir / "versions.json").read_text()),
+    }
+
+
+def table(records: list[dict], ipc: int, cosine: str) -> str:
+    """Markdown: accuracies in %, mean ± std over sets and networks; then margins over `random`."""
+    mine = [r for r in records if (r["ipc"], r["cosine"]) == (ipc, cosine)]
+    results = [record | {"set": r["seed"]} for r in mine for record in r["results"]]
+    rows, metrics = (list(dict.fromkeys(x[k] for x in results)) for k in ("row", "metric"))
+
+    def values(row: str, metric: str) -> dict[tuple[int, int], float]:
+        chosen = (x for x in results if (x["row"], x["metric"]) == (row, metric))
+        return {(x["set"], x["seed"]): 100 * x["value"] for x in chosen}
+
+    lines = [["images", *(m.removeprefix("convnet, ") for m in metrics), "margin, hard labels"]]
+    plain = values("random", metrics[0])
+    for row in rows:
+        cells = [[*values(row, m).values()] for m in metrics]
+        own = values(row, metrics[0])
+        # The same set's seed and the same network's: pairs.
+        margins = [own[key] - plain[key] for key in own]
+        lines.append(
+            [
+                row,
+                *(f"{np.mean(c):.1f} ± {np.std(c):.1f}" for c in cells),
+                f"{np.mean(margins):+.1f} ± {np.std(margins):.1f}",
+            ]
+        )
+    head = f"{ipc} images a class, {cosine} cosine, {len(mine)} sets x {len(plain) // len(mine)}"
+    return f"{head}\n\n{markdown(lines)}\n"
+
+
+def main() -> None:
+    """Runs what is missing and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, default=Path("runs/rded"))
+    parser.add_argument("--ipc", type=int, nargs="*", default=[1, 10])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--students", type=int, default=2, help="networks on each set")
+    parser.add_argument("--table", action="store_true", help="only print what is recorded")
+    args = parser.parse_args()
+    for seed in () if args.table else args.seeds:
+        for ipc in args.ipc:
+            for cosine in _COSINES:
+                known = {(r["ipc"], r["cosine"], r["seed"]) for r in recording.read(_RECORD)}
+                if (ipc, cosine, seed) not in known:
+                    record = _run(ipc, cosine, seed, args)
+                    recording.put(_RECORD, record, ("ipc", "cosine", "seed"))
+    records = recording.read(_RECORD)
+    for ipc, cosine in dict.fromkeys((r["ipc"], r["cosine"]) for r in records):
+        print(table(records, ipc, cosine))
+
+
+if __name__ == "__main__":
+    main()

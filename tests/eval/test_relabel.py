@@ -1,0 +1,136 @@
+"""The protocol that labels as it trains: views, rates, labels, and what they take."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill.data.augment import normalizer
+from jaxdistill.eval import train_on
+from jaxdistill.eval.relabel import Protocol, rate, train, view
+
+SIDE, CLASSES = 4, 3
+PLAIN = Protocol("hard", 4, 6, 0.05, 0.01, 20.0, True, False, 1, 2)
+NORMALIZE = normalizer((0.0,), (1.0,))
+
+
+@functools.cache
+def network():
+    def init(key):
+        return {"w": 0.01 * jax.random.normal(key, (SIDE * SIDE, CLASSES)), "b": jnp.zeros(CLASSES)}
+
+    return train_on.Network(init, lambda p, x: x.reshape(len(x), -1) @ p["w"] + p["b"])
+
+
+def data(count=10):
+    images = np.random.default_rng(0).uniform(0, 1, (count, SIDE, SIDE, 1)).astype(np.float32)
+    return jnp.asarray(images), jnp.arange(count) % CLASSES
+
+
+_W = np.random.default_rng(1).normal(size=(SIDE * SIDE, CLASSES))
+TEACHER = {"w": jnp.asarray(_W, jnp.float32), "b": jnp.zeros(CLASSES)}
+
+
+def trained(protocol, seed=0, **changes):
+    images, labels = data()
+    return train(
+        jax.random.key(seed),
+        network(),
+        images,
+        labels,
+        teacher=(network().logits, TEACHER),
+        num_classes=CLASSES,
+        normalize=NORMALIZE,
+        protocol=protocol._replace(**changes),
+    )
+
+
+def test_the_rate_falls_to_the_half_or_to_nothing():
+    half, full = PLAIN, PLAIN._replace(half_cosine=False)
+    for protocol, end in ((half, 0.5), (full, 0.0)):
+        rates = [float(rate(protocol, jnp.float32(e))) for e in np.linspace(0, 4, 9)]
+        assert rates[0] == pytest.approx(0.05)
+        assert rates[-1] == pytest.approx(0.05 * end, abs=1e-7)
+        assert (np.diff(rates) < 0).all()
+
+
+def test_a_view_without_cutmix_is_the_image_or_its_mirror():
+    images, _ = data(40)
+    seen = view(jax.random.key(0), images, NORMALIZE, PLAIN)
+    mirrored = np.array([(a == b[:, ::-1]).all() for a, b in zip(seen.images, images, strict=True)])
+    same = np.array([(a == b).all() for a, b in zip(seen.images, images, strict=True)])
+    assert (mirrored | same).all() and 8 < mirrored.sum() < 32
+    assert float(seen.kept) == 1.0
+
+
+def test_cutmix_takes_a_rectangle_from_the_partner_and_says_how_much_is_left():
+    images = jnp.broadcast_to(jnp.arange(8.0)[:, None, None, None] / 10, (8, 20, 20, 1))
+    kept = []
+    for seed in range(60):
+        seen = view(jax.random.key(seed), images, NORMALIZE, PLAIN._replace(cutmix=True))
+        own = np.isclose(seen.images, images)
+        partner = np.isclose(seen.images, images[seen.partners])
+        assert (own | partner).all()
+        moved = np.asarray(seen.partners) != np.arange(8)
+        parts = own.reshape(8, -1).mean(1)[moved]
+        np.testing.assert_allclose(parts, float(seen.kept), atol=1e-6)
+        kept.append(float(seen.kept))
+    assert min(kept) < 0.5 and max(kept) > 0.95
+
+
+def test_crops_and_cells_come_with_the_factor():
+    images, _ = data(40)
+    seen = view(jax.random.key(0), images, NORMALIZE, PLAIN._replace(factor=2))
+    same = [(a == b).all() or (a == b[:, ::-1]).all()
+            for a, b in zip(seen.images, images, strict=True)]  # fmt: skip
+    assert np.mean(same) < 0.5
+    assert seen.images.min() >= images.min() - 1e-6 and seen.images.max() <= images.max() + 1e-6
+
+
+def test_one_step_is_adamw_on_the_divergence_written_out():
+    """The whole set in one batch: what the order is does not matter."""
+    protocol = PLAIN._replace(labels="soft", epochs=1, batch_size=10)
+    found = trained(protocol)
+    k_init, k_train = jax.random.split(jax.random.key(0))
+    start = jax.tree.map(np.float64, network().init(k_init))
+    images, _ = data()
+    # The labels are those of the image as it is; the network sees its mirror image.
+    k_order, k_view = jax.random.split(jax.random.fold_in(k_train, 0))
+    rows = jax.random.permutation(k_order, 10)
+    seen = view(jax.random.fold_in(k_view, 0), images[rows], NORMALIZE, protocol).images
+    x = np.float64(seen).reshape(10, -1)
+    soft = _softmax(np.float64(images[rows]).reshape(10, -1) @ np.float64(TEACHER["w"]) / 20)
+    own = _softmax((x @ start["w"] + start["b"]) / 20)
+    gradient = {"w": x.T @ (own - soft) / 10 / 20, "b": (own - soft).mean(0) / 20}
+    for name, g in gradient.items():
+        step = g / (np.abs(g) + 1e-8)  # Adam's first
+        decay = 0.01 * start[name] if name == "w" else 0.0
+        np.testing.assert_allclose(found[name], start[name] - 0.05 * (step + decay), atol=2e-3)
+
+
+def _softmax(x):
+    x = np.exp(x - x.max(1, keepdims=True))
+    return x / x.sum(1, keepdims=True)
+
+
+def test_views_that_all_differ_are_the_teachers_of_every_view():
+    every = trained(PLAIN, labels="teacher")
+    as_many = trained(PLAIN, labels="views", views=4)
+    few = trained(PLAIN, labels="views", views=1)
+    jax.tree.map(np.testing.assert_array_equal, every, as_many)
+    assert np.abs(every["w"] - few["w"]).max() > 1e-4
+
+
+def test_the_same_key_trains_the_same_network():
+    first, again, other = trained(PLAIN), trained(PLAIN), trained(PLAIN, seed=1)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert np.abs(first["w"] - other["w"]).max() > 1e-4
+
+
+def test_a_network_learns_what_its_teacher_says():
+    found = trained(PLAIN, labels="teacher", epochs=400, learning_rate=0.02, temperature=1.0)
+    images, _ = data()
+    mine, its = (network().logits(p, images).argmax(1) for p in (found, TEACHER))
+    assert (mine == its).mean() >= 0.9
