@@ -349,7 +349,7 @@ def test_a_teacher_of_another_network_is_refused(points, tmp_path):
 
 
 def test_evaluating_nothing_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"student\.safetensors is no file"):
+    with pytest.raises(InputError, match=r"holds no student\.safetensors"):
         main.run([f"--config={POINTS}", f"--workdir={tmp_path}", "--mode=eval"])
 
 

@@ -92,7 +92,7 @@ def test_extractors_already_trained_stay(tmp_path):
 
     def load(should_stop):
         protocol = train_on.Protocol(epochs=2, strategy="none")
-        normalize = lambda x: x.astype(jnp.float32)  # noqa: E731
+        normalize = lambda x: x.astype(jnp.float32) / 255  # noqa: E731
         options = {"normalize": normalize, "protocol": protocol, "identity": "a"}
         options["microbatch"] = 8
         return pool.load_or_train(tmp_path, 11, network, data, should_stop=should_stop, **options)
