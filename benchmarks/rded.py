@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import recording
 
 import jaxdistill
-from benchmarks import recording
 from jaxdistill.eval.results import markdown
 
 _RECORD = recording.FOLDER / "rded.json"

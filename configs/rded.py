@@ -29,7 +29,7 @@ _SMALL = {
     "microbatch": 64,
     "width": 32,
     "depth": 3,
-    "epochs": 10,
+    "epochs": 3,
     "batch_size": 64,
     "learning_rate": 0.02,
     "strategy": "color_crop_flip_scale_rotate",
