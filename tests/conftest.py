@@ -7,6 +7,7 @@ time would go into compiling the same ones again, by other tests and by the proc
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -24,6 +25,18 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
 # Small ones cost less to compile again than to keep.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """Programs are let go after each module.
+
+    Each takes some of the 65,530 memory maps that Linux gives a process, and where there are none
+    left XLA ends it.
+    """
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture
