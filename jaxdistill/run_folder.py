@@ -93,21 +93,25 @@ def _held(workdir: Path) -> Iterator[None]:
     Raises:
         InputError: If another process holds it.
     """
-    with open(workdir / _LOCK, "a+", encoding="utf-8") as file:
+    path = workdir / _LOCK
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
+            holder = path.read_text("utf-8", "replace")[:200]
             raise InputError(
-                f"workdir {workdir} is in use by {file.read(200) or 'another process'}; "
-                "wait for it or end it, or use another workdir"
+                f"workdir {workdir} is in use by {holder or 'another process'}; wait for it or end "
+                "it, or use another workdir"
             ) from error
         except OSError:  # no such thing on this file system
             pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk is told by what matters
+            os.ftruncate(lock, 0)
+            os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
         yield
+    finally:
+        os.close(lock)
 
 
 def compare(folder: Path, wanted: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
