@@ -50,16 +50,26 @@ def opened(workdir: Path, config: Mapping[str, Any]) -> Iterator[None]:
         InputError: If the folder cannot be made, or another process holds it.
     """
     with contextlib.ExitStack() as stack:
-        if processes.is_first():
-            try:
-                workdir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"cannot make the workdir {workdir}: {error.strerror}") from error
-            if _is_writable(workdir):
-                stack.enter_context(_held(workdir))
-                _prepare(workdir, config)
-        processes.wait("set up")
+        failure = None
+        try:
+            if processes.is_first():
+                _make(workdir)
+                if _is_writable(workdir):
+                    stack.enter_context(_held(workdir))
+                    _prepare(workdir, config)
+        except (InputError, OSError) as error:
+            failure = error
+        # The others wait here, and must not for ever.
+        if processes.any_says(failure is not None):
+            raise failure or InputError(f"the first process cannot open the workdir {workdir}")
         yield
+
+
+def _make(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the workdir {workdir}: {error.strerror}") from error
 
 
 def _is_writable(workdir: Path) -> bool:
