@@ -127,7 +127,7 @@ def rded(
         return each(observers).mean(0)
 
     def look(observers, images, labels, keys):
-        """The crop kept of each of some images, and its loss."""
+        """The crop kept of each of some images, its loss, and the mean loss of all of them."""
         squares = jax.vmap(lambda k: boxes(k, height, width, num_crop))(keys)
         part = functools.partial(cut, height=h, width=w)
         crops = jax.vmap(jax.vmap(part, (None, 0)))(images, squares) / 255.0
@@ -138,7 +138,7 @@ def rded(
         losses = losses.reshape(-1, num_crop)
         pick = _ranks(losses, choice).argmin(1)
         each = jnp.arange(len(images))
-        return crops[each, pick], losses[each, pick], losses.mean()
+        return crops[each, pick], losses[each, pick], losses.mean(1)
 
     def init(key, frozen, batch):
         del key, frozen
@@ -161,7 +161,7 @@ def rded(
         at_once = max(1, microbatch // num_crop)
         passes = -(-len(flat) // at_once)
         index = (jnp.arange(passes * at_once) % len(flat)).reshape(passes, at_once)
-        crops, losses, mean = lax.map(
+        crops, losses, means = lax.map(
             lambda i: look(frozen["observers"], flat[i], labels[i], keys[i]), index
         )
         crops, losses = (
@@ -175,7 +175,9 @@ def rded(
             jnp.take_along_axis(losses, order, 1),
         )
         del state
-        return chosen, {"chosen": chosen.losses.mean(), "crops": mean.mean()}
+        # The last pass is filled up with images of the first.
+        mean = means.reshape(-1)[: len(flat)].mean()
+        return chosen, {"chosen": chosen.losses.mean(), "crops": mean}
 
     def output(state):
         images = jax.vmap(lambda crops: stitch(crops, ipc, factor))(state.crops)
