@@ -14,9 +14,9 @@ Rows: `random` are whole images, `cropped` random crops of random images, `harde
 crops that the observer finds so. All are trained on under hard labels, under one soft label an
 image, and under the observer's labels of every view; see `jaxdistill.eval.relabel`.
 
-    config                              hardware     time
-    rded:dataset=digits                 2 CPU cores  a minute
-    rded:dataset=fashion_mnist,ipc=10   2 CPU cores  minutes
+    config                              hardware
+    rded:dataset=digits                 2 CPU cores
+    rded:dataset=fashion_mnist,ipc=10   2 CPU cores, not run here to its end
     every other data set                accelerator, not run here
 """
 

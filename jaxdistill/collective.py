@@ -91,7 +91,7 @@ def whole_batch(tree: PyTree, axis: int) -> PyTree:
     """
     if share()[1] == 1:
         return tree
-    return jax.tree.map(lambda x: jax.lax.all_gather(x, DATA_AXIS, axis=axis, tiled=True), tree)
+    return gathered(tree, PartitionSpec(*[None] * axis, DATA_AXIS))
 
 
 def _place(axis: str) -> tuple[Array | int, int]:

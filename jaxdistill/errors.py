@@ -17,7 +17,7 @@ class InputError(ValueError):
 
 
 class Diverged(InputError):
-    """What was computed stopped being finite, which the settings have caused."""
+    """What was computed is lost, not finite or far worse than a guess: the settings caused it."""
 
 
 class Interrupted(Exception):

@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from jaxdistill import collective
+from jaxdistill.condense.coreset import feature_table
 from jaxdistill.condense.crops import boxes, cut
 from jaxdistill.condense.decode import check_factor
 from jaxdistill.condense.synthetic import Factor, ImagesPerClass
@@ -245,7 +246,7 @@ def recipe(
         padded: Whether observers see a crop surrounded by the mean colour.
         jpeg: Whether images go through a JPEG file, as in the published code.
         observers: Extractors whose losses are averaged.
-        least_accuracy: What each observer must reach on the training images; see `rded`.
+        least_accuracy: The fraction of training images on which each observer must be right.
 
     Raises:
         InputError: If the settings do not fit each other or the task; when it is read, if an
@@ -303,15 +304,12 @@ def _check_observers(task: CondenseTask, observers: PyTree, least: float) -> Non
     images, labels = jnp.asarray(train["images"][some]), jnp.asarray(train["labels"][some])
 
     @jax.jit
-    def accuracies(observers):
-        def guess(image):
-            x = task.normalize(image[None])
-            return jax.vmap(task.network.logits, (0, None))(observers, x)[:, 0].argmax(-1)
+    def accuracy(observer):
+        options = {"normalize": task.normalize, "microbatch": task.microbatch}
+        said = feature_table(task.network.logits, observer, images, **options)
+        return (said.argmax(-1) == labels).mean()
 
-        guesses = lax.map(guess, images, batch_size=task.microbatch)
-        return (guesses == labels[:, None]).mean(0)
-
-    found = np.asarray(accuracies(observers))
+    found = np.asarray(lax.map(accuracy, observers))
     if found.min() < least:
         raise InputError(
             f"an observer is right on {100 * found.min():.1f} % of the training images, and "
