@@ -4,12 +4,13 @@ This is what the recipes of students share: their settings, their optimizer, how
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from jaxdistill.errors import InputError
 from jaxdistill.flow import students
@@ -71,6 +72,12 @@ class Segments(NamedTuple):
     elastic: tuple[Annotated[int, Between(1, 1000)], ...] = ()
     last: Last = 1.0
     from_data: bool = False
+
+
+def fresh_trunk(trunk: Any, shape: Sequence[int], key: PRNGKeyArray) -> PyTree:
+    """Fresh parameters of a teacher's network, for examples of a shape (h, w, c)."""
+    examples, t, label = jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    return trunk.init(key, examples, t, label)["params"]
 
 
 def adapted(task: FlowTask, head: Any, policy: Policy, training: Training) -> Student:

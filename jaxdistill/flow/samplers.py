@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Key
 
 from jaxdistill.errors import InputError
 from jaxdistill.flow.paths import Examples, Times, data_of, expand
+from jaxdistill.flow.transports import LINEAR, Estimate, Transport, of_velocity, point, speed
 
 Velocity = Callable[[Examples, Times], Examples]
 """`(x, t) -> u`, with a time for each example."""
@@ -130,6 +131,108 @@ def dpm_solver_2m(velocity: Velocity, x: Examples, times: Float[Array, "..."]) -
     return jax.lax.scan(step, first, (times[:-1], times[1:]))[0][0]
 
 
+def ucgm_states(
+    estimate: Estimate,
+    x: Examples,
+    times: Float[Array, "..."],
+    keys: Key[Array, " n"] | None = None,
+    *,
+    kappa: Float[Array, ""] | float = 0.0,
+    rho: Float[Array, "..."] | float = 0.0,
+    order: int = 1,
+    begin: int = 2,
+    transport: Transport = LINEAR,
+) -> Float[Array, "steps n ..."]:
+    """UCGM-S (Sun, Jiang and Lin, arXiv 2505.07447, Algorithm 2), for any kind of network.
+
+    Each call says what data and noise the state is made of. Both are extrapolated from those of the
+    call before, and put together again at the next time. On even times of the straight path it is
+    of second order for kappa = 1/3 (not for 1/2, since the state is put together from what is
+    extrapolated), and it does not converge for 1.
+
+    Order 2 corrects each step but the last by the mean of the speeds at its two ends, as Heun's
+    method does; the published correction, of the noise alone, divides by gamma, which is 0 at the
+    start.
+
+    Args:
+        estimate: `(x, t) -> (data, noise)`; see `jaxdistill.flow.transports` for those of networks
+            that predict velocities, data, noise, or what a transport asks for.
+        x: The state at the first time.
+        times: As `euler` takes them; they may be traced, as kappa and rho may.
+        keys: (n,). A key for each example, where rho is not 0.
+        kappa: How far the estimates are extrapolated, in [0, 1); published: 0.2 to 0.6.
+        rho: The part of the noise that is drawn anew at each step, one number or (steps,): 0 for
+            networks that learned a velocity, 1 for those that learned the ends of paths.
+        order: Calls of a step, 1 or 2; the last step takes one.
+        begin: The first step that extrapolates, from 0: 2 as the published code does, 1 as the
+            paper says.
+        transport: What the points of the way are.
+
+    Returns:
+        The states after each step. The last one nothing is extrapolated to, and no noise is
+        added to it.
+
+    Raises:
+        InputError: For another order, or noise that there are no keys for, or with order 2.
+    """
+    if order not in (1, 2):
+        raise InputError(f"order={order}; UCGM-S takes one or two calls a step")
+    still = isinstance(rho, int | float) and rho == 0
+    if order == 2 and not still:
+        raise InputError("order=2 corrects a step that nothing is drawn in; use rho=0 with it")
+    if keys is None and not still:
+        raise InputError("rho draws noise; give a key for each example as keys")
+    times = _per_example(times, x)
+    steps = len(times) - 1
+    shares = jnp.broadcast_to(jnp.asarray(rho, x.dtype), (steps,))
+
+    def step(carry, place):
+        x, data_before, noise_before = carry
+        i, t, after, share = place
+        data, noise = estimate(x, t)
+        ends = i == steps - 1
+        more = jnp.where((i >= begin) & ~ends, jnp.asarray(kappa, x.dtype), 0.0)
+        further = data + more * (data - data_before), noise + more * (noise - noise_before)
+        fresh = further[1]
+        if not still:
+            drawn = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), x.shape[1:]))
+            share = jnp.where(ends, 0.0, share)
+            fresh = jnp.sqrt(1 - share) * further[1] + jnp.sqrt(share) * drawn(keys)
+        moved = point(transport, further[0], fresh, after)
+        if order == 2:
+
+            def corrected(moved):
+                there = speed(transport, *estimate(moved, after), after)
+                both = speed(transport, data, noise, t) + there
+                return x + expand(after - t, x) / 2 * both
+
+            moved = jax.lax.cond(ends, lambda moved: moved, corrected, moved)
+        return (moved, data, noise), moved
+
+    first = (x, jnp.zeros_like(x), jnp.zeros_like(x))
+    places = (jnp.arange(steps), times[:-1], times[1:], shares)
+    return jax.lax.scan(step, first, places)[1]
+
+
+def ucgm_s(*args: Any, **options: Any) -> Examples:
+    """The last of the states of `ucgm_states`, which see for the arguments."""
+    return ucgm_states(*args, **options)[-1]
+
+
+def own_keys(noise: Examples) -> Key[Array, " n"]:
+    """A key for each example that follows from the noise it starts from.
+
+    A sampler that draws noise on its way is a function of the noise at its start by them.
+    """
+    bits = jax.lax.bitcast_convert_type(noise.astype(jnp.float32), jnp.uint32)
+    seeds = bits.reshape(len(noise), -1).sum(1, dtype=jnp.uint32)
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(0), seed))(seeds)
+
+
+def _ucgm_row(velocity: Velocity, x: Examples, times: Float[Array, "..."]) -> Examples:
+    return ucgm_s(of_velocity(velocity), x, times, kappa=1 / 3)
+
+
 #: Sampler and the calls of the velocity in one of its steps.
 SAMPLERS: dict[str, tuple[Callable[..., Any], int]] = {
     "euler": (euler, 1),
@@ -137,6 +240,7 @@ SAMPLERS: dict[str, tuple[Callable[..., Any], int]] = {
     "heun": (heun, 2),
     "rk4": (rk4, 4),
     "dpm_solver_2m": (dpm_solver_2m, 1),
+    "ucgm_s": (_ucgm_row, 1),
 }
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, PyTree
 from jaxdistill import collective, keywords, run_folder, stage
 from jaxdistill.data import device
 from jaxdistill.errors import InputError
+from jaxdistill.flow import adapt
 from jaxdistill.flow.matching import examples_of, flow_matching
 from jaxdistill.flow.samplers import guided
 from jaxdistill.flow.targets import TARGETS, Target
@@ -247,7 +248,7 @@ def _images(groups, name, shape, num_classes, examples: Part) -> FlowTask:
 def _task(groups, name, shape, num_classes, batches, data, examples, target) -> FlowTask:
     _check(groups, name, shape, num_classes, target)
     trunk = network(groups.model, shape[-1], num_classes)
-    params = jax.eval_shape(functools.partial(init_network, trunk, shape), jax.random.key(0))
+    params = jax.eval_shape(functools.partial(adapt.fresh_trunk, trunk, shape), jax.random.key(0))
     velocity, nfe = _velocity(groups.teacher, trunk, num_classes, target)
     sharded = groups.parallel.fully_sharded
     return FlowTask(
@@ -318,11 +319,6 @@ def network(model: Model, channels: int, num_classes: int) -> Any:
     )
 
 
-def init_network(module: Any, shape: Sequence[int], key: Array) -> PyTree:
-    """Fresh parameters."""
-    return module.init(key, jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
-
-
 def _velocity(teacher: Teacher, trunk: Any, num_classes: int, target: Target | None):
     """What students follow, and how many network calls it takes."""
     if teacher.exact:
@@ -349,7 +345,7 @@ def teacher_method(groups: Settings, task: FlowTask, rate_factor: float = 1.0) -
     )
     exact = TARGETS[task.name]().velocity if teacher.exact else None
     method = flow_matching(
-        functools.partial(init_network, trunk, task.shape),
+        functools.partial(adapt.fresh_trunk, trunk, task.shape),
         lambda params, x, t, label: trunk.apply({"params": params}, x, t, label),
         optax.chain(
             optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.0)

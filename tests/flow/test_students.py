@@ -10,7 +10,7 @@ import pytest
 
 from jaxdistill import runner
 from jaxdistill.errors import InputError
-from jaxdistill.flow import paths, samplers
+from jaxdistill.flow import paths, samplers, transports
 from jaxdistill.flow.arcflow import _gaps, arcflow
 from jaxdistill.flow.endpoint import endpoint_regression
 from jaxdistill.flow.matching import flow_matching
@@ -26,6 +26,7 @@ from jaxdistill.flow.students import (
     sample,
 )
 from jaxdistill.flow.targets import soft4
+from jaxdistill.flow.ucgm import Unified, ucgm
 from jaxdistill.method import BatchSpec
 from tests.test_backends import assert_backends_agree, run_on, toy_data
 from tests.test_method_contract import together
@@ -104,6 +105,28 @@ def methods():
     def straight(frozen, x, t, label):
         return x / (t[:, None, None, None] + 0.1) + label[:, None, None, None]
 
+    def unified(**settings):
+        def apply(params, frozen, x, t, label):
+            out = (network(params, x, t) @ params["out"]).reshape(x.shape)
+            out = out + params["label"][label][:, None, None, None]
+            return out, *transports.estimates(transports.LINEAR, x, t, out)
+
+        def init(key, frozen):
+            more = {"out": jnp.zeros((WIDTH, 64)), "label": jnp.zeros(9)}
+            return init_network(key, 66) | more
+
+        return ucgm(
+            init,
+            apply,
+            optimizer,
+            batches=uniform,
+            data=images,
+            teacher=lambda frozen, x, t, label: (x - t[:, None, None, None], x),
+            unified=Unified(**settings),
+            null=8,
+            ema_from=1,
+        )
+
     seen = from_data(uniform, images, fixed(3, 0.5), 2.0)
     return {
         "arcflow": arcflow(
@@ -132,6 +155,9 @@ def methods():
             first_nfe=8,
             ema_from=1,
         ),
+        "consistent": unified(consistency=1.0, label_drop=0.5),
+        "between": unified(consistency=0.5, derivative="jvp", cosine=True),
+        "guided by itself": unified(consistency=0.0, enhancement=0.4, label_drop=0.5),
         "matching": flow_matching(
             lambda key: init_network(key, 66) | {"out": jnp.zeros((WIDTH, 64))},
             lambda p, x, t, label: (network(p, x, t) @ p["out"]).reshape(x.shape),
