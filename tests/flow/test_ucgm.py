@@ -380,7 +380,7 @@ def test_distances_and_times():
 
 
 @functools.cache
-def trained(ratio, name="linear", steps=800):
+def trained(ratio, name="linear", steps=2000):
     """A small network on two points' worth of data, N(1, 0.3^2) in two dimensions."""
     transport = TRANSPORTS[name]
 
@@ -404,8 +404,9 @@ def trained(ratio, name="linear", steps=800):
         points = 1 + 0.3 * jax.vmap(lambda k: jax.random.normal(k, (1, 1, 2)))(keys)
         return points, jnp.zeros(len(points), jnp.int32)
 
-    # Even weights: the cosine leaves out the very start of the path.
-    unified = Unified(ratio, enhancement=0.0, times=(1.0, 1.0, 1.0), weight="uniform")
+    # Even weights, for the cosine leaves out the very start of the path, and no bound, which keeps
+    # the spread under TrigFlow too wide.
+    unified = Unified(ratio, times=(1.0, 1.0, 1.0), **EXACT)
     method = ucgm(
         init, apply, optax.adam(3e-3), batches=BatchSpec("keys", 128), data=data,
         transport=transport, unified=unified,
@@ -436,8 +437,8 @@ def test_one_call_of_a_consistent_network_has_the_spread_of_the_data(name):
         np.testing.assert_allclose(end.mean((0, 1, 2)), 1.0, atol=0.15)
         spread[ratio] = float(end.std((0, 1, 2)).mean())
     # The mean of all data at a ratio of 0; their spread at 1.
-    assert spread[0.0] < 0.18
-    assert 0.2 < spread[1.0] < 0.36
+    assert spread[0.0] < 0.12
+    assert 0.26 < spread[1.0] < 0.36
 
 
 def test_many_calls_of_a_matched_flow_have_it_too():
