@@ -33,7 +33,7 @@ def train(
         config: See `configs/`, or `jaxdistill.config.load`.
         workdir: Gets `config.json`, `versions.json`, `row.json`, `metrics.jsonl`, `checkpoints/`,
             `artifacts/`, the same of each baseline in `baselines/`, what is trained before any
-            method, and `results.json`.
+            method, `results.json`, and the whole run of a generator in `generator/`.
         should_stop: Asked many times; when it says yes, what was done is kept.
 
     Returns:
@@ -45,6 +45,10 @@ def train(
         Interrupted: If `should_stop` said yes.
         OSError: If a file cannot be written.
     """
+    experiment = settings.resolve(config)
+    if experiment.generator is not None:
+        _check_beforehand(experiment, expanded(workdir), should_stop)
+        train(experiment.generator.stated(), expanded(workdir) / "generator", should_stop)
     ready = set_up(config, workdir, should_stop)
     with run_folder.opened(ready.workdir, ready.experiment.stated()):
         made = {name: _make(ready, row) for name, row in ready.experiment.rows.items()}
@@ -70,6 +74,30 @@ def evaluate(
             f"{artefact.parent} holds no {artefact.name}; run --mode=train in this workdir first"
         )
     return train(config, workdir, should_stop)
+
+
+def _check_beforehand(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> None:
+    """Checks what stands behind hours of a generator, with the data that it is trained on.
+
+    Raises:
+        InputError: As `set_up` does.
+    """
+    generator = experiment.generator
+    if (_generated(workdir) / "generated.npz").is_file():
+        return  # what is there is checked itself
+    groups = experiment.groups._replace(data=generator.groups.data)
+    run_folder.check(workdir)
+    _recipes(
+        experiment,
+        experiment.family.load(
+            experiment._replace(groups=groups, generator=None), workdir, should_stop
+        ),
+    )
+
+
+def _generated(workdir: Path) -> Path:
+    """The folder that a generator of this workdir leaves its data in."""
+    return workdir / "generator" / "generated"
 
 
 class Ready(NamedTuple):
@@ -100,11 +128,11 @@ def set_up(
     """
     workdir, experiment = expanded(workdir), settings.resolve(config)
     run_folder.check(workdir)
-    loaded = experiment.family.load(experiment, workdir, should_stop)
-    recipes = {n: row.recipe(loaded.task) for n, row in experiment.rows.items()}
-    for evaluation in experiment.evals.values():
-        if hasattr(evaluation.module, "check"):
-            evaluation.module.check(loaded.task, loaded.data, **evaluation.settings)
+    groups = experiment.groups
+    if experiment.generator is not None and groups.data.data_dir is None:
+        groups = groups._replace(data=groups.data._replace(data_dir=str(_generated(workdir))))
+    loaded = experiment.family.load(experiment._replace(groups=groups), workdir, should_stop)
+    recipes = _recipes(experiment, loaded)
     for row in experiment.rows.values():
         run_folder.compare(
             _folder(workdir, experiment, row.name),
@@ -112,6 +140,15 @@ def set_up(
             experiment.default_identity(row),
         )
     return Ready(experiment, workdir, loaded, recipes, should_stop)
+
+
+def _recipes(experiment: Experiment, loaded: Loaded) -> dict[str, Recipe]:
+    """The recipes of all rows, once the evaluations have agreed."""
+    recipes = {n: row.recipe(loaded.task) for n, row in experiment.rows.items()}
+    for evaluation in experiment.evals.values():
+        if hasattr(evaluation.module, "check"):
+            evaluation.module.check(loaded.task, loaded.data, **evaluation.settings)
+    return recipes
 
 
 def _folder(workdir: Path, experiment: Experiment, name: str) -> Path:

@@ -2,7 +2,8 @@
 
 A config has a `family`, a `seed`, the groups of settings of its family, the settings of its
 `method`, those of each of its `baselines`, and those of each of its `evals`. Each is resolved
-against the signature of what it is for; see `jaxdistill.keywords`.
+against the signature of what it is for; see `jaxdistill.keywords`. Where its data are to be
+generated, it has the config of the run that does it as `generator`.
 """
 
 import functools
@@ -25,6 +26,8 @@ from jaxdistill.task import Recipe
 _FAMILIES = "jaxdistill.tasks"
 _EVALS = "jaxdistill.eval"
 _ROW = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
+#: The name of data that an experiment before this one generates, and of its evaluation for that.
+GENERATED = "generated"
 Config = Any
 """Nested dictionaries, or a `ConfigDict` of them."""
 
@@ -143,6 +146,7 @@ class Experiment(NamedTuple):
         groups: The family's `Settings`: a named tuple of groups.
         rows: The method and its baselines, by name; the first is the method.
         evals: The evaluations, by name.
+        generator: The experiment that makes the data, which then are called `generated`.
     """
 
     family: ModuleType
@@ -150,6 +154,7 @@ class Experiment(NamedTuple):
     groups: Any
     rows: dict[str, Row]
     evals: dict[str, Evaluation]
+    generator: "Experiment | None" = None
 
     def stated(self) -> dict[str, Any]:
         """The whole config, every setting said, as JSON has it."""
@@ -162,6 +167,8 @@ class Experiment(NamedTuple):
             "baselines": {row.name: row.stated() for row in others},
             "evals": {name: e.stated() for name, e in self.evals.items()},
         }
+        if self.generator is not None:
+            stated["generator"] = self.generator.stated()
         return json.loads(json.dumps(stated))
 
     def identity(self, row: Row) -> dict[str, Any]:
@@ -276,7 +283,7 @@ def resolve(config: Config) -> Experiment:
         config = config.to_dict()
     module = family(config.get("family"))
     known = tables(module)
-    top = ["family", "seed", *known, "method", "baselines", "evals"]
+    top = ["family", "seed", *known, "method", "baselines", "evals", "generator"]
     for name in config:
         if name not in top:
             raise keywords.unknown(name, top, renamed(name))
@@ -300,7 +307,14 @@ def resolve(config: Config) -> Experiment:
     evals = {}
     for name, given in _group(config, "evals").items():
         evals[name] = _evaluation(name, given)
-    return Experiment(module, seed, module.Settings(**groups), rows, evals)
+    generator = resolve(config["generator"]) if _group(config, "generator") else None
+    generated = groups["data"].name == GENERATED
+    if generator is not None and (not generated or GENERATED not in generator.evals):
+        raise InputError(
+            f"config.generator makes what data.name={GENERATED} reads, by its evaluation "
+            f"{GENERATED}; set both, or leave the generator out"
+        )
+    return Experiment(module, seed, module.Settings(**groups), rows, evals, generator)
 
 
 def tables(family: ModuleType) -> dict[str, type]:
@@ -319,6 +333,8 @@ def keyword(config: Mapping[str, Any], names: Sequence[str]) -> keywords.Keyword
         InputError: If there is no such setting.
     """
     *groups, name = names
+    if groups and groups[0] == "generator":
+        return keyword(config["generator"], names[1:])
     module = family(config.get("family"))
     if not groups:
         return _SEED if name == "seed" else _NAME

@@ -74,8 +74,8 @@ def load(
             `data_dir`), another TFDS name, or a path: an image folder with
             `train/<class>/*.png|jpg|jpeg` and `test/<class>/*`, a folder of IDX files or of CIFAR's
             binary files, or an `.npz` file with `train_images`, `train_labels`, `test_images`,
-            `test_labels` and perhaps `class_names`. A name without a path separator is never taken
-            for a folder.
+            `test_labels` and perhaps `class_names`, or `generated`, which a generator has left in
+            `data_dir`. A name without a path separator is never taken for a folder.
         data_dir: Where a named data set lies, as IDX files or CIFAR's binary ones, or as TFDS
             keeps it, which has a default of its own.
         image_size: Resize so that the shorter side has this many pixels (bilinear with
@@ -140,6 +140,13 @@ def _read(name: StrPath, data_dir: Path | None, image_size: int | None) -> Datas
         return _read_digits()
     if name == "fashion_mnist":
         return _read_fashion_mnist(data_dir, image_size)
+    if name == "generated":
+        if data_dir is None:
+            raise InputError(
+                "generated images are made by the run of config.generator; give it, or the folder "
+                "that they lie in as data.data_dir"
+            )
+        return from_npz(data_dir / "generated.npz")
     if name == "tiny_imagenet":
         return folders.read_tiny_imagenet(data_dir, image_size)
     if data_dir is not None and idx.lies_in(data_dir):

@@ -102,7 +102,7 @@ def evaluate(
     names = [_REAL, *rows.generators]
     missing = sampling.is_missing(bench, names, protocol)
     # In all processes, each of which waits for the others in it.
-    judge = _judge(bench, folder, judge_epochs) if missing else None
+    judge = classifier(bench, folder, judge_epochs) if missing else None
 
     def work():
         if missing:
@@ -118,8 +118,14 @@ def evaluate(
     return sampling.records(bench, names, protocol)
 
 
-def _judge(bench: Bench, folder: Path, epochs: int) -> Callable[[Any], tuple[Any, Any]]:
-    """Images in [0, 1] to features and logits, by a classifier trained on the real ones."""
+def classifier(bench: Bench, folder: Path, epochs: int) -> Callable[[Any], tuple[Any, Any]]:
+    """Images in [0, 1] to features and logits, by a network trained on the real ones.
+
+    Args:
+        bench: What it is for. Of several processes all must call this.
+        folder: Where the network is kept.
+        epochs: How long it is trained.
+    """
     data = bench.data
     module, normalize = Judge(data.num_classes), normalizer(data.mean, data.std)
     blank = jnp.zeros((1, *data.image_shape))

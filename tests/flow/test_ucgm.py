@@ -437,7 +437,7 @@ def test_one_call_of_a_consistent_network_has_the_spread_of_the_data(name):
         np.testing.assert_allclose(end.mean((0, 1, 2)), 1.0, atol=0.15)
         spread[ratio] = float(end.std((0, 1, 2)).mean())
     # The mean of all data at a ratio of 0; their spread at 1.
-    assert spread[0.0] < 0.12
+    assert spread[0.0] < 0.18
     assert 0.26 < spread[1.0] < 0.36
 
 
