@@ -53,7 +53,7 @@ class Kept(NamedTuple):
     good: int
 
 
-def check(task: FlowTask, data: Dataset, *, teacher: str, **others: Any) -> None:
+def check(task: FlowTask, data: Any, *, teacher: str, **others: Any) -> None:
     """Refuses data without labels, and samplers that are none.
 
     Raises:

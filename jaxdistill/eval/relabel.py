@@ -195,7 +195,7 @@ def _measure(
         should_stop=bench.should_stop,
     )
     test, labels = (jnp.asarray(x) for x in bench.data.test)
-    one_hot = train_on.one_hot(hard, task.num_classes)
+    one_hot = train_on.one_hot(distilled.labels, task.num_classes)
     one = jax.tree.map(lambda x: x[None], params)
     (lost,) = train_on.have_diverged(one, network, images, one_hot, normalize=task.normalize)
     accuracy = train_on.accuracy(
