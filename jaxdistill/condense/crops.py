@@ -83,18 +83,15 @@ def _weights(begin: Array, length: Array, size: int, out: int) -> Float[Array, "
     return weights / weights.sum(1, keepdims=True)
 
 
-def shuffled(key: Key[Array, ""], image: Array, factor: int) -> Array:
+def rearranged(image: Array, columns: Int[Array, " factor"], rows: Int[Array, " factor"]) -> Array:
     """An image whose columns of cells change places, and then its rows of cells.
 
     Args:
-        key: Decides the places.
-        image: (h, w, c); the factor divides h and w.
-        factor: Cells per side; with one nothing changes.
+        image: (h, w, c); the number of columns divides w, that of rows h.
+        columns: Which column comes to each place.
+        rows: Which row does.
     """
-    if factor == 1:
-        return image
     h, w, c = image.shape
-    k_columns, k_rows = jax.random.split(key)
-    cells = image.reshape(factor, h // factor, factor, w // factor, c)
-    cells = cells[:, :, jax.random.permutation(k_columns, factor)]
-    return cells[jax.random.permutation(k_rows, factor)].reshape(h, w, c)
+    down, across = len(rows), len(columns)
+    cells = image.reshape(down, h // down, across, w // across, c)
+    return cells[:, :, columns][rows].reshape(h, w, c)

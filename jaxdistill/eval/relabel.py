@@ -15,17 +15,20 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array
 
-from jaxdistill.condense.crops import boxes, cut, shuffled
+from jaxdistill.condense.crops import boxes, cut, rearranged
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import classify, results, train_on
 from jaxdistill.eval.bench import Bench, Made
 from jaxdistill.eval.results import Cell
 from jaxdistill.interrupt import ShouldStop, never, wait
+from jaxdistill.io.files import write_files
+from jaxdistill.io.reading import read_npz
 from jaxdistill.io.writers import Progress
 from jaxdistill.keywords import Between, Count, Fraction, Rate
 from jaxdistill.parallel import processes
@@ -38,6 +41,7 @@ back; the teacher's of every view anew."""
 
 _RATIO = (3 / 4, 4 / 3)  # of crops
 _BLOCKS = 20  # launches of a training
+_VIEWS = 0x76696577  # the seed of stored views, which belong to the set and to no network
 
 
 class Protocol(NamedTuple):
@@ -110,12 +114,12 @@ def evaluate(
         cutmix: Whether a rectangle of each image comes from another image of the batch.
         factor: Cells per side that change places; crops take at least a part `1 / factor` of the
             area, so that with one there are no crops.
-        views: Views of the set that come back, for the labels `views`. They and their labels
-            follow from the seed, so they are not written; `label_bytes` says what that would take.
+        views: Views of the set that come back, for the labels `views`. They are drawn once for all
+            networks, and written beside the artefact with their labels; see `Views`.
 
     Returns:
         A record for each row, network, kind of label and seed; accuracies are fractions. Those with
-        soft labels say how many `label_bytes` they take in 16 bits.
+        soft labels say how many `label_bytes` they take in 16 bits, views included.
 
     Raises:
         InputError: If an artefact is none.
@@ -143,13 +147,19 @@ def evaluate(
     # In all processes, each of which waits for the others in it.
     pool = task.extractors.load()["trained"] if missing else None
     teacher = jax.tree.map(lambda x: x[0], pool)
+    stored = {}
+    for cell in missing:
+        if metrics[cell.metric][1] == "views" and cell.row not in stored:
+            row = bench.rows[cell.row]
+            stored[cell.row] = _stored(task, row, teacher, protocols["views"], cell.protocol)
     todo = processes.mine(missing)
     bar = Progress(len(todo), 0, "evaluating") if todo else None
     for done, cell in enumerate(todo):
         name, kind = metrics[cell.metric]
         try:
+            row, views = bench.rows[cell.row], stored.get(cell.row) if kind == "views" else None
             measured = _measure(
-                bench, bench.rows[cell.row], judges[name], teacher, protocols[kind], cell.seed
+                bench, row, judges[name], teacher, protocols[kind], cell.seed, views
             )
         except Interrupted as stop:
             raise Interrupted(
@@ -178,6 +188,7 @@ def _measure(
     teacher: Any,
     protocol: Protocol,
     seed: int,
+    views: "Views | None",
 ) -> dict[str, Any]:
     """The accuracy of one fresh network, and what it took."""
     task, distilled = bench.task, row.output()
@@ -192,6 +203,7 @@ def _measure(
         num_classes=task.num_classes,
         normalize=task.normalize,
         protocol=protocol,
+        views=views,
         should_stop=bench.should_stop,
     )
     test, labels = (jnp.asarray(x) for x in bench.data.test)
@@ -201,12 +213,13 @@ def _measure(
     accuracy = train_on.accuracy(
         network, params, test, labels, normalize=task.normalize, microbatch=task.microbatch
     )
-    sets = {"hard": 0, "soft": 1, "views": protocol.views, "teacher": protocol.epochs}
+    sets = {"hard": 0, "soft": 1, "views": 0, "teacher": protocol.epochs}
+    label_bytes = 2 * sets[protocol.labels] * len(hard) * task.num_classes
     return {
         "value": math.nan if lost else accuracy,
         "images": len(hard),
         "epochs": protocol.epochs,
-        "label_bytes": 2 * sets[protocol.labels] * len(hard) * task.num_classes,
+        "label_bytes": label_bytes + (0 if views is None else sum(x.nbytes for x in views)),
         "wall_seconds": round(time.perf_counter() - start[0], 2),
         "cpu_seconds": round(time.process_time() - start[1], 2),
     }
@@ -225,6 +238,7 @@ def train(
     num_classes: int,
     normalize: Any,
     protocol: Protocol,
+    views: "Views | None" = None,
     should_stop: ShouldStop = never,
 ) -> Any:
     """Trains a fresh network and returns its parameters after the last epoch.
@@ -238,6 +252,7 @@ def train(
         num_classes: Number of classes.
         normalize: Images to normalized images.
         protocol: How.
+        views: What `stored_views` gives, where the labels are those of views.
         should_stop: Whether to give up.
 
     Raises:
@@ -250,7 +265,9 @@ def train(
     soft = None
     if protocol.labels == "soft":
         said = jax.jit(lambda p, x: jax.nn.softmax(logits(p, normalize(x)) / protocol.temperature))
-        soft = said(known, images).astype(jnp.float16).astype(jnp.float32)
+        soft = _short(said(known, images))
+    if protocol.labels == "views":
+        soft = jax.tree.map(jnp.asarray, views)
     steps = protocol.epochs * -(-len(images) // min(protocol.batch_size, len(images)))
     block = -(-steps // _BLOCKS)
     for first in range(0, steps, block):
@@ -273,6 +290,11 @@ def train(
     return carry[0]
 
 
+def _short(labels: Array) -> Array:
+    """Labels as 16 bits keep them; a compiler may leave out a conversion there and back."""
+    return lax.reduce_precision(labels, exponent_bits=5, mantissa_bits=10)
+
+
 def optimizer(protocol: Protocol) -> optax.GradientTransformation:
     """AdamW of rate one, which the caller multiplies by that of the epoch."""
     return optax.adamw(
@@ -291,6 +313,26 @@ def rate(protocol: Protocol, epoch: Array) -> Array:
     return protocol.learning_rate * 0.5 * (1 + jnp.cos(angle))
 
 
+class Drawn(NamedTuple):
+    """What makes a batch of b images a view: in this order, and normalized before the last.
+
+    Attributes:
+        columns: Which column of cells comes to each place (b, factor).
+        rows: Which row does (b, factor).
+        boxes: Top, left, height and width of what is cropped and brought back to size (b, 4).
+        flips: Whether an image is mirrored (b,).
+        partners: From which image of the batch the rectangle of each is (b,).
+        rectangle: First and last row, first and last column of the rectangle, the last excluded.
+    """
+
+    columns: Array
+    rows: Array
+    boxes: Array
+    flips: Array
+    partners: Array
+    rectangle: Array
+
+
 class View(NamedTuple):
     """A batch as a network sees it.
 
@@ -305,44 +347,168 @@ class View(NamedTuple):
     kept: Array
 
 
-def view(key: Array, images: Array, normalize: Any, protocol: Protocol) -> View:
-    """Augments a batch: cells, crop, flip, normalization, CutMix.
+def draw(key: Array, count: int, shape: tuple[int, ...], protocol: Protocol) -> Drawn:
+    """Draws how a batch is augmented.
 
     Args:
         key: Decides all of it.
-        images: (b, h, w, c) in [0, 1].
-        normalize: Images to normalized images.
+        count: Images of the batch.
+        shape: (h, w, c) of an image.
         protocol: What is done.
     """
-    count, height, width, _ = images.shape
+    height, width, _ = shape
+    factor = protocol.factor
     k_image, k_partner, k_part, k_centre = jax.random.split(key, 4)
 
-    def one(key, image):
+    def one(key):
         k_cells, k_crop, k_flip = jax.random.split(key, 3)
-        if protocol.factor > 1:
-            image = shuffled(k_cells, image, protocol.factor)
-            area = (1 / protocol.factor, 1.0)
+        k_columns, k_rows = jax.random.split(k_cells)
+        box = jnp.array([0, 0, height, width], jnp.int32)
+        if factor > 1:
+            area = (1 / factor, 1.0)
             (box,) = boxes(k_crop, height, width, 1, area=area, ratio=_RATIO)
-            image = cut(image, box, height, width)
-        return jnp.where(jax.random.bernoulli(k_flip), image[:, ::-1], image)
+        cells = (jax.random.permutation(k, factor) for k in (k_columns, k_rows))
+        return *cells, box, jax.random.bernoulli(k_flip)
 
-    x = normalize(jax.vmap(one)(jax.random.split(k_image, count), images))
-    own = jnp.arange(count)
+    each = jax.vmap(one)(jax.random.split(k_image, count))
     if not protocol.cutmix:
-        return View(x, own, jnp.float32(1.0))
-    partners = jax.random.permutation(k_partner, count)
+        return Drawn(*each, jnp.arange(count), jnp.zeros(4, jnp.int32))
     # One rectangle a batch, whose sides are that part of the image's.
     side = jnp.sqrt(1.0 - jax.random.uniform(k_part, (), jnp.float32))
     centres = jax.random.uniform(k_centre, (2,), jnp.float32)
-    inside = []
+    edges = []
     for size, centre in zip((height, width), centres, strict=True):
         half = jnp.floor(size * side).astype(jnp.int32) // 2
         middle = jnp.floor(centre * size).astype(jnp.int32)
-        pixels = jnp.arange(size)
-        inside.append((pixels >= middle - half) & (pixels < middle + half))
-    hole = inside[0][:, None] & inside[1][None, :]
-    mixed = jnp.where(hole[None, :, :, None], x[partners], x)
-    return View(mixed, partners, 1.0 - hole.mean(dtype=jnp.float32))
+        edges += [jnp.maximum(middle - half, 0), jnp.minimum(middle + half, size)]
+    return Drawn(*each, jax.random.permutation(k_partner, count), jnp.stack(edges))
+
+
+def view(drawn: Drawn, images: Array, normalize: Any) -> View:
+    """Augments a batch as it was drawn: cells, crop, flip, normalization, CutMix.
+
+    Args:
+        drawn: How.
+        images: (b, h, w, c) in [0, 1].
+        normalize: Images to normalized images.
+    """
+    height, width = images.shape[1:3]
+
+    def one(image, columns, rows, box, flip):
+        if len(columns) > 1:
+            image = cut(rearranged(image, columns, rows), box, height, width)
+        return jnp.where(flip, image[:, ::-1], image)
+
+    x = normalize(jax.vmap(one)(images, *drawn[:4]))
+    top, bottom, left, right = drawn.rectangle
+    places = jnp.arange(height)[:, None], jnp.arange(width)
+    hole = (places[0] >= top) & (places[0] < bottom) & (places[1] >= left) & (places[1] < right)
+    mixed = jnp.where(hole[None, :, :, None], x[drawn.partners], x)
+    return View(mixed, drawn.partners, 1.0 - hole.mean(dtype=jnp.float32))
+
+
+class Views(NamedTuple):
+    """Views of a set that are drawn once, and what a teacher says of them.
+
+    After Shen and Xing's FKD (ECCV 2022). The leading axes are views of the set (m), batches (k)
+    and images of a batch (b); the last batch of a view starts over with its first images, which
+    count nothing there. In `views-*.npz` beside the artefact they have these names.
+
+    Attributes:
+        order: int32 (m, k, b). Which image of the set stands there.
+        columns: int8 (m, k, b, factor). See `Drawn`, as for the next five.
+        rows: int8 (m, k, b, factor).
+        boxes: int16 (m, k, b, 4).
+        flips: bool (m, k, b).
+        partners: int32 (m, k, b).
+        rectangle: int16 (m, k, 4).
+        labels: float16 (m, k, b, classes). Probabilities at the protocol's temperature.
+    """
+
+    order: Any
+    columns: Any
+    rows: Any
+    boxes: Any
+    flips: Any
+    partners: Any
+    rectangle: Any
+    labels: Any
+
+
+def stored_views(
+    key: Array, images: Array, teacher: tuple[Any, Any], normalize: Any, protocol: Protocol
+) -> Views:
+    """Draws the views of a set and asks the teacher for their labels.
+
+    Args:
+        key: Decides them.
+        images: float32 (n, h, w, c) in [0, 1].
+        teacher: `(params, normalized images) -> logits`, and the parameters.
+        normalize: Images to normalized images.
+        protocol: Views, batch size, temperature and what a view is.
+    """
+    logits, params = teacher
+    batch = min(protocol.batch_size, len(images))
+    count = -(-len(images) // batch)
+
+    @jax.jit
+    def one(params, images, epoch, position):
+        order, drawn, _ = _batch(key, epoch, position, len(images), images.shape[1:], protocol)
+        seen = view(drawn, images[order], normalize).images
+        said = jax.nn.softmax(logits(params, seen) / protocol.temperature)
+        short = [jnp.int8, jnp.int8, jnp.int16, bool, jnp.int32, jnp.int16]
+        return Views(
+            order,
+            *(x.astype(dtype) for x, dtype in zip(drawn, short, strict=True)),
+            said.astype(jnp.float16),
+        )
+
+    made = [
+        [jax.device_get(one(params, images, e, p)) for p in range(count)]
+        for e in range(protocol.views)
+    ]
+    flat = jax.tree.map(lambda *x: np.stack(x), *(x for row in made for x in row))
+    return jax.tree.map(lambda x: x.reshape(protocol.views, count, *x.shape[1:]), flat)
+
+
+def _stored(task: CondenseTask, row: Made, teacher: Any, protocol: Protocol, own: str) -> Views:
+    """The views of a row's set, which are written beside it where they are not.
+
+    Raises:
+        InputError: If those that lie there are damaged.
+    """
+    distilled = row.output()
+    name = digest([own, distilled.card.get("content_sha256")])
+    path = row.folder / f"views-{name}.npz"
+    if not path.is_file():
+        views = stored_views(
+            jax.random.key(_VIEWS),
+            jnp.asarray(distilled.images),
+            (task.network.logits, teacher),
+            task.normalize,
+            protocol,
+        )
+        if processes.is_first():
+            write_files({path: lambda file: np.savez(file, **views._asdict())})
+            labels, rest = views.labels.nbytes, sum(x.nbytes for x in views[:-1])
+            print(f"{row.name}: {path.name} has {labels:,} bytes of labels, {rest:,} of views")
+    processes.wait(f"the views of {row.name} are written")
+    try:
+        return Views(**read_npz(path, Views._fields))
+    except InputError as error:
+        raise InputError(f"{path} holds no views ({error}); delete it") from error
+
+
+def _batch(key, epoch, position, n, shape, protocol):
+    """Which images a batch has, how they are augmented, and what each counts."""
+    batch = min(protocol.batch_size, n)
+    k_order, k_view = jax.random.split(jax.random.fold_in(key, epoch))
+    index = position * batch + jnp.arange(batch)
+    # The last batch of an epoch is short: absent images have weight zero.
+    weight = (index < n).astype(jnp.float32)
+    order = jax.random.permutation(k_order, n)[index % n]
+    drawn = draw(jax.random.fold_in(k_view, position), batch, shape, protocol)
+    return order, drawn, weight / weight.sum()
 
 
 @functools.partial(
@@ -363,15 +529,11 @@ def _block(
     def step(i, carry):
         params, state = carry
         epoch, position = i // per_epoch, i % per_epoch
-        # Views that come back are drawn, batches and all, from the same keys again.
-        drawn = epoch % protocol.views if protocol.labels == "views" else epoch
-        k_order, k_view = jax.random.split(jax.random.fold_in(key, drawn))
-        index = position * batch + jnp.arange(batch)
-        # The last batch of an epoch is short: absent images have weight zero.
-        weight = (index < n).astype(jnp.float32)
-        weight /= weight.sum()
-        rows = jax.random.permutation(k_order, n)[index % n]
-        seen = view(jax.random.fold_in(k_view, position), images[rows], normalize, protocol)
+        rows, drawn, weight = _batch(key, epoch, position, n, images.shape[1:], protocol)
+        if protocol.labels == "views":
+            rows, *drawn, said = jax.tree.map(lambda x: x[epoch % protocol.views, position], soft)
+            drawn = Drawn(*drawn)
+        seen = view(drawn, images[rows], normalize)
 
         def mixed(labels):
             return seen.kept * labels + (1 - seen.kept) * labels[seen.partners]
@@ -381,10 +543,10 @@ def _block(
             target = mixed(jax.nn.one_hot(hard[rows], classes))
         elif protocol.labels == "soft":
             target = mixed(soft[rows])
+        elif protocol.labels == "views":
+            target = said.astype(jnp.float32)
         else:
-            target = jax.nn.softmax(teacher_logits(teacher, seen.images) / warm)
-            # As 16 bits keep them.
-            target = target.astype(jnp.float16).astype(jnp.float32)
+            target = _short(jax.nn.softmax(teacher_logits(teacher, seen.images) / warm))
 
         def loss(params):
             logits = network.logits(params, seen.images) / warm

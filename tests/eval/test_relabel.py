@@ -9,7 +9,7 @@ import pytest
 
 from jaxdistill.data.augment import normalizer
 from jaxdistill.eval import train_on
-from jaxdistill.eval.relabel import Protocol, rate, train, view
+from jaxdistill.eval.relabel import Protocol, draw, rate, stored_views, train, view
 
 SIDE, CLASSES = 4, 3
 PLAIN = Protocol("hard", 4, 6, 0.05, 0.01, 20.0, True, False, 1, 2)
@@ -33,7 +33,18 @@ _W = np.random.default_rng(1).normal(size=(SIDE * SIDE, CLASSES))
 TEACHER = {"w": jnp.asarray(_W, jnp.float32), "b": jnp.zeros(CLASSES)}
 
 
-def trained(protocol, seed=0, **changes):
+def seen_by(seed, images, protocol):
+    return view(
+        draw(jax.random.key(seed), len(images), images.shape[1:], protocol), images, NORMALIZE
+    )
+
+
+def stored(key, **changes):
+    protocol = PLAIN._replace(labels="views", **changes)
+    return stored_views(key, data()[0], (network().logits, TEACHER), NORMALIZE, protocol)
+
+
+def trained(protocol, seed=0, views=None, **changes):
     images, labels = data()
     return train(
         jax.random.key(seed),
@@ -44,6 +55,7 @@ def trained(protocol, seed=0, **changes):
         num_classes=CLASSES,
         normalize=NORMALIZE,
         protocol=protocol._replace(**changes),
+        views=views,
     )
 
 
@@ -58,7 +70,7 @@ def test_the_rate_falls_to_the_half_or_to_nothing():
 
 def test_a_view_without_cutmix_is_the_image_or_its_mirror():
     images, _ = data(40)
-    seen = view(jax.random.key(0), images, NORMALIZE, PLAIN)
+    seen = seen_by(0, images, PLAIN)
     mirrored = np.array([(a == b[:, ::-1]).all() for a, b in zip(seen.images, images, strict=True)])
     same = np.array([(a == b).all() for a, b in zip(seen.images, images, strict=True)])
     assert (mirrored | same).all() and 8 < mirrored.sum() < 32
@@ -69,7 +81,7 @@ def test_cutmix_takes_a_rectangle_from_the_partner_and_says_how_much_is_left():
     images = jnp.broadcast_to(jnp.arange(8.0)[:, None, None, None] / 10, (8, 20, 20, 1))
     kept = []
     for seed in range(60):
-        seen = view(jax.random.key(seed), images, NORMALIZE, PLAIN._replace(cutmix=True))
+        seen = seen_by(seed, images, PLAIN._replace(cutmix=True))
         own = np.isclose(seen.images, images)
         partner = np.isclose(seen.images, images[seen.partners])
         assert (own | partner).all()
@@ -82,7 +94,7 @@ def test_cutmix_takes_a_rectangle_from_the_partner_and_says_how_much_is_left():
 
 def test_crops_and_cells_come_with_the_factor():
     images, _ = data(40)
-    seen = view(jax.random.key(0), images, NORMALIZE, PLAIN._replace(factor=2))
+    seen = seen_by(0, images, PLAIN._replace(factor=2))
     same = [(a == b).all() or (a == b[:, ::-1]).all()
             for a, b in zip(seen.images, images, strict=True)]  # fmt: skip
     assert np.mean(same) < 0.5
@@ -99,7 +111,8 @@ def test_one_step_is_adamw_on_the_divergence_written_out():
     # The labels are those of the image as it is; the network sees its mirror image.
     k_order, k_view = jax.random.split(jax.random.fold_in(k_train, 0))
     rows = jax.random.permutation(k_order, 10)
-    seen = view(jax.random.fold_in(k_view, 0), images[rows], NORMALIZE, protocol).images
+    drawn = draw(jax.random.fold_in(k_view, 0), 10, images.shape[1:], protocol)
+    seen = view(drawn, images[rows], NORMALIZE).images
     x = np.float64(seen).reshape(10, -1)
     soft = _softmax(np.float64(images[rows]).reshape(10, -1) @ np.float64(TEACHER["w"]) / 20)
     own = _softmax((x @ start["w"] + start["b"]) / 20)
@@ -115,12 +128,38 @@ def _softmax(x):
     return x / x.sum(1, keepdims=True)
 
 
-def test_views_that_all_differ_are_the_teachers_of_every_view():
-    every = trained(PLAIN, labels="teacher")
-    as_many = trained(PLAIN, labels="views", views=4)
-    few = trained(PLAIN, labels="views", views=1)
-    jax.tree.map(np.testing.assert_array_equal, every, as_many)
+def test_stored_views_that_all_differ_are_the_teachers_of_every_view():
+    """Drawn by the key that a training draws its own by."""
+    key = jax.random.split(jax.random.key(0))[1]
+    changes = {"factor": 2, "cutmix": True}
+    every = trained(PLAIN, labels="teacher", **changes)
+    views = stored(key, views=4, **changes)
+    as_many = trained(PLAIN._replace(views=4), labels="views", views=views, **changes)
+    few = trained(PLAIN._replace(views=1), labels="views", views=stored(key, views=1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), every, as_many)
     assert np.abs(every["w"] - few["w"]).max() > 1e-4
+
+
+def test_stored_views_are_what_a_reader_makes_of_their_parameters():
+    """By NumPy alone, as another program would read the file; crops whole here."""
+    images, _ = data()
+    views = stored(jax.random.key(3), views=2, cutmix=True)
+    assert views.order.shape == (2, 2, 6) and views.labels.dtype == np.float16
+    assert all(isinstance(x, np.ndarray) for x in views)
+    np.testing.assert_array_equal(views.boxes.reshape(-1, 4), np.tile([0, 0, SIDE, SIDE], (24, 1)))
+    for number in range(2):
+        assert sorted(views.order[number].reshape(-1)[:10]) == list(range(10))
+        for batch in range(2):
+            x = np.asarray(images)[views.order[number, batch]]
+            flips = views.flips[number, batch]
+            x = np.where(flips[:, None, None, None], x[:, :, ::-1], x)
+            top, bottom, left, right = views.rectangle[number, batch]
+            mixed = x.copy()
+            mixed[:, top:bottom, left:right] = x[views.partners[number, batch]][
+                :, top:bottom, left:right
+            ]
+            wanted = _softmax(mixed.reshape(6, -1).astype(np.float64) @ _W / 20)
+            np.testing.assert_allclose(views.labels[number, batch], wanted, atol=1e-3)
 
 
 def test_the_same_key_trains_the_same_network():
