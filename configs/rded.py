@@ -5,7 +5,8 @@
 Arguments, joined by commas behind the colon:
 
     dataset=    digits (default), fashion_mnist, mnist, cifar10, cifar100, tiny_imagenet,
-                imagenette, any other TFDS name, or a path: an image folder, IDX folder or .npz
+                imagenette, imagenet, any other TFDS name, or a path: an image folder, IDX folder
+                or .npz
     ipc=        images per class (10)
     baselines=  rows beside it, joined by +: random+cropped+hardest+medium (default); empty for none
     smoke       a run of seconds that only shows that everything works
@@ -50,8 +51,10 @@ _RECIPES = {
     "cifar100": _LARGE,
     "tiny_imagenet": _LARGE | {"image_size": 64, "depth": 4},
     "imagenette/160px-v2": _LARGE | {"image_size": 128, "depth": 5, "factor": 2},
+    "imagenet2012": _LARGE
+    | {"image_size": 224, "network": "resnet18_large", "microbatch": 250, "factor": 2},
 }
-_TFDS = {"imagenette": "imagenette/160px-v2"}
+_TFDS = {"imagenette": "imagenette/160px-v2", "imagenet": "imagenet2012"}
 # Images a step while students are trained; twice as many from a hundred classes on.
 _BATCH = {1: 10, 10: 50, 50: 100}
 
@@ -78,9 +81,12 @@ def get_config(argument=None, dataset=None):
     config.data = ml_collections.ConfigDict()
     config.data.name = dataset
     config.data.image_size = recipe["image_size"]
+    if dataset == "imagenet2012":
+        config.data.placement = "streamed"
 
     # The observer is the first of the pool.
     config.extractor = ml_collections.ConfigDict()
+    config.extractor.network = recipe.get("network", "convnet")
     config.extractor.depth = recipe["depth"]
     config.extractor.width = recipe["width"]
 
@@ -93,6 +99,7 @@ def get_config(argument=None, dataset=None):
 
     config.run = ml_collections.ConfigDict()
     config.run.microbatch = recipe["microbatch"]
+    config.run.chunk = 1  # RDED is one step, and baselines have few
 
     chosen = {"name": "rded", "ipc": arg["ipc"], "factor": recipe["factor"]}
     rows = {
@@ -109,6 +116,7 @@ def get_config(argument=None, dataset=None):
     config.evals = ml_collections.ConfigDict()
     config.evals.accuracy = ml_collections.ConfigDict()
     config.evals.accuracy.name = "relabel"
+    config.evals.accuracy.networks = (config.extractor.network,)
     config.evals.accuracy.depth = recipe["depth"]
     config.evals.accuracy.width = recipe["width"]
     config.evals.accuracy.labels = ("hard", "soft", "teacher")

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxdistill import runner, settings
+from jaxdistill.data import stream
 from jaxdistill.errors import InputError
 from jaxdistill.io.files import dump, expanded, write_files
 from jaxdistill.parallel import backends
@@ -69,12 +70,16 @@ def chunk(config: Config, devices: Sequence[jax.Device] | None = None) -> Chunk:
         mesh=mesh,
         backend=parallel.backend,
     )
+    layout = backends.data_spec(method.batches)
+    if isinstance(data, stream.Stream):
+        data = stream.window_shape(method.batches, data, run.chunk)
+        layout = stream.window_spec(method.batches)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     arguments = (
         program.state,
         abstract(count, mesh),
         abstract(frozen, mesh, method.frozen_specs(frozen, mesh)),
-        abstract(data, mesh, backends.data_spec(method.batches)),
+        abstract(data, mesh, layout),
     )
     return Chunk(program.chunk, arguments, mesh)
 

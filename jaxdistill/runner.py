@@ -236,7 +236,7 @@ def programs(
         partial(_initial, method, draw),
         key,
         frozen,
-        stream.first_shape(spec, data) if isinstance(data, stream.Stream) else data,
+        stream.window_shape(spec, data) if isinstance(data, stream.Stream) else data,
     )
     classes = data.counts.shape[0] if spec.kind == "per_class" else 0
     first_layout = layout = backends.data_spec(spec)

@@ -158,27 +158,28 @@ def rded(
             collective.class_keys(key, classes)
         ).reshape(-1)
         labels = jnp.repeat(collective.class_ids(classes), own)
+        # Slices, not an index into all images, for which a TPU would first make them wide numbers.
+        at_once = _divisor(classes * own, max(1, microbatch // num_crop))
+        passes = lambda x: x.reshape(-1, at_once, *x.shape[1:])  # noqa: E731
         flat = images.reshape(-1, *images.shape[2:])
-        at_once = max(1, microbatch // num_crop)
-        passes = -(-len(flat) // at_once)
-        index = (jnp.arange(passes * at_once) % len(flat)).reshape(passes, at_once)
-        crops, losses, means = lax.map(
-            lambda i: look(frozen["observers"], flat[i], labels[i], keys[i]), index
+        looked = lax.map(
+            lambda part: look(frozen["observers"], *part),
+            jax.tree.map(passes, (flat, labels, keys)),
         )
-        crops, losses = (
-            x.reshape(-1, *x.shape[2:])[: len(flat)].reshape(classes, own, *x.shape[2:])
-            for x in (crops, losses)
-        )
-        crops, losses = collective.whole_batch((crops, losses), axis=1)
+        crops, mine, means = (x.reshape(classes, own, *x.shape[2:]) for x in looked)
+        losses = collective.whole_batch(mine, axis=1)
         order = jnp.argsort(_ranks(losses, choice), axis=1)[:, :number]
+        # Of the crops only those chosen travel, each from the device that has it.
+        place = order - collective.share()[0] * own
+        here = (place >= 0) & (place < own)
+        kept = jnp.take_along_axis(crops, jnp.clip(place, 0, own - 1)[..., None, None, None], 1)
+        kept = jnp.where(here[..., None, None, None], kept, 0)
         chosen = RDEDState(
-            jnp.take_along_axis(crops, order[..., None, None, None], 1),
+            collective.sum(kept.astype(jnp.int32)).astype(jnp.uint8),
             jnp.take_along_axis(losses, order, 1),
         )
         del state
-        # The last pass is filled up with images of the first.
-        mean = means.reshape(-1)[: len(flat)].mean()
-        return chosen, {"chosen": chosen.losses.mean(), "crops": mean}
+        return chosen, {"chosen": chosen.losses.mean(), "crops": means.mean()}
 
     def output(state):
         images = jax.vmap(lambda crops: stitch(crops, ipc, factor))(state.crops)
@@ -193,6 +194,11 @@ def rded(
         return jax.sharding.PartitionSpec(CLASS_AXIS)
 
     return Method(init, step, output, BatchSpec("per_class", mipc), specs)
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is not above another."""
+    return next(d for d in range(min(number, most), 0, -1) if number % d == 0)
 
 
 def _ranks(losses: Float[Array, "rows n"], choice: str) -> Float[Array, "rows n"]:

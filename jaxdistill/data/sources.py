@@ -47,7 +47,7 @@ class Facts(NamedTuple):
     images: int
 
 
-# As published. The images of Imagenette differ in size.
+# As published. The images of Imagenette and ImageNet differ in size.
 _FACTS = {
     "digits": Facts(10, (8, 8, 1), 146, DIGITS_TRAIN_ROWS),
     "mnist": Facts(10, (28, 28, 1), 6742, 60_000),
@@ -56,6 +56,7 @@ _FACTS = {
     "cifar100": Facts(100, (32, 32, 3), 500, 50_000),
     "tiny_imagenet": Facts(200, (64, 64, 3), 500, 100_000),
     "imagenette/160px-v2": Facts(10, (0, 0, 3), 993, 9469),
+    "imagenet2012": Facts(1000, (0, 0, 3), 1300, 1_281_167),
 }
 
 

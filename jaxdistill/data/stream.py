@@ -28,6 +28,8 @@ _THREADS = 4
 class Stream:
     """Examples on the host, which may be memory-mapped.
 
+    Programs are compiled from shapes alone, so the arrays may be those.
+
     Attributes:
         examples: A dict, or a tree of dicts, of arrays (N, ...).
         table: int32 (classes, m). Row c lists the positions of class c, and starts over up to the
@@ -37,8 +39,8 @@ class Stream:
     """
 
     examples: Any
-    table: np.ndarray
-    counts: np.ndarray
+    table: Any
+    counts: Any
     labelled: bool = True
 
 
@@ -61,14 +63,14 @@ def stream(
     return Stream(dict(examples), table, counts, labels is not None)
 
 
-def first_shape(spec: BatchSpec, data: Stream) -> Window:
-    """The shapes of `first_window`."""
-    shape = (1, len(data.counts), spec.size) if spec.kind == "per_class" else (1, spec.size)
+def window_shape(spec: BatchSpec, data: Stream, size: int = 1) -> Window:
+    """The shapes of a window of some steps; those of the stream's arrays are enough."""
+    shape = (len(data.counts), spec.size) if spec.kind == "per_class" else (spec.size,)
     batches = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((*shape, *x.shape[1:]), x.dtype), data.examples
+        lambda x: jax.ShapeDtypeStruct((size, *shape, *x.shape[1:]), x.dtype), data.examples
     )
     if spec.kind == "uniform" and data.labelled:
-        batches |= {"labels": jax.ShapeDtypeStruct(shape, np.int32)}
+        batches |= {"labels": jax.ShapeDtypeStruct((size, *shape), np.int32)}
     return Window(batches)
 
 

@@ -11,7 +11,7 @@ from jaxdistill.nn.resnet import ResNet18
 from jaxdistill.nn.vgg import VGG11
 from jaxdistill.task import Network
 
-CLASSIFIERS = ("convnet", "resnet18", "vgg11")
+CLASSIFIERS = ("convnet", "resnet18", "resnet18_large", "vgg11")
 
 
 def classifier(
@@ -38,10 +38,14 @@ def classifier(
     """
     if name == "convnet":
         return as_functions(ConvNet(num_classes, depth, width, norm), image_shape)
-    modules = {"resnet18": ResNet18, "vgg11": VGG11}
+    modules = {
+        "resnet18": ResNet18(num_classes),
+        "resnet18_large": ResNet18(num_classes, large=True),
+        "vgg11": VGG11(num_classes),
+    }
     if name not in modules:
         raise InputError(f"unknown network {name!r}; choose from {', '.join(CLASSIFIERS)}")
-    return as_functions(modules[name](num_classes), image_shape)
+    return as_functions(modules[name], image_shape)
 
 
 def as_functions(module: Any, image_shape: tuple[int, int, int]) -> Network:

@@ -1,8 +1,9 @@
-"""ResNet-18 for small images: an unseen architecture to judge a distilled set by.
+"""ResNet-18: an unseen architecture to judge a distilled set by, and an observer of large images.
 
-The form is the one of the cross-architecture tables of data set distillation (Zhao and Bilen,
-"Dataset Condensation with Gradient Matching", ICLR 2021): 3x3 stem of stride 1 without pooling, and
-instance normalization, so that nothing but parameters has to be kept.
+For small images the form is the one of the cross-architecture tables of data set distillation (Zhao
+and Bilen, "Dataset Condensation with Gradient Matching", ICLR 2021): 3x3 stem of stride 1 without
+pooling, and instance normalization, so that nothing but parameters has to be kept. For large ones
+the stem is that of He et al. (CVPR 2016).
 """
 
 import flax.linen as nn
@@ -40,7 +41,7 @@ class _BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 with a stride-1 stem and global average pooling (He et al., CVPR 2016).
+    """ResNet-18 with global average pooling (He et al., CVPR 2016).
 
     Images down to 2x2 pixels work: a stage whose input is 2 pixels high or wide keeps that size,
     since instance normalization turns 1x1 maps into constants. Sizes from 9 up never meet the rule.
@@ -49,15 +50,19 @@ class ResNet18(nn.Module):
         num_classes: Number of logits.
         width: Channels of the first stage; the others have 2, 4 and 8 times as many.
         norm: See `jaxdistill.nn.norm.Norm`.
+        large: Whether the stem is that for images of 224 pixels: 7x7 of stride 2, and maxima of 3x3
+            of stride 2.
     """
 
     num_classes: int = 10
     width: int = 64
     norm: str = "instance"
+    large: bool = False
 
     def setup(self):
         """Builds the layers."""
-        self.stem = Conv(self.width, use_bias=False)
+        stem = {"kernel_size": 7, "stride": 2, "padding": 3} if self.large else {}
+        self.stem = Conv(self.width, use_bias=False, **stem)
         self.stem_norm = Norm(self.norm)
         self.blocks = [
             _BasicBlock(self.width * 2**stage, stride, self.norm)
@@ -69,6 +74,8 @@ class ResNet18(nn.Module):
     def features(self, x: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
         """The mean of each channel of the last stage, d = 8 * width."""
         x = nn.relu(self.stem_norm(self.stem(x)))
+        if self.large:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for block in self.blocks:
             x = block(x)
         return x.mean(axis=(1, 2))

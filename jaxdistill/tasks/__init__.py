@@ -76,6 +76,38 @@ def image_facts(data: Data) -> sources.Facts:
     )
 
 
+def placed_shapes(
+    settings: Data,
+    example: jax.ShapeDtypeStruct,
+    classes: int,
+    largest: int,
+    count: int,
+    labelled: bool = True,
+) -> Part:
+    """Training examples that need not be there, where the config wants them; to compile for.
+
+    Args:
+        settings: The config's.
+        example: One example.
+        classes: Number of classes; one where there are no labels.
+        largest: Examples of the largest class.
+        count: Examples of all classes.
+        labelled: Whether there are labels.
+    """
+    if settings.placement == "resident":
+        return Part(device.resident_shapes({"images": example}, classes, largest, count, labelled))
+    whole = jax.ShapeDtypeStruct((count, *example.shape), example.dtype)
+    table, counts = ((classes, largest), (classes,))
+    return Part(
+        stream.Stream(
+            {"images": whole},
+            jax.ShapeDtypeStruct(table, np.int32),
+            jax.ShapeDtypeStruct(counts, np.int32),
+            labelled,
+        )
+    )
+
+
 def placed(settings: Data, data: dataset.Dataset) -> Part:
     """The training images where the config wants them: on the devices, or on the host."""
     place = {"resident": device.resident, "streamed": stream.stream}[settings.placement]

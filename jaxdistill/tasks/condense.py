@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxdistill import pool
-from jaxdistill.data import device
 from jaxdistill.data.augment import normalizer, parse
 from jaxdistill.data.dataset import per_class_table
 from jaxdistill.errors import InputError
@@ -26,21 +25,30 @@ from jaxdistill.nn.classifiers import classifier
 from jaxdistill.parallel.mesh import make_mesh
 from jaxdistill.settings import Data, Experiment, Parallel, Row, Run, digest
 from jaxdistill.task import CondenseTask, Network, Part
-from jaxdistill.tasks import Loaded, image_facts, load_images, placed, source_of
+from jaxdistill.tasks import (
+    Loaded,
+    image_facts,
+    load_images,
+    placed,
+    placed_shapes,
+    source_of,
+)
 
 ROOM = "jaxdistill.condense"
 ARTEFACT = "distilled.npz"
 
 
 class Extractor(NamedTuple):
-    """The ConvNet that extracts features.
+    """The network that extracts features, or observes.
 
     Attributes:
-        depth: Blocks; each halves the image.
+        network: One of `jaxdistill.nn.classifiers.CLASSIFIERS`.
+        depth: Blocks of the ConvNet, which the others have not to choose; each halves the image.
         width: Channels.
         norm: Its normalization; see `jaxdistill.nn.norm.Norm`.
     """
 
+    network: Literal["convnet", "resnet18", "resnet18_large", "vgg11"] = "convnet"
     depth: Annotated[int, Between(1, 16)] = 3
     width: Annotated[int, Between(1, 2**14)] = 64
     norm: str = "instance"
@@ -145,7 +153,7 @@ def shapes(experiment: Experiment) -> CondenseTask:
         network,
         Part(_pool_shapes(groups.pool, network)),
         Part(train),
-        Part(device.resident_shapes({"images": image}, facts.num_classes, per_class, count)),
+        placed_shapes(groups.data, image, facts.num_classes, per_class, count),
         groups.run.microbatch,
         _distilled,
     )
@@ -213,7 +221,9 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _extractor(groups: Settings, num_classes: int, image_shape: tuple[int, int, int]) -> Network:
-    return classifier("convnet", num_classes, image_shape, **groups.extractor._asdict())
+    extractor = groups.extractor
+    shape = {"depth": extractor.depth, "width": extractor.width, "norm": extractor.norm}
+    return classifier(extractor.network, num_classes, image_shape, **shape)
 
 
 def _pool_shapes(pool: Pool, network: Network) -> PyTree:

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from jaxdistill import collective, keywords, run_folder, stage
-from jaxdistill.data import device
 from jaxdistill.errors import InputError
 from jaxdistill.flow import adapt
 from jaxdistill.flow.matching import examples_of, flow_matching
@@ -34,7 +33,14 @@ from jaxdistill.parallel import processes
 from jaxdistill.parallel.mesh import fully_sharded, make_mesh
 from jaxdistill.settings import Data, Experiment, Parallel, Row, Run, resolve
 from jaxdistill.task import FlowTask, Part
-from jaxdistill.tasks import Loaded, image_facts, load_images, placed, source_of
+from jaxdistill.tasks import (
+    Loaded,
+    image_facts,
+    load_images,
+    placed,
+    placed_shapes,
+    source_of,
+)
 
 ROOM = "jaxdistill.flow"
 ARTEFACT = "student.safetensors"
@@ -184,10 +190,8 @@ def shapes(experiment: Experiment) -> FlowTask:
         shape, classes = facts.image_shape, facts.num_classes
         largest, count = facts.largest_class, facts.images
         example, labelled = jax.ShapeDtypeStruct(shape, jnp.uint8), True
-    examples = device.resident_shapes(
-        {"images": example}, max(classes, 1), largest, count, labelled
-    )
-    return _images(groups, name, shape, classes, Part(examples))
+    examples = placed_shapes(groups.data, example, max(classes, 1), largest, count, labelled)
+    return _images(groups, name, shape, classes, examples)
 
 
 def mesh(
