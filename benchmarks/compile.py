@@ -28,6 +28,15 @@ ROWS = [
     ("ncfm:dataset=tiny_imagenet,ipc=10", "v5e:1x1"),
     ("ncfm:dataset=imagenette,ipc=10", "v5e:1x1"),
     ("flow:dataset=latents_1mp", "v5e:8x8"),
+    # One step is all of it: 300 images of each of 1,000 classes, 5 crops of each.
+    ("rded:dataset=imagenet,ipc=10", "v5e:2x4"),
+    ("rded:dataset=imagenet,ipc=10", "v5e:4x4"),
+    # The whole network of 675 million parameters, tuned from a teacher of its own size.
+    (
+        "ucgm:dataset=latents_imagenet,baselines= --config.data.placement=streamed "
+        "--config.method.rank=0 --config.run.chunk=1",
+        "v5e:4x4",
+    ),
 ]
 
 

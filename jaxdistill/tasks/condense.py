@@ -235,6 +235,8 @@ def _pool_shapes(pool: Pool, network: Network) -> PyTree:
 def _train_pool(groups, network, data, normalize, workdir, should_stop) -> PyTree:
     settings = groups.pool
     spec = {k: v for k, v in settings._asdict().items() if k not in ("dir", "size")}
+    # Pools of the time when there was no choice of network stay valid.
+    shape = {k: v for k, v in groups.extractor._asdict().items() if v != "convnet"}
     return pool.load_or_train(
         expanded(settings.dir) if settings.dir else workdir / "pool",
         settings.size,
@@ -249,7 +251,7 @@ def _train_pool(groups, network, data, normalize, workdir, should_stop) -> PyTre
             decay_at=(2 / 3, 5 / 6),
         ),
         microbatch=groups.run.microbatch,
-        identity=digest([spec, groups.extractor._asdict(), data.fingerprint()]),
+        identity=digest([spec, shape, data.fingerprint()]),
         should_stop=should_stop,
     )
 
