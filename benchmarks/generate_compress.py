@@ -6,7 +6,8 @@
 A two-call ArcFlow student of the frozen teacher, trained as in the tables of flows, makes as many
 images of each class as there are real ones. Each arm is condensed by RDED, with an observer that is
 trained on the arm's own images, and beside it stand images drawn at random from the arm; networks
-are trained on both by one recipe, with equal images and steps. Interrupted, the same command goes on.
+are trained on both by one recipe, with equal images and steps. Interrupted, the same command goes
+on.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def _generate(args: argparse.Namespace) -> list[dict]:
     one = {"name": "generate", "per_class": _PER_CLASS}
     config.evals = {
         "generated": one,
-        # The surest third of what the first has: those it does not have are not made for it.
+        # Of 4,000 made of each class the 2,000 surest.
         "confident": one | {"filter": "confident", "per_class": _PER_CLASS // 3},
         "mixed": one | {"real": True},
     }
