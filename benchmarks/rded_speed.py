@@ -4,8 +4,8 @@
     python benchmarks/rded_speed.py --table
 
 `--torch-python` is an interpreter that has torch and NumPy. Each measurement is a process of its
-own, the two sides take turns, and all use two threads. The pictures that are decoded are noise with the
-spectrum of photographs, 500 x 375, at the quality that gives the 110 kB of an average file of
+own, the two sides take turns, and all use two threads. The pictures that are decoded are noise with
+the spectrum of photographs, 500 x 375, at the quality that gives the 110 kB of an average file of
 ImageNet. Writes `benchmarks/records/rded_speed.json`.
 """
 

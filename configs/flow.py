@@ -7,7 +7,8 @@ Arguments, joined by commas behind the colon:
     dataset=    soft4 (default), ring8, checkerboard, spirals: points in the plane;
                 digits, fashion_mnist, cifar10, any other TFDS name, or a path, as in `ncfm`;
                 latents_imagenet, latents_1mp: shapes alone, to compile for accelerators
-    method=     arcflow (default), linear, straight, gaussian, endpoint, endpoint_8x, progressive
+    method=     arcflow (default), linear, straight, gaussian, endpoint, endpoint_8x, progressive,
+                ucgm
     baselines=  rows beside it, joined by +: linear (default); empty for none
     nfe=        network calls of the students (2)
     smoke       a run of seconds that only shows that everything works
@@ -124,7 +125,7 @@ _RECIPES = {
 # Sampler and network calls, guidance left out.
 _TEACHER_ROWS = (
     *(f"euler:{nfe}" for nfe in (2, 4, 8, 16, 100)),
-    *(f"{sampler}:{nfe}" for sampler in ("midpoint", "dpm_solver_2m") for nfe in (4, 8)),
+    *(f"{sampler}:{nfe}" for sampler in ("midpoint", "dpm_solver_2m", "ucgm_s") for nfe in (4, 8)),
 )
 
 
