@@ -2,6 +2,7 @@
 
     python benchmarks/rded.py                 # what is missing, into benchmarks/records/rded.json
     python benchmarks/rded.py --table         # the tables, from the record
+    python benchmarks/rded.py --picture       # docs/images/rded_fashion_mnist.png, from the workdir
 
 Every row of images is trained on under every kind of label, with equal steps. The observer is
 trained once; the seed of a run decides the images and the crops, and each set is trained on by
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import recording
+from PIL import Image
 
 import jaxdistill
 from jaxdistill.eval.results import markdown
+from jaxdistill.io import pictures
 
 _RECORD = recording.FOLDER / "rded.json"
 _COSINES = ("half", "full")
@@ -44,6 +47,25 @@ def _run(ipc: int, cosine: str, seed: int, args: argparse.Namespace) -> dict:
         "config": resolved,
         "versions": json.loads((workdir / "versions.json").read_text()),
     }
+
+
+def picture(workdir: Path, path: Path) -> None:
+    """What each row has of a class, and the observer's mean loss on all that it chose."""
+    shown, labels, names = [], [], []
+    for label in (7, 8):  # sneakers and bags
+        for row in ("rded", "medium", "hardest", "cropped", "random"):
+            folder = workdir if row == "rded" else workdir / "baselines" / row
+            made = jaxdistill.load_distilled(folder)
+            lines = (folder / "metrics.jsonl").read_text().splitlines()
+            loss = json.loads(lines[-1]).get("chosen")
+            own = made.images[made.labels == label]
+            shown.append(own)
+            labels += [len(names)] * len(own)
+            # Of whole images nobody was asked.
+            name = {"rded": "easiest", "cropped": "random crop"}.get(row, row)
+            names.append(name if row == "random" else f"{name} {loss:.2g}")
+    grid = pictures.grid(np.concatenate(shown), np.array(labels, np.int32), names)
+    Image.fromarray(grid).save(path)
 
 
 def table(records: list[dict], ipc: int, cosine: str) -> str:
@@ -82,7 +104,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--students", type=int, default=2, help="networks on each set")
     parser.add_argument("--table", action="store_true", help="only print what is recorded")
+    parser.add_argument("--picture", action="store_true", help="only draw what a run has left")
     args = parser.parse_args()
+    if args.picture:
+        images = Path(__file__).parent.parent / "docs" / "images"
+        picture(args.workdir / "10-0", images / "rded_fashion_mnist.png")
+        return
     for seed in () if args.table else args.seeds:
         for ipc in args.ipc:
             for cosine in _COSINES:

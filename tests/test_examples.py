@@ -83,6 +83,13 @@ def test_the_student_example_beats_euler(student_example):
 
 
 @pytest.mark.slow
+def test_the_example_of_tuning_comes_near_to_many_calls_in_two(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(EXAMPLES / "tune.py"))
+    assert names["before"] < 0.5 < 0.75 < names["after"] and names["many"] > 0.9
+
+
+@pytest.mark.slow
 def test_the_teacher_of_the_student_example_is_the_velocity_of_its_data(student_example):
     names, _ = student_example
 

@@ -30,6 +30,7 @@ from jaxdistill.flow.transports import (
     Transport,
     answer,
     denominator,
+    estimates,
     kumaraswamy,
     of_velocity,
     point,
@@ -136,7 +137,8 @@ def target(
         change = there(after) / length - there(before) / length
     else:
         length = expand((1 - ratio) * jnp.maximum(t, _LEAST_TIME), data)
-        change = there(t) / length - there(ratio * t) / length
+        now = estimates(transport, point(transport, data, noise, t), t, output)[0]
+        change = now / length - there(ratio * t) / length
     change = jnp.clip(change, -unified.bound, unified.bound)
     sine = jnp.sin(jnp.pi / 2 * jnp.maximum(t, _LEAST_TIME))
     scale = 4 * transport.alpha(t) / (denominator(transport, t) * sine)
