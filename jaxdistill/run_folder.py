@@ -84,8 +84,8 @@ def _is_writable(workdir: Path) -> bool:
 
 def _prepare(workdir: Path, config: Mapping[str, Any]) -> None:
     for part in (workdir, *workdir.glob("baselines/*")):
-        for folder in (part, part / "artifacts", part / "teacher", part / "judge"):
-            remove_leftovers(folder)
+        for name in ("", "artifacts", "teacher", "judge", "generated"):
+            remove_leftovers(part / name)
     write_files(
         {
             workdir / "config.json": functools.partial(dump, config),
