@@ -126,11 +126,11 @@ def images(args: argparse.Namespace) -> None:
 def points(args: argparse.Namespace) -> None:
     """Points in the plane, and the sampler's error on an exact flow."""
     path = recording.FOLDER / "ucgm_points.json"
+    _put(path, "kappa", lambda: {"run": "kappa", "errors": kappa_curve()})
     for name in _POINTS:
         for seed in args.seeds:
             slug = f"{name} {seed}"
             _put(path, slug, lambda n=name, s=slug, k=seed: _train(n, s, k, {}, args))
-    _put(path, "kappa", lambda: {"run": "kappa", "errors": kappa_curve()})
 
 
 def kappa_curve() -> list[dict]:
