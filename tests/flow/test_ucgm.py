@@ -438,7 +438,7 @@ def test_one_call_of_a_consistent_network_has_the_spread_of_the_data(name):
         spread[ratio] = float(end.std((0, 1, 2)).mean())
     # The mean of all data at a ratio of 0; their spread at 1.
     assert spread[0.0] < 0.18
-    assert 0.26 < spread[1.0] < 0.36
+    assert 0.24 < spread[1.0] < 0.42
 
 
 def test_many_calls_of_a_matched_flow_have_it_too():
