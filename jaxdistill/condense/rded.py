@@ -158,7 +158,7 @@ def rded(
             collective.class_keys(key, classes)
         ).reshape(-1)
         labels = jnp.repeat(collective.class_ids(classes), own)
-        # Slices, not an index into all images, for which a TPU would first make them wide numbers.
+        # Equal passes, so that no image is looked at twice.
         at_once = _divisor(classes * own, max(1, microbatch // num_crop))
         passes = lambda x: x.reshape(-1, at_once, *x.shape[1:])  # noqa: E731
         flat = images.reshape(-1, *images.shape[2:])
