@@ -10,7 +10,6 @@ images are compared on held-out training images instead, into `flow_<data set>_t
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -117,22 +116,11 @@ def _run(name: str, variant: str, seed: int, own: dict[str, str], args: argparse
     spec = f"flow:dataset={name},baselines={'+'.join(baselines)},seed={seed}"
     config = jaxdistill.load_config(spec, overrides)
     found = recording.samples(jaxdistill.train(config, workdir))
-    resolved = json.loads((workdir / "config.json").read_text())
-    del resolved["teacher"]["dir"]  # places on this machine
-    resolved["evals"]["samples"].pop("judge_dir", None)
-    students = {config.method.name: workdir} | {n: workdir / "baselines" / n for n in baselines}
-    cards = {
-        n: json.loads((folder / "artifacts" / "student.json").read_text())
-        for n, folder in students.items()
-    }
     return {
         "variant": variant,
         "seed": seed,
         "rows": found,
-        "costs": {n: card["cost"] for n, card in cards.items()},
-        "teacher_sha256": cards[config.method.name]["provenance"]["teacher_sha256"],
-        "config": resolved,
-        "versions": json.loads((workdir / "versions.json").read_text()),
+        **recording.students(workdir, config.method.name, baselines),
     }
 
 

@@ -1,6 +1,7 @@
 """Real images against generated ones, condensed alike: Fashion-MNIST, tested on real images.
 
     python benchmarks/generate_compress.py --teacher=runs/flow/fashion_mnist-0 --workdir=runs/gc
+    python benchmarks/generate_compress.py --arms tail filled --workdir=runs/gc
     python benchmarks/generate_compress.py --table
 
 A two-call ArcFlow student of the frozen teacher, trained as in the tables of flows, makes as many
@@ -8,6 +9,10 @@ images of each class as there are real ones. Each arm is condensed by RDED, with
 trained on the arm's own images, and beside it stand images drawn at random from the arm; networks
 are trained on both by one recipe, with equal images and steps. Interrupted, the same command goes
 on.
+
+Of the arm `tail` the training split is long-tailed: the classes, in an order that is drawn once,
+have from 6,000 images down to 60. In `filled` those below 600 are filled up to that number by a
+guided teacher that has seen the long-tailed split alone.
 """
 
 import argparse
@@ -18,11 +23,14 @@ import numpy as np
 import recording
 
 import jaxdistill
-from jaxdistill.eval.results import markdown
+from jaxdistill.data import sources
+from jaxdistill.eval import results
 
 _RECORD = recording.FOLDER / "generate_compress.json"
-_ARMS = ("real", "generated", "confident", "mixed")
+_GENERATED = ("generated", "confident", "mixed")
+_ARMS = ("real", *_GENERATED, "tail", "filled")
 _PER_CLASS = 6000
+_IMBALANCE, _FILLED = 100, 600
 
 
 def _generate(args: argparse.Namespace) -> list[dict]:
@@ -45,9 +53,60 @@ def _generate(args: argparse.Namespace) -> list[dict]:
     return jaxdistill.train(config, args.workdir / "generator")
 
 
+def _order() -> np.ndarray:
+    """The classes, from the most frequent to the rarest."""
+    return np.random.default_rng(0).permutation(10)
+
+
+def _tail(path: Path) -> None:
+    """The long-tailed data set."""
+    data = sources.load("fashion_mnist")
+    sizes = np.rint(_PER_CLASS * _IMBALANCE ** (-np.arange(10) / 9)).astype(int)
+    kept = np.sort(
+        np.concatenate(
+            [
+                np.flatnonzero(data.train.labels == c)[:n]
+                for c, n in zip(_order(), sizes, strict=True)
+            ]
+        )
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        path,
+        train_images=data.train.images[kept],
+        train_labels=data.train.labels[kept],
+        test_images=data.test.images,
+        test_labels=data.test.labels,
+        class_names=np.array(data.class_names),
+    )
+
+
+def _fill(args: argparse.Namespace) -> list[dict]:
+    """What the long-tailed set lacks, by a teacher that is trained on it."""
+    config = jaxdistill.load_config(
+        "flow:dataset=fashion_mnist,baselines=",
+        {
+            "data.name": str(args.workdir / "tail.npz"),
+            "teacher.steps": "2000",
+            "method.steps": "1",  # of the student, whom nobody asks
+        },
+    ).unlock()
+    config.evals = {
+        "filled": {
+            "name": "generate",
+            "teacher": "midpoint:16",
+            "per_class": _FILLED,
+            "real": True,
+            "fill": True,
+        }
+    }
+    return jaxdistill.train(config, args.workdir / "filler")
+
+
 def _run(arm: str, seed: int, args: argparse.Namespace) -> dict:
-    folder = args.workdir / "generator" / "generated"
-    data = "fashion_mnist" if arm == "real" else str(folder / f"{arm}.npz")
+    folders = {arm: args.workdir / "generator" / "generated" for arm in _GENERATED}
+    folders |= {"tail": args.workdir, "filled": args.workdir / "filler" / "generated"}
+    data = "fashion_mnist" if arm == "real" else str(folders[arm] / f"{arm}.npz")
     workdir = args.workdir / f"{arm}-{seed}"
     overrides = {
         "data.name": data,
@@ -56,7 +115,7 @@ def _run(arm: str, seed: int, args: argparse.Namespace) -> dict:
         "evals.accuracy.seeds": "1",
     }
     config = jaxdistill.load_config(f"rded:ipc=10,baselines=random,seed={seed}", overrides)
-    results = jaxdistill.train(config, workdir)
+    found = jaxdistill.train(config, workdir)
     resolved = json.loads((workdir / "config.json").read_text())
     del resolved["pool"]["dir"]  # places on this machine
     resolved["data"]["name"] = arm
@@ -64,7 +123,8 @@ def _run(arm: str, seed: int, args: argparse.Namespace) -> dict:
     return {
         "arm": arm,
         "seed": seed,
-        "results": results,
+        "results": found,
+        "rarest": _order()[-3:].tolist() if arm in ("tail", "filled") else None,
         "provenance": card["provenance"],
         "config": resolved,
         "versions": json.loads((workdir / "versions.json").read_text()),
@@ -75,23 +135,27 @@ def table(records: list[dict]) -> str:
     """Markdown: accuracies in %, mean ± std over the seeds of the choice and the network."""
     runs = [r for r in records if "results" in r]
     metrics = list(dict.fromkeys(x["metric"] for r in runs for x in r["results"]))
-    lines = [["images", "chosen", "seeds", *(m.removeprefix("convnet, ") for m in metrics)]]
+    heads = [m.removeprefix("convnet, ") for m in metrics]
+    lines = [["images", "chosen", "seeds", *heads, *(f"rarest third, {h}" for h in heads)]]
     for arm in dict.fromkeys(r["arm"] for r in runs):
         for row in ("rded", "random"):
-            cells, seeds = [], set()
+            cells, rare, seeds = [], [], set()
             for metric in metrics:
-                values = [
-                    100 * x["value"]
+                found = [
+                    (x, r.get("rarest"))
                     for r in runs
                     for x in r["results"]
                     if (r["arm"], x["row"], x["metric"]) == (arm, row, metric)
                 ]
-                seeds.add(len(values))
-                cells.append(f"{np.mean(values):.1f} ± {np.std(values):.1f}")
-            lines.append([arm, row, str(max(seeds)), *cells])
-    made = [x for r in records if r["arm"] == "generator" for x in r["generator"]]
-    said = ", ".join(f"{x['evaluation']} {x['metric']} {x['value']:.3g}" for x in made)
-    return f"{markdown(lines)}\n\nThe generator: {said}.\n"
+                seeds.add(len(found))
+                cells.append(results.percent([x["value"] for x, _ in found]))
+                thirds = [np.mean([x["classes"][c] for c in few]) for x, few in found if few]
+                rare.append(results.percent(thirds) if thirds else "")
+            lines.append([arm, row, str(max(seeds)), *cells, *rare])
+    lines = lines if any(line[-1] for line in lines[1:]) else [line[:-2] for line in lines]
+    made = [(r["arm"], x) for r in records for x in r.get("generator", ())]
+    said = "; ".join(f"{x['evaluation']}, {x['metric']} {x['value']:.3g}" for _, x in made)
+    return f"{results.markdown(lines)}\n\nWhat was made: {said}.\n"
 
 
 def main() -> None:
@@ -104,8 +168,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what is recorded")
     args = parser.parse_args()
     if not args.table:
-        made = {"arm": "generator", "seed": 0, "generator": _generate(args)}
-        recording.put(_RECORD, made, ("arm", "seed"))
+        if set(args.arms) & set(_GENERATED):
+            made = {"arm": "generator", "seed": 0, "generator": _generate(args)}
+            recording.put(_RECORD, made, ("arm", "seed"))
+        if set(args.arms) & {"tail", "filled"}:
+            _tail(args.workdir / "tail.npz")
+            made = {"arm": "filler", "seed": 0, "generator": _fill(args)}
+            recording.put(_RECORD, made, ("arm", "seed"))
         for seed in args.seeds:
             for arm in args.arms:
                 known = {(r["arm"], r["seed"]) for r in recording.read(_RECORD)}

@@ -6,14 +6,11 @@ As `rded_jax.py` does it: 10 classes, 300 images each, 5 crops of each, 32x32x3,
 blocks of 128 channels. Needs torch and NumPy, and `ncfm_torch.py` beside it.
 """
 
-import argparse
-import json
 import math
-import time
-from pathlib import Path
 
 import ncfm_torch
 import numpy as np
+import rded_sides
 import torch
 
 MEAN, STD = 0.5, 0.25
@@ -56,14 +53,7 @@ def choose(model, images: torch.Tensor, crops: int, ipc: int, batch: int) -> flo
 
 def main() -> None:
     """Prints the record as JSON and writes it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {
-        "classes": 10, "mipc": 300, "crops": 5, "ipc": 10, "size": 32, "width": 128, "depth": 3,
-        "batch": 128, "rounds": 2,
-    }.items():  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = rded_sides.arguments(__doc__, at_once=128)
     torch.set_num_threads(2)
     torch.manual_seed(0)
     shape = (args.classes, args.mipc, 3, args.size, args.size)
@@ -71,24 +61,11 @@ def main() -> None:
     model = ncfm_torch.ConvNet(
         args.classes, size=args.size, channels=3, width=args.width, depth=args.depth
     ).eval()
-    wall, cpu, losses = [], [], []
-    for number in range(args.rounds + 1):
-        begun = time.perf_counter(), time.process_time()
-        losses.append(choose(model, images, args.crops, args.ipc, args.batch))
-        if number:
-            wall.append(time.perf_counter() - begun[0])
-            cpu.append(time.process_time() - begun[1])
-    record = {
-        "crops": math.prod((args.classes, args.mipc, args.crops)),
-        "wall_seconds": wall,
-        "cpu_seconds": cpu,
-        "losses": losses,
-        "torch": torch.__version__,
-    }
-    text = json.dumps(record, indent=1) + "\n"
-    print(text, end="")
-    if args.json:
-        args.json.write_text(text)
+    rded_sides.measure(
+        args,
+        lambda _: choose(model, images, args.crops, args.ipc, args.at_once),
+        torch=torch.__version__,
+    )
 
 
 if __name__ == "__main__":

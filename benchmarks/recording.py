@@ -49,6 +49,30 @@ def samples(records: Sequence[dict]) -> list[dict]:
     return list(rows.values())
 
 
+def students(workdir: Path, first: str, others: Sequence[str]) -> dict:
+    """What a run of flow students leaves in its workdir, as records hold it.
+
+    Args:
+        workdir: The run's.
+        first: What its method is called.
+        others: Its baselines.
+    """
+    resolved = json.loads((workdir / "config.json").read_text())
+    del resolved["teacher"]["dir"]  # places on this machine
+    resolved["evals"]["samples"].pop("judge_dir", None)
+    folders = {first: workdir} | {n: workdir / "baselines" / n for n in others}
+    cards = {
+        n: json.loads((folder / "artifacts" / "student.json").read_text())
+        for n, folder in folders.items()
+    }
+    return {
+        "costs": {n: card["cost"] for n, card in cards.items()},
+        "teacher_sha256": cards[first]["provenance"]["teacher_sha256"],
+        "config": resolved,
+        "versions": json.loads((workdir / "versions.json").read_text()),
+    }
+
+
 def put(path: Path, record: dict, names: Sequence[str]) -> None:
     """Adds a record to a list of them, in the place of that with the same values of some names."""
     same = [record[name] for name in names]

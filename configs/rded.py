@@ -35,6 +35,8 @@ _SMALL = {
     "learning_rate": 0.02,
     "strategy": "color_crop_flip_scale_rotate",
     "image_size": None,
+    "placement": "resident",
+    "network": "convnet",
     "factor": 1,
 }
 # On accelerators; from 128 pixels four crops make an image.
@@ -52,7 +54,13 @@ _RECIPES = {
     "tiny_imagenet": _LARGE | {"image_size": 64, "depth": 4},
     "imagenette/160px-v2": _LARGE | {"image_size": 128, "depth": 5, "factor": 2},
     "imagenet2012": _LARGE
-    | {"image_size": 224, "network": "resnet18_large", "microbatch": 250, "factor": 2},
+    | {
+        "image_size": 224,
+        "placement": "streamed",
+        "network": "resnet18_large",
+        "microbatch": 250,
+        "factor": 2,
+    },
 }
 _TFDS = {"imagenette": "imagenette/160px-v2", "imagenet": "imagenet2012"}
 # Images a step while students are trained; twice as many from a hundred classes on.
@@ -81,12 +89,11 @@ def get_config(argument=None, dataset=None):
     config.data = ml_collections.ConfigDict()
     config.data.name = dataset
     config.data.image_size = recipe["image_size"]
-    if dataset == "imagenet2012":
-        config.data.placement = "streamed"
+    config.data.placement = recipe["placement"]
 
     # The observer is the first of the pool.
     config.extractor = ml_collections.ConfigDict()
-    config.extractor.network = recipe.get("network", "convnet")
+    config.extractor.network = recipe["network"]
     config.extractor.depth = recipe["depth"]
     config.extractor.width = recipe["width"]
 

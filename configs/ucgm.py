@@ -11,7 +11,8 @@ Arguments, joined by commas behind the colon:
 Rows: `ucgm` has a consistency ratio of 1 and learns where the teacher's paths end, `half` one of a
 half, and `matching` one of 0, which is flow matching; each is sampled with several numbers of
 calls. Data, teacher, network and budget are those of `flow`. `--config.method.fresh` trains it from
-the beginning, `--config.method.enhancement=0` without a teacher.
+the beginning, and `--config.method.enhancement=0` lets it learn from the data alone; the tables
+have a teacher in either case.
 
     config                              hardware
     ucgm:dataset=soft4 and other points 2 CPU cores, minutes

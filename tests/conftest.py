@@ -49,6 +49,16 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module")
+def quickly():
+    """As `quick_compilation`, for a whole module and the fixtures that it shares."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tpu():
     """The compiler for TPUs, where it is installed."""

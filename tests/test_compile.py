@@ -64,6 +64,16 @@ def test_the_flag_writes_what_the_function_does(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_streamed_data_are_compiled_as_a_window_of_batches():
+    spec = "ncfm:dataset=digits,ipc=1,baselines=,smoke"
+    config = configs.load(spec, {"data.placement": "streamed", "run.chunk": "3"})
+    made = programs.chunk(config)
+    images = made.arguments[-1].batches["images"]
+    assert images.shape == (3, 10, config.method.batch_real, 8, 8, 1)
+    assert images.dtype == np.uint8
+    made.function.lower(*made.arguments)  # they fit the program
+
+
 def test_an_exported_program_is_the_chunk_of_the_run(exported):
     """Read back and run on arguments that the card alone describes."""
     workdir, config = exported

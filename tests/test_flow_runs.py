@@ -32,12 +32,7 @@ STUDENTS = ("linear", "straight", "gaussian", "endpoint", "endpoint_8x", "progre
 CALLS = "--config.evals.samples.nfe=(1,2)"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    """The programs are large and run for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quickly")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,12 +17,7 @@ SPEC = "generate_compress:smoke"
 EVAL = "generator.evals.generated"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    """The programs are large and run for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quickly")
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +98,9 @@ def test_rare_classes_alone_are_filled_up_beside_the_real_ones(whole, tmp_path):
         configs.load(SPEC, more)["generator"], tmp_path / "generator"
     )
     assert (record["row"], record["value"], kept["value"]) == ("teacher, euler, 2", 80, 0.5)
+    # Back at the first settings, whose measurements are known, the set is made again.
+    experiment.train(config["generator"], tmp_path / "generator")
+    assert generated(tmp_path).train.fingerprint() == data.train.fingerprint()
     # No generator of a second's training makes what a classifier would take for its class.
     with pytest.raises(InputError, match=r"the classifier gave .* that label; take another filter"):
         experiment.train(
@@ -117,6 +114,8 @@ def test_rare_classes_alone_are_filled_up_beside_the_real_ones(whole, tmp_path):
     [
         ({"data.name": "generated", "generator.method.steps": "0"}, "generator.method.steps is 0"),
         ({f"{EVAL}.teacher": "nobody:3"}, "teacher_rows has 'nobody:3'"),
+        ({f"{EVAL}.fill": "True"}, r"fill makes what the real images lack; set real=True"),
+        ({f"{EVAL}.fill": "True", f"{EVAL}.real": "True"}, "has 30 training images or more; raise"),
         ({"method.factor": "3"}, "factor"),
         ({"evals.accuracy.networks": "('nobody',)"}, "unknown network 'nobody'"),
     ],

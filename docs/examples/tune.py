@@ -7,7 +7,8 @@ import optax
 from jaxdistill import runner
 from jaxdistill.flow import samplers
 from jaxdistill.flow.matching import flow_matching
-from jaxdistill.flow.transports import kumaraswamy, of_velocity
+from jaxdistill.flow.paths import kumaraswamy
+from jaxdistill.flow.transports import of_velocity
 from jaxdistill.flow.ucgm import Unified, ucgm
 from jaxdistill.method import BatchSpec
 

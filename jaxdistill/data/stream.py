@@ -63,6 +63,25 @@ def stream(
     return Stream(dict(examples), table, counts, labels is not None)
 
 
+def stream_shapes(
+    examples: Mapping[str, PyTree], classes: int, largest: int, count: int, labelled: bool = True
+) -> Stream:
+    """The shapes of `stream`, for programs that are compiled without the data.
+
+    Args:
+        examples: As `device.resident_shapes` takes them, like the rest.
+        classes: Number of classes, 1 where there are no labels.
+        largest: Examples of the largest class.
+        count: Examples of all classes.
+        labelled: Whether there are labels.
+    """
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), dict(examples))
+    table, counts = (
+        jax.ShapeDtypeStruct(shape, np.int32) for shape in ((classes, largest), (classes,))
+    )
+    return Stream(whole, table, counts, labelled)
+
+
 def window_shape(spec: BatchSpec, data: Stream, size: int = 1) -> Window:
     """The shapes of a window of some steps; those of the stream's arrays are enough."""
     shape = (len(data.counts), spec.size) if spec.kind == "per_class" else (spec.size,)

@@ -92,7 +92,8 @@ def evaluate(
         temperature: The temperature of the soft labels.
 
     Returns:
-        A record for each row, network, kind of label and seed; accuracies are fractions.
+        A record for each row, network, kind of label and seed; accuracies are fractions, beside
+        them those of the `classes`.
 
     Raises:
         InputError: If an artefact is none.
@@ -232,16 +233,19 @@ def _measure(
     measured = {}
     for index, (cell, diverged) in enumerate(zip(group, lost, strict=True)):
         one = jax.tree.map(lambda x, index=index: x[index], params)
-        accuracy = train_on.accuracy(network, one, images, labels, **passes)
+        found = train_on.accuracy(
+            network, one, images, labels, num_classes=task.num_classes, **passes
+        )
         measured[cell] = {
-            "value": math.nan if diverged else accuracy,
+            "value": math.nan if diverged else found.value,
+            "classes": list(found.classes),
             "images": len(distilled.labels),
             "epochs": protocol.epochs,
             # Of the networks trained together.
             "wall_seconds": round(time.perf_counter() - start[0], 2),
             "cpu_seconds": round(time.process_time() - start[1], 2),
         }
-        bar.update(bar.done, {"accuracy": accuracy})
+        bar.update(bar.done, {"accuracy": found.value})
     bench.results.keep(measured)
 
 

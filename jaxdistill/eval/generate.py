@@ -24,7 +24,7 @@ from jaxdistill.eval.results import Cell
 from jaxdistill.eval.sampling import Generator
 from jaxdistill.io import pictures
 from jaxdistill.io.files import dump, expanded, write_files
-from jaxdistill.io.reading import read_npz
+from jaxdistill.io.reading import read_json, read_npz
 from jaxdistill.io.writers import Progress
 from jaxdistill.keywords import Between, Count, Folder, Natural
 from jaxdistill.settings import digest
@@ -53,8 +53,17 @@ class Kept(NamedTuple):
     good: int
 
 
-def check(task: FlowTask, data: Any, *, teacher: str, **others: Any) -> None:
-    """Refuses data without labels, and samplers that are none.
+def check(
+    task: FlowTask,
+    data: Any,
+    *,
+    teacher: str,
+    per_class: int,
+    fill: bool,
+    real: bool,
+    **others: Any,
+) -> None:
+    """Refuses data without labels, samplers that are none, and filling up what lacks nothing.
 
     Raises:
         InputError: In these cases.
@@ -64,6 +73,12 @@ def check(task: FlowTask, data: Any, *, teacher: str, **others: Any) -> None:
         raise InputError(f"{task.name} has no labels, and images are made class by class")
     if teacher:
         sampling.parse_teacher_row(teacher)
+    if fill and not real:
+        raise InputError("evals.*.fill makes what the real images lack; set real=True beside it")
+    if fill and not _wanted(data, per_class, fill).any():
+        raise InputError(
+            f"evals.*.fill: every class has {per_class} training images or more; raise per_class"
+        )
 
 
 def evaluate(
@@ -92,7 +107,7 @@ def evaluate(
             instead.
         per_class: Images of each class.
         fill: Whether only as many are made as a class lacks of that number in the real training
-            split; classes that lack none get none. Without `real` it makes that many all the same.
+            split, beside which they then stand.
         real: Whether the real training images are in the set too.
         filter: Which images are kept.
         seed: Decides the noise.
@@ -111,7 +126,7 @@ def evaluate(
     student = next(iter(bench.rows))
     nfe = nfe or bench.rows[student].recipe.card["nfe"]
     name = f"teacher, {teacher.replace(':', ', ')}" if teacher else f"{student}, {nfe}"
-    decides = [name, per_class, fill, real, filter, seed, judge_epochs, bench.identity]
+    decides = [name, per_class, fill, real, filter, seed, batch_size, judge_epochs, bench.identity]
     # A student's training is in none of them: its parameters are.
     decides.append(_content(bench, student) if not teacher else "")
     protocol = digest(decides)
@@ -120,7 +135,8 @@ def evaluate(
     cells = [
         Cell(bench.name, name, metric, 0, protocol) for metric in ("images", "kept", "consistent")
     ]
-    missing = bool(bench.results.missing(cells)) or not path.is_file()
+    # What lies there may have been made with other settings since.
+    missing = bool(bench.results.missing(cells)) or _protocol(path) != protocol
     judge_folder = expanded(judge_dir) if judge_dir else bench.workdir / "judge"
     judge = images.classifier(bench, judge_folder, judge_epochs) if missing else None
 
@@ -133,7 +149,8 @@ def evaluate(
             parts = [folder / f"part-{protocol}-{c}.npz" for c in range(len(numbers))]
             maker = _Maker(bench, generator, judge, filter, seed, batch_size)
             made = _make(maker, numbers, parts)
-            measured = _write(path, maker, made, real, {"generator": name, "filter": filter})
+            card = {"generator": name, "filter": filter, "protocol": protocol}
+            measured = _write(path, maker, made, real, card)
             bench.results.keep({c: {"value": measured[c.metric]} for c in cells})
             for part in parts:
                 part.unlink(missing_ok=True)
@@ -148,6 +165,17 @@ def evaluate(
 def _content(bench: Bench, row: str) -> str:
     """The checksum of a student's parameters, which its card has."""
     return json.loads((bench.rows[row].folder / "student.json").read_text())["sha256"]
+
+
+def _protocol(path: Path) -> str | None:
+    """By which settings a data set was made, as its card says; None where there is none."""
+    card = path.with_suffix(".json")
+    if not (path.is_file() and card.is_file()):
+        return None
+    try:
+        return read_json(card)["protocol"]
+    except (InputError, KeyError, TypeError):
+        return None
 
 
 def _wanted(data: Dataset, per_class: int, fill: bool) -> np.ndarray:

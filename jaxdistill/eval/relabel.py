@@ -11,6 +11,7 @@ an image, those of some views that are drawn once and kept, or the teacher's for
 import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -118,8 +119,9 @@ def evaluate(
             networks, and written beside the artefact with their labels; see `Views`.
 
     Returns:
-        A record for each row, network, kind of label and seed; accuracies are fractions. Those with
-        soft labels say how many `label_bytes` they take in 16 bits, views included.
+        A record for each row, network, kind of label and seed; accuracies are fractions, beside
+        them those of the `classes`. Records of soft labels say how many `label_bytes` they take in
+        16 bits, views included.
 
     Raises:
         InputError: If an artefact is none.
@@ -151,7 +153,7 @@ def evaluate(
     for cell in missing:
         if metrics[cell.metric][1] == "views" and cell.row not in stored:
             row = bench.rows[cell.row]
-            stored[cell.row] = _stored(task, row, teacher, protocols["views"], cell.protocol)
+            stored[cell.row] = _stored(bench, row, teacher, protocols["views"], cell.protocol)
     todo = processes.mine(missing)
     bar = Progress(len(todo), 0, "evaluating") if todo else None
     for done, cell in enumerate(todo):
@@ -210,13 +212,20 @@ def _measure(
     one_hot = train_on.one_hot(distilled.labels, task.num_classes)
     one = jax.tree.map(lambda x: x[None], params)
     (lost,) = train_on.have_diverged(one, network, images, one_hot, normalize=task.normalize)
-    accuracy = train_on.accuracy(
-        network, params, test, labels, normalize=task.normalize, microbatch=task.microbatch
+    found = train_on.accuracy(
+        network,
+        params,
+        test,
+        labels,
+        num_classes=task.num_classes,
+        normalize=task.normalize,
+        microbatch=task.microbatch,
     )
     sets = {"hard": 0, "soft": 1, "views": 0, "teacher": protocol.epochs}
     label_bytes = 2 * sets[protocol.labels] * len(hard) * task.num_classes
     return {
-        "value": math.nan if lost else accuracy,
+        "value": math.nan if lost else found.value,
+        "classes": list(found.classes),
         "images": len(hard),
         "epochs": protocol.epochs,
         "label_bytes": label_bytes + (0 if views is None else sum(x.nbytes for x in views)),
@@ -262,12 +271,10 @@ def train(
     logits, known = teacher
     params = jax.jit(network.init)(k_init)
     carry = params, optimizer(protocol).init(params)
-    soft = None
+    beforehand = None if views is None else jax.tree.map(jnp.asarray, views)
     if protocol.labels == "soft":
         said = jax.jit(lambda p, x: jax.nn.softmax(logits(p, normalize(x)) / protocol.temperature))
-        soft = _short(said(known, images))
-    if protocol.labels == "views":
-        soft = jax.tree.map(jnp.asarray, views)
+        beforehand = _short(said(known, images))
     steps = protocol.epochs * -(-len(images) // min(protocol.batch_size, len(images)))
     block = -(-steps // _BLOCKS)
     for first in range(0, steps, block):
@@ -276,7 +283,7 @@ def train(
             k_train,
             images,
             labels,
-            soft,
+            beforehand,
             known,
             jnp.int32(first),
             jnp.int32(min(block, steps - first)),
@@ -338,12 +345,10 @@ class View(NamedTuple):
 
     Attributes:
         images: Normalized images (b, h, w, c).
-        partners: Which image of the batch the rectangle of each is from (b,).
-        kept: The part of the area that is the image's own.
+        kept: The part of the area that is the image's own, and not its partner's.
     """
 
     images: Array
-    partners: Array
     kept: Array
 
 
@@ -404,7 +409,7 @@ def view(drawn: Drawn, images: Array, normalize: Any) -> View:
     places = jnp.arange(height)[:, None], jnp.arange(width)
     hole = (places[0] >= top) & (places[0] < bottom) & (places[1] >= left) & (places[1] < right)
     mixed = jnp.where(hole[None, :, :, None], x[drawn.partners], x)
-    return View(mixed, drawn.partners, 1.0 - hole.mean(dtype=jnp.float32))
+    return View(mixed, 1.0 - hole.mean(dtype=jnp.float32))
 
 
 class Views(NamedTuple):
@@ -436,7 +441,12 @@ class Views(NamedTuple):
 
 
 def stored_views(
-    key: Array, images: Array, teacher: tuple[Any, Any], normalize: Any, protocol: Protocol
+    key: Array,
+    images: Array,
+    teacher: tuple[Any, Any],
+    normalize: Any,
+    protocol: Protocol,
+    on_view: Callable[[int], None] = lambda done: None,
 ) -> Views:
     """Draws the views of a set and asks the teacher for their labels.
 
@@ -446,6 +456,7 @@ def stored_views(
         teacher: `(params, normalized images) -> logits`, and the parameters.
         normalize: Images to normalized images.
         protocol: Views, batch size, temperature and what a view is.
+        on_view: Called with the number of views of the set that are done, after each.
     """
     logits, params = teacher
     batch = min(protocol.batch_size, len(images))
@@ -463,31 +474,41 @@ def stored_views(
             said.astype(jnp.float16),
         )
 
-    made = [
-        [jax.device_get(one(params, images, e, p)) for p in range(count)]
-        for e in range(protocol.views)
-    ]
-    flat = jax.tree.map(lambda *x: np.stack(x), *(x for row in made for x in row))
+    made = []
+    for epoch in range(protocol.views):
+        made += [jax.device_get(one(params, images, epoch, p)) for p in range(count)]
+        on_view(epoch + 1)
+    flat = jax.tree.map(lambda *x: np.stack(x), *made)
     return jax.tree.map(lambda x: x.reshape(protocol.views, count, *x.shape[1:]), flat)
 
 
-def _stored(task: CondenseTask, row: Made, teacher: Any, protocol: Protocol, own: str) -> Views:
+def _stored(bench: Bench, row: Made, teacher: Any, protocol: Protocol, own: str) -> Views:
     """The views of a row's set, which are written beside it where they are not.
 
     Raises:
         InputError: If those that lie there are damaged.
+        Interrupted: If it is stopped.
     """
-    distilled = row.output()
+    task, distilled = bench.task, row.output()
     name = digest([own, distilled.card.get("content_sha256")])
     path = row.folder / f"views-{name}.npz"
     if not path.is_file():
+        bar = Progress(protocol.views, 0, f"views of {row.name}")
+
+        def on_view(done):
+            if bench.should_stop():
+                raise Interrupted("stopped while labelling views")
+            bar.update(done, {})
+
         views = stored_views(
             jax.random.key(_VIEWS),
             jnp.asarray(distilled.images),
             (task.network.logits, teacher),
             task.normalize,
             protocol,
+            on_view,
         )
+        bar.close()
         if processes.is_first():
             write_files({path: lambda file: np.savez(file, **views._asdict())})
             labels, rest = views.labels.nbytes, sum(x.nbytes for x in views[:-1])
@@ -517,7 +538,7 @@ def _batch(key, epoch, position, n, shape, protocol):
     donate_argnames="carry",
 )
 def _block(
-    carry, key, images, hard, soft, teacher, first, count,
+    carry, key, images, hard, beforehand, teacher, first, count,
     *, network, teacher_logits, normalize, protocol, classes,
 ):  # fmt: skip
     """Some steps of the training; one program for all of them."""
@@ -531,18 +552,19 @@ def _block(
         epoch, position = i // per_epoch, i % per_epoch
         rows, drawn, weight = _batch(key, epoch, position, n, images.shape[1:], protocol)
         if protocol.labels == "views":
-            rows, *drawn, said = jax.tree.map(lambda x: x[epoch % protocol.views, position], soft)
+            number = epoch % len(beforehand.order)
+            rows, *drawn, said = jax.tree.map(lambda x: x[number, position], beforehand)
             drawn = Drawn(*drawn)
         seen = view(drawn, images[rows], normalize)
 
         def mixed(labels):
-            return seen.kept * labels + (1 - seen.kept) * labels[seen.partners]
+            return seen.kept * labels + (1 - seen.kept) * labels[drawn.partners]
 
         warm = 1.0 if protocol.labels == "hard" else protocol.temperature
         if protocol.labels == "hard":
             target = mixed(jax.nn.one_hot(hard[rows], classes))
         elif protocol.labels == "soft":
-            target = mixed(soft[rows])
+            target = mixed(beforehand[rows])
         elif protocol.labels == "views":
             target = said.astype(jnp.float32)
         else:

@@ -302,18 +302,24 @@ def _losses(params, images, targets, *, network, normalize):
 
 
 @functools.partial(jax.jit, static_argnames=("network", "normalize", "microbatch"))
-def _count_correct(params, images, labels, *, network, normalize, microbatch):
+def _guesses(params, images, *, network, normalize, microbatch):
     n = images.shape[0]
     parts = -(-n // microbatch)
     index = (jnp.arange(parts * microbatch) % n).reshape(parts, microbatch)
-    valid = (jnp.arange(parts * microbatch) < n).reshape(parts, microbatch)
+    guess = lax.map(lambda i: network.logits(params, normalize(images[i])).argmax(-1), index)
+    return guess.reshape(-1)[:n]
 
-    def one(args):
-        i, ok = args
-        guess = network.logits(params, normalize(images[i])).argmax(-1)
-        return jnp.sum((guess == labels[i]) & ok)
 
-    return lax.map(one, (index, valid)).sum()
+class Accuracy(NamedTuple):
+    """What part of some images a network gives their label.
+
+    Attributes:
+        value: Of all.
+        classes: Of those of each class; None where there is no image of it.
+    """
+
+    value: float
+    classes: tuple[float | None, ...]
 
 
 def accuracy(
@@ -322,14 +328,18 @@ def accuracy(
     images: UInt8[Array, "n h w c"],
     labels: Int[Array, " n"],
     *,
+    num_classes: int,
     normalize: Callable[[Array], Array],
     microbatch: int = 256,
-) -> float:
+) -> Accuracy:
     """The fraction of images whose highest logit is the label's, without augmentation."""
-    correct = _count_correct(
-        params, images, labels, network=network, normalize=normalize, microbatch=microbatch
-    )
-    return int(correct) / images.shape[0]
+    guess = _guesses(params, images, network=network, normalize=normalize, microbatch=microbatch)
+    labels = np.asarray(labels)
+    right = labels[np.asarray(guess) == labels]
+    there = np.bincount(labels, minlength=num_classes).tolist()
+    known = np.bincount(right, minlength=num_classes).tolist()
+    classes = (k / n if n else None for k, n in zip(known, there, strict=True))
+    return Accuracy(len(right) / len(labels), tuple(classes))
 
 
 def one_hot(labels: Int[np.ndarray, " n"], num_classes: int) -> Float[Array, "n classes"]:

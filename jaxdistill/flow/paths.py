@@ -51,6 +51,37 @@ def boundaries(steps: int, last: float = 1.0) -> Float[Array, " boundaries"]:
     return jnp.append(left, 0.0) / (steps - 1 + last)
 
 
+#: The published shape of times for many steps.
+AUTO = (1.17, 0.8, 1.1)
+
+
+def kumaraswamy(
+    steps: int,
+    shape: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    gaps: tuple[float, float] = (0.001, 0.0),
+) -> Float[Array, " boundaries"]:
+    """Times from noise to data: `1 - (1 - (1 - u^a)^b)^c` of even u.
+
+    After Sun, Jiang and Lin (arXiv 2505.07447, Theorem 6).
+
+    Args:
+        steps: How many. It is static; shape and gaps may be traced.
+        shape: (a, b, c). Ones are even times; `AUTO` are the published ones for many steps.
+        gaps: How far from 1 the first time stays, and how far from 0 the last at which the network
+            is called. Without the second the times are those of equal steps.
+
+    Returns:
+        (steps + 1,), falling to 0.
+    """
+    first, last = gaps
+    a, b, c = shape
+    # Either the last call lies at a gap from the end, or one even step before it.
+    last = jnp.where(jnp.asarray(last) > 0, last, (1 - first) / steps)
+    u = jnp.linspace(first, 1 - last, steps) if steps > 1 else jnp.full(1, first)
+    u = (1 - (1 - u**a) ** b) ** c
+    return jnp.append(1 - u, 0.0)
+
+
 def interpolate(data: Examples, noise: Examples, t: Times) -> Examples:
     """The point of the path at time t."""
     t = expand(t, data)

@@ -214,9 +214,23 @@ def ucgm_states(
     return jax.lax.scan(step, first, places)[1]
 
 
-def ucgm_s(*args: Any, **options: Any) -> Examples:
-    """The last of the states of `ucgm_states`, which see for the arguments."""
-    return ucgm_states(*args, **options)[-1]
+def ucgm_s(
+    estimate: Estimate,
+    x: Examples,
+    times: Float[Array, "..."],
+    keys: Key[Array, " n"] | None = None,
+    **options: Any,
+) -> Examples:
+    """UCGM-S: the last of the states of `ucgm_states`.
+
+    Args:
+        estimate: `(x, t) -> (data, noise)`.
+        x: The state at the first time.
+        times: As `euler` takes them.
+        keys: (n,). A key for each example, where noise is drawn.
+        **options: Keywords of `ucgm_states`.
+    """
+    return ucgm_states(estimate, x, times, keys, **options)[-1]
 
 
 def own_keys(noise: Examples) -> Key[Array, " n"]:

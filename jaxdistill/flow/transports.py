@@ -122,13 +122,6 @@ def of_velocity(
         velocity: `(x, t) -> noise - data`.
         transport: Of the points that the estimate is asked for.
     """
-    if transport is LINEAR:
-
-        def straight(x, t):
-            u = velocity(x, t)
-            return data_of(x, t, u), noise_of(x, t, u)
-
-        return straight
 
     def estimate(x, t):
         a, g = transport.alpha(t), transport.gamma(t)
@@ -170,32 +163,3 @@ def speed(transport: Transport, data: Examples, noise: Examples, t: Times) -> Ex
     ones = jnp.ones_like(t)
     alpha, gamma = (jax.jvp(c, (t,), (ones,))[1] for c in (transport.alpha, transport.gamma))
     return expand(alpha, data) * noise + expand(gamma, data) * data
-
-
-def kumaraswamy(
-    steps: int,
-    shape: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    gaps: tuple[float, float] = (0.001, 0.0),
-) -> jax.Array:
-    """Times from noise to data: `1 - (1 - (1 - u^a)^b)^c` of even u (ibid., Theorem 6).
-
-    Args:
-        steps: How many. It is static; shape and gaps may be traced.
-        shape: (a, b, c). Ones are even times; `AUTO` are the published ones for many steps.
-        gaps: How far from 1 the first time stays, and how far from 0 the last at which the network
-            is called. Without the second the times are those of equal steps.
-
-    Returns:
-        (steps + 1,), falling to 0.
-    """
-    first, last = gaps
-    a, b, c = shape
-    # Either the last call lies at a gap from the end, or one even step before it.
-    last = jnp.where(jnp.asarray(last) > 0, last, (1 - first) / steps)
-    u = jnp.linspace(first, 1 - last, steps) if steps > 1 else jnp.full(1, first)
-    u = (1 - (1 - u**a) ** b) ** c
-    return jnp.append(1 - u, 0.0)
-
-
-#: The published shape of times for many steps.
-AUTO = (1.17, 0.8, 1.1)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key, PRNGKeyArray, PyTree
 from jaxdistill import collective
 from jaxdistill.errors import InputError
 from jaxdistill.flow import adapt
-from jaxdistill.flow.paths import Examples, Times, expand
+from jaxdistill.flow.paths import Examples, Times, expand, kumaraswamy
 from jaxdistill.flow.policies import momentum_policy
 from jaxdistill.flow.samplers import own_keys, ucgm_states
 from jaxdistill.flow.students import Labels, mean_square, noise_like, power_average, streams
@@ -31,7 +31,6 @@ from jaxdistill.flow.transports import (
     answer,
     denominator,
     estimates,
-    kumaraswamy,
     of_velocity,
     point,
 )
@@ -318,7 +317,7 @@ class Sampling(NamedTuple):
     Attributes:
         kappa: How far estimates are extrapolated.
         rho: The part of the noise that is drawn anew; by default the consistency ratio.
-        grid: (a, b, c) of the times; see `transports.kumaraswamy`.
+        grid: (a, b, c) of the times; see `paths.kumaraswamy`.
         gaps: How far the first call stays from noise, and the last from data.
     """
 

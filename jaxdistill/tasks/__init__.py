@@ -94,18 +94,9 @@ def placed_shapes(
         count: Examples of all classes.
         labelled: Whether there are labels.
     """
-    if settings.placement == "resident":
-        return Part(device.resident_shapes({"images": example}, classes, largest, count, labelled))
-    whole = jax.ShapeDtypeStruct((count, *example.shape), example.dtype)
-    table, counts = ((classes, largest), (classes,))
-    return Part(
-        stream.Stream(
-            {"images": whole},
-            jax.ShapeDtypeStruct(table, np.int32),
-            jax.ShapeDtypeStruct(counts, np.int32),
-            labelled,
-        )
-    )
+    shapes = {"resident": device.resident_shapes, "streamed": stream.stream_shapes}
+    of = shapes[settings.placement]
+    return Part(of({"images": example}, classes, largest, count, labelled))
 
 
 def placed(settings: Data, data: dataset.Dataset) -> Part:

@@ -221,9 +221,8 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _extractor(groups: Settings, num_classes: int, image_shape: tuple[int, int, int]) -> Network:
-    extractor = groups.extractor
-    shape = {"depth": extractor.depth, "width": extractor.width, "norm": extractor.norm}
-    return classifier(extractor.network, num_classes, image_shape, **shape)
+    settings = groups.extractor._asdict()
+    return classifier(settings.pop("network"), num_classes, image_shape, **settings)
 
 
 def _pool_shapes(pool: Pool, network: Network) -> PyTree:

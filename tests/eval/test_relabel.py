@@ -81,11 +81,12 @@ def test_cutmix_takes_a_rectangle_from_the_partner_and_says_how_much_is_left():
     images = jnp.broadcast_to(jnp.arange(8.0)[:, None, None, None] / 10, (8, 20, 20, 1))
     kept = []
     for seed in range(60):
-        seen = seen_by(seed, images, PLAIN._replace(cutmix=True))
+        drawn = draw(jax.random.key(seed), 8, images.shape[1:], PLAIN._replace(cutmix=True))
+        seen = view(drawn, images, NORMALIZE)
         own = np.isclose(seen.images, images)
-        partner = np.isclose(seen.images, images[seen.partners])
+        partner = np.isclose(seen.images, images[drawn.partners])
         assert (own | partner).all()
-        moved = np.asarray(seen.partners) != np.arange(8)
+        moved = np.asarray(drawn.partners) != np.arange(8)
         parts = own.reshape(8, -1).mean(1)[moved]
         np.testing.assert_allclose(parts, float(seen.kept), atol=1e-6)
         kept.append(float(seen.kept))
@@ -134,8 +135,8 @@ def test_stored_views_that_all_differ_are_the_teachers_of_every_view():
     changes = {"factor": 2, "cutmix": True}
     every = trained(PLAIN, labels="teacher", **changes)
     views = stored(key, views=4, **changes)
-    as_many = trained(PLAIN._replace(views=4), labels="views", views=views, **changes)
-    few = trained(PLAIN._replace(views=1), labels="views", views=stored(key, views=1))
+    as_many = trained(PLAIN, labels="views", views=views, **changes)
+    few = trained(PLAIN, labels="views", views=stored(key, views=1))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), every, as_many)
     assert np.abs(every["w"] - few["w"]).max() > 1e-4
 

@@ -9,18 +9,19 @@ import numpy as np
 import optax
 import pytest
 
+from jaxdistill import config as configs
+from jaxdistill import settings
 from jaxdistill.errors import InputError
 from jaxdistill.flow import samplers, transports
-from jaxdistill.flow.paths import boundaries, expand
+from jaxdistill.flow.adapt import fresh_trunk
+from jaxdistill.flow.paths import AUTO, boundaries, expand, kumaraswamy
 from jaxdistill.flow.samplers import ucgm_s
 from jaxdistill.flow.targets import gaussian_mixture
 from jaxdistill.flow.transports import (
-    AUTO,
     LINEAR,
     TRANSPORTS,
     answer,
     estimates,
-    kumaraswamy,
     of_data,
     of_noise,
     of_output,
@@ -446,6 +447,45 @@ def test_many_calls_of_a_matched_flow_have_it_too():
     estimate, transport, _ = trained(0.0)
     end = ucgm_s(estimate, noise, kumaraswamy(16), transport=transport, kappa=1 / 3)
     assert 0.25 < float(end.std((0, 1, 2)).mean()) < 0.36
+
+
+def recipe_of(**changes):
+    """The recipe of a config of points, its task, and parameters of a teacher."""
+    config = configs.load("ucgm:smoke,baselines=", {f"method.{k}": v for k, v in changes.items()})
+    resolved = settings.resolve(config)
+    task = resolved.family.shapes(resolved)
+    frozen = {"teacher": fresh_trunk(task.trunk, task.shape, jax.random.key(7))}
+    return resolved.rows["ucgm"].recipe(task), frozen
+
+
+def test_a_network_starts_from_the_teacher_or_fresh():
+    keys = {"keys": jax.random.split(jax.random.key(1), 8)}
+    starts = []
+    for fresh in ("False", "True"):
+        made, frozen = recipe_of(fresh=fresh)
+        state = jax.jit(made.method.init)(jax.random.key(2), frozen, keys)
+        starts.append(made.method.output(state)["trunk"])
+    jax.tree.map(
+        np.testing.assert_array_equal, starts[0], {k: frozen["teacher"][k] for k in starts[0]}
+    )
+    assert np.abs(starts[1]["embed"]["kernel"] - starts[0]["embed"]["kernel"]).max() > 1e-3
+    with pytest.raises(InputError, match=r"method\.fresh trains the whole network; set"):
+        recipe_of(fresh="True", rank="2")
+
+
+def test_the_way_of_a_student_leads_to_its_samples():
+    made, frozen = recipe_of()
+    keys = {"keys": jax.random.split(jax.random.key(1), 8)}
+    output = made.method.output(jax.jit(made.method.init)(jax.random.key(2), frozen, keys))
+    noise = jax.random.normal(jax.random.key(3), (5, 1, 1, 2))
+    label = jnp.zeros(5, jnp.int32)
+    end = made.sample(output, frozen, noise, label, nfe=3)
+    way = made.trace(output, frozen, noise, label, nfe=3, parts=4)
+    assert way.shape == (13, *noise.shape)
+    np.testing.assert_array_equal(way[0], noise)
+    np.testing.assert_allclose(way[-1], end, atol=1e-5)
+    # Straight from call to call.
+    np.testing.assert_allclose(way[2], (way[0] + way[4]) / 2, atol=1e-5)
 
 
 def test_guidance_without_anybody_to_guide_is_refused():

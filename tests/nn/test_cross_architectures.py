@@ -89,6 +89,21 @@ def test_output_shapes(net, image_shape):
     assert (logits.shape, logits.dtype) == ((5, 100), jnp.float32)
 
 
+def test_the_resnet_for_large_images_is_the_published_one():
+    """11.69 million parameters (torchvision), and 7x7 places before the mean at 224 pixels."""
+    net = ResNet18(num_classes=1000, large=True)
+    assert count(net, (224, 224, 3)) == 11_689_512
+    params = {"params": shapes(net, (224, 224, 3))}
+    image = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+    _, seen = jax.eval_shape(
+        lambda p, x: net.apply(p, x, capture_intermediates=True, mutable=["intermediates"]),
+        params,
+        image,
+    )
+    (last,) = seen["intermediates"]["blocks_7"]["__call__"]
+    assert last.shape == (2, 7, 7, 512)
+
+
 def test_large_images_are_flattened_by_vgg_and_averaged_by_resnet():
     for net, width in ((VGG11(), 2 * 2 * 512), (ResNet18(), 512)):
         assert shapes(net, (64, 64, 3))["classifier"]["kernel"].shape == (width, 10)
