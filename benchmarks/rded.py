@@ -1,12 +1,14 @@
-"""RDED's claims taken apart on Fashion-MNIST: which images, which labels, which learning rate.
+"""RDED's claims taken apart: which images, which labels, which learning rate.
 
     python benchmarks/rded.py                 # what is missing, into benchmarks/records/rded.json
+    python benchmarks/rded.py --ipc 50 --epochs 100
+    python benchmarks/rded.py --data=FOLDER --record=rded_cifar10_jpeg75
     python benchmarks/rded.py --table         # the tables, from the record
     python benchmarks/rded.py --picture       # docs/images/rded_fashion_mnist.png, from the workdir
 
-Every row of images is trained on under every kind of label, with equal steps. The observer is
-trained once; the seed of a run decides the images and the crops, and each set is trained on by
-several networks.
+The data are Fashion-MNIST, or those of a folder. Every row of images is trained on under every kind
+of label, with equal steps. The observer is trained once; the seed of a run decides the images and
+the crops, and each set is trained on by several networks.
 """
 
 import argparse
@@ -21,7 +23,6 @@ import jaxdistill
 from jaxdistill.eval.results import markdown
 from jaxdistill.io import pictures
 
-_RECORD = recording.FOLDER / "rded.json"
 _COSINES = ("half", "full")
 
 
@@ -32,11 +33,14 @@ def _run(ipc: int, cosine: str, seed: int, args: argparse.Namespace) -> dict:
         "pool.dir": str(args.workdir / "pool"),
         "evals.accuracy.cosine": cosine,
         "evals.accuracy.seeds": str(args.students),
+        "evals.accuracy.epochs": str(args.epochs),
+        "data.name": args.data,
     }
-    config = jaxdistill.load_config(f"rded:dataset=fashion_mnist,ipc={ipc},seed={seed}", overrides)
+    config = jaxdistill.load_config(f"rded:ipc={ipc},seed={seed}", overrides)
     results = jaxdistill.train(config, workdir)
     resolved = json.loads((workdir / "config.json").read_text())
-    del resolved["pool"]["dir"]  # a place on this machine
+    del resolved["pool"]["dir"]  # places on this machine
+    resolved["data"]["name"] = Path(args.data).name
     card = json.loads((workdir / "artifacts" / "distilled.json").read_text())
     return {
         "ipc": ipc,
@@ -92,7 +96,11 @@ def table(records: list[dict], ipc: int, cosine: str) -> str:
                 f"{np.mean(margins):+.1f} ± {np.std(margins):.1f}",
             ]
         )
-    head = f"{ipc} images a class, {cosine} cosine, {len(mine)} sets x {len(plain) // len(mine)}"
+    epochs = mine[0]["config"]["evals"]["accuracy"]["epochs"]
+    head = (
+        f"{ipc} images a class, {cosine} cosine, {epochs} epochs, "
+        f"{len(mine)} sets x {len(plain) // len(mine)}"
+    )
     return f"{head}\n\n{markdown(lines)}\n"
 
 
@@ -100,24 +108,29 @@ def main() -> None:
     """Runs what is missing and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/rded"))
+    parser.add_argument("--data", default="fashion_mnist", help="a data set's name or folder")
+    parser.add_argument("--record", default="rded", help="the name of the record")
+    parser.add_argument("--cosines", nargs="*", choices=_COSINES, default=_COSINES)
+    parser.add_argument("--epochs", type=int, default=300, help="of the networks trained on a set")
     parser.add_argument("--ipc", type=int, nargs="*", default=[1, 10])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--students", type=int, default=2, help="networks on each set")
     parser.add_argument("--table", action="store_true", help="only print what is recorded")
     parser.add_argument("--picture", action="store_true", help="only draw what a run has left")
     args = parser.parse_args()
+    path = recording.FOLDER / f"{args.record}.json"
     if args.picture:
         images = Path(__file__).parent.parent / "docs" / "images"
         picture(args.workdir / "10-0", images / "rded_fashion_mnist.png")
         return
     for seed in () if args.table else args.seeds:
         for ipc in args.ipc:
-            for cosine in _COSINES:
-                known = {(r["ipc"], r["cosine"], r["seed"]) for r in recording.read(_RECORD)}
+            for cosine in args.cosines:
+                known = {(r["ipc"], r["cosine"], r["seed"]) for r in recording.read(path)}
                 if (ipc, cosine, seed) not in known:
                     record = _run(ipc, cosine, seed, args)
-                    recording.put(_RECORD, record, ("ipc", "cosine", "seed"))
-    records = recording.read(_RECORD)
+                    recording.put(path, record, ("ipc", "cosine", "seed"))
+    records = recording.read(path)
     for ipc, cosine in dict.fromkeys((r["ipc"], r["cosine"]) for r in records):
         print(table(records, ipc, cosine))
 
