@@ -1,9 +1,9 @@
 """Which tokens of two tokenizations of one text belong together, found on the host.
 
-Everything is by the bytes of the pieces, added up: never by offsets in characters, which are the same
-for all tokens of a character that is split, and never by ids. A tokenization is a list of pieces as
-in `jaxdistill.vlm.vocabularies`, one a slot: bytes; the name of a special token; or None for what is
-not compared, such as a prompt, a BOS of one side alone, or padding.
+Everything is by the bytes of the pieces, added up: never by offsets in characters, which are the
+same for all tokens of a character that is split, and never by ids. A tokenization is a list of
+pieces as in `jaxdistill.vlm.vocabularies`, one a slot: bytes; the name of a special token; or None
+for what is not compared, such as a prompt, a BOS of one side alone, or padding.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ def align(
 ) -> Groups:
     """The groups of tokens between the byte boundaries that both tokenizations have.
 
-    Special tokens of one name at one place of both texts are a group of their own. Those of one side
-    alone are in none, and neither are tokens of no bytes.
+    Special tokens of one name at one place of both texts are a group of their own. Those of one
+    side alone are in none, and neither are tokens of no bytes.
 
     Args:
         teacher_pieces: Of the teacher's tokens.

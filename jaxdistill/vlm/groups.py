@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 Ids = Int[Array | np.ndarray, " slots"]
 
@@ -33,7 +33,7 @@ class Groups(NamedTuple):
         return min(self.teacher.shape[0], self.student.shape[0])
 
 
-def add(values: Float[Array, "slots *rest"], ids: Ids, most: int) -> Float[Array, "most *rest"]:
+def add(values: Shaped[Array, "slots ..."], ids: Ids, most: int) -> Shaped[Array, "most ..."]:
     """Sums over the slots of each group; slots of none are dropped."""
     return jax.ops.segment_sum(values, jnp.where(ids < 0, most, ids), most + 1)[:most]
 

@@ -55,13 +55,14 @@ def dskd_cma(
     """Dual-space distillation with cross-model attention (DSKD, arXiv 2406.17328, section 4).
 
     Attention between the embeddings of both texts says which of the teacher's slots belong to which
-    of the student's. Through it the teacher's states are read by the student's head, which is taught
-    the student's tokens and in turn teaches the student where its first choice is right; and the
-    student's states are read by the teacher's head, where the teacher teaches them.
+    of the student's. Through it the teacher's states are read by the student's head, which is
+    taught the student's tokens and in turn teaches the student where its first choice is right; and
+    the student's states are read by the teacher's head, where the teacher teaches them.
 
     Args:
         teacher: Of one text. No gradient goes into it.
-        student: Likewise. Gradients go into `hidden` alone: embeddings and head are taken as they are.
+        student: Likewise. Gradients go into `hidden` alone: embeddings and head are taken as they
+            are.
         projections: Trained along.
         temperature: By which logits are divided in both divergences.
 

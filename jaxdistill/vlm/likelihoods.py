@@ -51,12 +51,12 @@ def alm(
 ) -> Total:
     """Divergence of the chunks' probabilities under teacher and student.
 
-    A tokenizer that cuts after a chunk says by that what does not follow. With `after`, the event is
-    "these bytes, then a boundary", which both can say. But then a chunk that does not start the text
-    is conditioned on a boundary before it, which again tells the teacher and the student different
-    things; with `both`, its probability is divided by that of the boundary. Then the factors
-    multiply to the probability of the text's bytes, chunk by chunk, if no token crosses the bytes
-    at which chunks are cut.
+    A tokenizer that cuts after a chunk says by that what does not follow. With `after`, the event
+    is "these bytes, then a boundary", which both can say. But then a chunk that does not start the
+    text is conditioned on a boundary before it, which again tells the teacher and the student
+    different things; with `both`, its probability is divided by that of the boundary. Then the
+    factors multiply to the probability of the text's bytes, chunk by chunk, if no token crosses the
+    bytes at which chunks are cut.
 
     Args:
         teacher_logits: (m, v_teacher), of one text. No gradient goes into them.
@@ -64,13 +64,15 @@ def alm(
         teacher_tokens: (m,) integers.
         student_tokens: (k,).
         groups: The chunks, EOS a chunk of its own.
-        ends: Whether the event of a chunk takes in that there is a boundary `after` it, and also that
-            there was one before it. Nothing follows the last chunk, nothing comes before the first.
-        teacher_boundary: (v_teacher,). Which tokens start with a byte that no token crosses, such as a
-            space, or end the text; of `vocabularies.starts_with`. Needed unless `ends` is `none`.
+        ends: Whether the event of a chunk takes in that there is a boundary `after` it, and also
+            that there was one before it. Nothing follows the last chunk, nothing comes before the
+            first.
+        teacher_boundary: (v_teacher,). Which tokens start with a byte that no token crosses, such
+            as a space, or end the text; of `vocabularies.starts_with`. Needed unless `ends` is
+            `none`.
         student_boundary: (v_student,). Likewise.
-        tau: What log-probabilities are divided by. With a large one chunks count in nats, with 1 only
-            those do that are neither certain nor hopeless.
+        tau: What log-probabilities are divided by. With a large one chunks count in nats, with 1
+            only those do that are neither certain nor hopeless.
         epsilon: Subtracted then, so that nothing is certain.
         divergence: Of two log-probabilities, the teacher's first.
 

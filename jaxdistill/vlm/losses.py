@@ -1,8 +1,8 @@
 """All losses between a teacher and a student, of one vocabulary or of two.
 
-Each is a pure function of arrays and returns (sum, count). Those of one vocabulary take slots of any
-number of axes; those across tokenizers take one text, and `over_texts` makes of them losses of a
-batch. What they need of the two tokenizers comes from `jaxdistill.vlm.align`.
+Each is a pure function of arrays and returns (sum, count). Those of one vocabulary take slots of
+any number of axes; those across tokenizers take one text, and `over_texts` makes of them losses of
+a batch. What they need of the two tokenizers comes from `jaxdistill.vlm.align`.
 
 Plain JAX: importable without the rest of the library.
 """

@@ -37,8 +37,8 @@ def over_texts(loss: Callable[..., Total]) -> Callable[..., Total]:
         loss: Takes arrays of one text, or trees of them, and returns (sum, count).
 
     Returns:
-        A function of the same arguments with a leading axis of texts, and of `weights`, one for each
-        text, 1 if there are none. It returns the sums of both over the texts.
+        A function of the same arguments with a leading axis of texts, and of `weights`, one for
+        each text, 1 if there are none. It returns the sums of both over the texts.
     """
 
     def summed(*arguments, weights=None) -> Total:
@@ -65,8 +65,8 @@ def gold(
 ) -> Total:
     """General online logit distillation, as in TRL's `gold` trainer.
 
-    Every group of tokens becomes one row of numbers a side: a distribution times the probabilities of
-    the group's other tokens. The rows, which do not sum to one, are compared sorted (plain), or
+    Every group of tokens becomes one row of numbers a side: a distribution times the probabilities
+    of the group's other tokens. The rows, which do not sum to one, are compared sorted (plain), or
     where the vocabularies have the same strings by a generalized JSD and sorted elsewhere (hybrid).
 
     Args:
@@ -77,13 +77,13 @@ def gold(
         groups: Of `align.align`, with `specials=False` as published, which leaves EOS out.
         match: Of `vocabularies.same_pieces`; with it the loss is hybrid.
         merge: `bayesian` takes the distribution of a group's last token, times the probabilities of
-            those before it. `observed`, TRL's default, takes what is predicted after the group's first
-            token, times what is predicted after each later one for that token itself. Its rows are
-            those one slot further on, so the last slot of a text must be no part of a group; EOS
-            serves.
+            those before it. `observed`, TRL's default, takes what is predicted after the group's
+            first token, times what is predicted after each later one for that token itself. Its
+            rows are those one slot further on, so the last slot of a text must be no part of a
+            group; EOS serves.
         beta: Weight of the teacher in the mixture of the JSD.
-        teacher_size: How many tokens the teacher has, its logits' width by default. The matched share
-            of them is the weight of the JSD.
+        teacher_size: How many tokens the teacher has, its logits' width by default. The matched
+            share of them is the weight of the JSD.
         temperature: By which logits are divided.
 
     Returns:
@@ -129,8 +129,8 @@ def xtoken_pkl(
         student_logits: (k, v_student).
         groups: Of `align.align`.
         projection: Rows of weights that sum to one, of `vocabularies.token_projection`.
-        columns: The teacher's tokens that are compared, the likeliest of a batch in the paper; all by
-            default.
+        columns: The teacher's tokens that are compared, the likeliest of a batch in the paper; all
+            by default.
         temperature: By which logits are divided. The published loss has its square as a factor.
 
     Returns:
@@ -162,8 +162,8 @@ def mined(
 ) -> Total:
     """KL to what the teacher says of the tokens nearest to its own (MinED: FuseLLM, 2401.10491).
 
-    Where a student's token has a partner, the teacher's logits are moved to the student's tokens that
-    they are nearest to, the largest of several; elsewhere the token itself is the target.
+    Where a student's token has a partner, the teacher's logits are moved to the student's tokens
+    that they are nearest to, the largest of several; elsewhere the token itself is the target.
 
     Args:
         teacher_logits: (m, v_teacher), of one text.
@@ -209,8 +209,8 @@ def next_byte_kl(
         teacher_logits: (m, v_teacher), of one text.
         student_logits: (k, v_student).
         groups: Of `align.align`.
-        teacher_bytes: The first byte of each of the teacher's tokens, of `vocabularies.first_bytes`:
-            0 to 255, specials beyond.
+        teacher_bytes: The first byte of each of the teacher's tokens, of
+            `vocabularies.first_bytes`: 0 to 255, specials beyond.
         student_bytes: Likewise.
         temperature: By which logits are divided.
 

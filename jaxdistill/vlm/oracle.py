@@ -1,11 +1,11 @@
 """A referee of losses across tokenizers: toy languages in which the truth is known exactly.
 
-A world has a law over byte strings, and two tokenizers. The teacher writes the law exactly in its own
-tokenization, and so can a student in the other one. A loss is a function of the student's table alone,
-its expectation over all texts without noise, and is asked four things: whether it leaves the perfect
-student in place (`zero_gap`), whether its gradient is that of the divergence between the laws (`bias`),
-where it leads from anywhere (`descent`), and how much of this is left of its gradient on a few texts
-(`variance`). Run it in float64.
+A world has a law over byte strings, and two tokenizers. The teacher writes the law exactly in its
+own tokenization, and so can a student in the other one. A loss is a function of the student's table
+alone, its expectation over all texts without noise, and is asked four things: whether it leaves the
+perfect student in place (`zero_gap`), whether its gradient is that of the divergence between the
+laws (`bias`), where it leads from anywhere (`descent`), and how much of this is left of its
+gradient on a few texts (`variance`). Run it in float64.
 
     made = world(jax.random.key(0))
     judged = candidate(made, of_texts(made, lambda logits, text: uld(
@@ -118,7 +118,8 @@ def world(
         length: The most bytes of a text, at which texts end. The cost grows as `4 ** length`.
         merges: The fewest and the most merges of a tokenizer.
         opener: Letters that a token may only start with, as spaces are.
-        same: Whether the student has the teacher's tokenizer: the control that every loss must pass.
+        same: Whether the student has the teacher's tokenizer: the control that every loss must
+            pass.
     """
     keys = jax.random.split(key, 5)
     sizes = jax.random.randint(keys[0], (2,), merges[0], merges[1] + 1)
@@ -127,7 +128,8 @@ def world(
     for again in range(100):  # two that happen to be equal would be the control
         if teacher.merges != student.merges:
             break
-        student = random_bpe(jax.random.fold_in(keys[3], again), letters, int(sizes[1]))
+        other = jax.random.fold_in(keys[3], again)
+        student = random_bpe(other, letters, int(sizes[1]), opener=opener)
     return between(
         teacher, teacher if same else student, random_kernel(keys[4], len(letters)), length, opener
     )
@@ -315,8 +317,8 @@ class ZeroGap(NamedTuple):
     """What a loss does at the perfect student.
 
     Attributes:
-        gradient: The gradient's norm there, over its mean norm at random students. A loss with a kink
-            there (L1) may have any.
+        gradient: The gradient's norm there, over its mean norm at random students. A loss with a
+            kink there (L1) may have any.
         value: The loss there; likelihoods have their entropy in it.
         random_value: The mean loss of random students.
         drift: The divergence in nats after minimizing from there: 0 if it may stay.
@@ -358,7 +360,7 @@ def candidate(made: World, objective: Objective) -> Candidate:
 
 
 def divergence(made: World, logits: Float[Array, "n v"]) -> float:
-    """The Kullback-Leibler divergence of the student's byte law from the world's, in nats a text."""
+    """KL of the world's law over byte strings and the student's, in nats a text."""
     found = byte_log_probs(made.tree, log_table(made.tree, logits))
     return float(jnp.sum(made.law * (jnp.log(made.law) - found)))
 

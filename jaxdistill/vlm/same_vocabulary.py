@@ -16,8 +16,9 @@ from jaxdistill.errors import InputError
 
 Total = tuple[Float[Array, ""], Float[Array, ""]]
 """The sum of a loss over slots or groups, and their number."""
-Logits = Float[Array, "*slots v"]
-Mask = Shaped[Array, "*slots"]
+Logits = Float[Array, "... _"]
+"""(..., v): slots of any number of axes, and a vocabulary."""
+Mask = Shaped[Array, "..."]
 """Booleans, or zeros and ones: which slots count."""
 
 
@@ -41,7 +42,7 @@ def relative_entropy(
     return jnp.sum(p * gap, -1)
 
 
-def masked(values: Float[Array, "*slots"], mask: Mask) -> Total:
+def masked(values: Float[Array, "..."], mask: Mask) -> Total:
     """Adds up values where the mask is not zero; elsewhere any finite numbers may lie."""
     kept = mask != 0
     return jnp.sum(jnp.where(kept, values, 0.0)), jnp.sum(kept, dtype=values.dtype)

@@ -70,7 +70,8 @@ def multilevel_ot(
 
     Logits are divided by their deviation slot by slot. The columns of each side are then ordered
     once for the whole text, by the sum of their probabilities, and the first ones compared in three
-    ways: by L1 distance, by cross-entropy, and by entropic transport between the slots. The released
+    ways: by L1 distance, by cross-entropy, and by entropic transport between the slots. The
+        released
     code takes a second softmax, of probabilities, for the last two, and so does this.
 
     Args:

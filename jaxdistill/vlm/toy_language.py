@@ -2,8 +2,8 @@
 
 Strings have at most N bytes of a few letters, so that all of them, and all histories of tokens that
 spell them, are rows of arrays. A model is a table: for each history the logits of the next token,
-EOS last. Its law over byte strings sums over all tokenizations of a string, not only over the one that
-the tokenizer gives (Phan et al., arXiv 2410.09303; Vieira et al., 2412.03719).
+EOS last. Its law over byte strings sums over all tokenizations of a string, not only over the one
+that the tokenizer gives (Phan et al., arXiv 2410.09303; Vieira et al., 2412.03719).
 """
 
 import dataclasses
@@ -111,8 +111,8 @@ class Histories(NamedTuple):
         on_path: (n, N). Where there is such a step.
         children: (n, v). The history that a token makes of it, -1 if the string would be too long.
         allowed: (n, v). Which tokens may follow; EOS always, alone after N bytes.
-        text_nodes: (S, N + 1). The histories in the tokenizer's encoding of a string, the one before
-            EOS last, then zeros.
+        text_nodes: (S, N + 1). The histories in the tokenizer's encoding of a string, the one
+            before EOS last, then zeros.
         text_tokens: (S, N + 1). The tokens after each of them, EOS last, then zeros.
         text_mask: (S, N + 1). Which of these there are.
         cover: Two arrays, of strings and of histories: the history spells at least the string, and
@@ -315,8 +315,8 @@ def closed_form(
 ) -> tuple[Float[np.ndarray, "v v"], Float[np.ndarray, " v"]]:
     """The model of the last token alone that writes a Markov law as a BPE tokenizer would.
 
-    With BPE a tokenization is the tokenizer's own if every token encodes to itself and every adjacent
-    pair does. So with h(t) the probability that what follows t continues it properly,
+    With BPE a tokenization is the tokenizer's own if every token encodes to itself and every
+    adjacent pair does. So with h(t) the probability that what follows t continues it properly,
     `h(t) = stop(t) + sum_u P(u | t) h(u)` over the u that may follow, and
     `q(u | t) = P(u | t) h(u) / h(t)`, `q(EOS | t) = stop(t) / h(t)`, for strings of any length.
 

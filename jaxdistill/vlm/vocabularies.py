@@ -1,8 +1,8 @@
 """What the losses across tokenizers need to know of two vocabularies, made once on the host.
 
 A vocabulary is a list of pieces, one a token id: `bytes` are what the token stands for in a text, a
-`str` is the name of a special token, common to both vocabularies whatever each calls it, and None is
-a token that is never compared, such as padding.
+`str` is the name of a special token, common to both vocabularies whatever each calls it, and None
+is a token that is never compared, such as padding.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,8 +67,8 @@ def same_pieces(
 def nearest_pieces(teacher_pieces: Sequence[Piece], student_pieces: Sequence[Piece]) -> np.ndarray:
     """For each of the teacher's tokens that of the student at the least edit distance.
 
-    Every pair without an equal partner is compared: for two vocabularies of a hundred thousand tokens
-    that is a long computation, to be kept.
+    Every pair without an equal partner is compared: for two vocabularies of a hundred thousand
+    tokens that is a long computation, to be kept.
 
     Args:
         teacher_pieces: The teacher's vocabulary.
@@ -103,8 +103,8 @@ def token_projection(
 ) -> np.ndarray:
     """The matrix W of X-Token (arXiv 2605.21699): each student's token as a few of the teacher's.
 
-    A token's bytes are encoded anew by the other tokenizer, and the i-th of the tokens that this gives
-    has a weight of `decay**i`.
+    A token's bytes are encoded anew by the other tokenizer, and the i-th of the tokens that this
+    gives has a weight of `decay**i`.
 
     Args:
         teacher_pieces: The teacher's vocabulary.
