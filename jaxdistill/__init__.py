@@ -28,6 +28,7 @@ __getattr__, __all__ = names(
         "resident": "jaxdistill.data.device:resident",
         "run": "jaxdistill.runner:run",
         "train": "jaxdistill.experiment:train",
+        "vlm": "jaxdistill.vlm",
     },
 )
 

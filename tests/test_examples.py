@@ -106,6 +106,32 @@ def test_the_teacher_of_the_student_example_is_the_velocity_of_its_data(student_
     np.testing.assert_allclose(made, noise - data, rtol=1e-3, atol=1e-4)
 
 
+def test_a_loss_of_ones_own_is_judged(tmp_path, monkeypatch, capsys):
+    names = run("judge_a_loss.py", tmp_path, monkeypatch)
+    gap, (far, near) = names["gap"], names["cosines"]
+    assert gap.gradient < 1e-8 and abs(gap.drift) < 1e-4 < 0.1 < gap.random_value
+    assert far < 0.98 and near < 0.98 and names["after"] < 0.5 * names["before"]
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_loss_across_tokenizers_in_a_program(tmp_path, monkeypatch):
+    names = run("cross_tokenizer_loss.py", tmp_path, monkeypatch)
+    # "ab", " ab"; and two characters around a space, which is a token of its own.
+    assert [side.tolist() for side in names["groups"][0]] == [
+        [0, 0, 1, 2, 3, -1],
+        [0, 1, 2, 3, -1],
+    ]
+    assert [side.tolist() for side in names["groups"][1]] == [
+        [0, 0, 1, 2, 2, 3],
+        [0, 1, 2, 3, -1],
+    ]
+    size = np.abs(names["gradient"]).max(-1)
+    assert (size[:, :4] > 0).all() and (size[:, 4] == 0).all()
+    value, gradient = names["value"], names["gradient"]
+    moved = names["loss"](names["student_logits"] - 1e-2 * gradient / np.linalg.norm(gradient))
+    assert moved < value
+
+
 @pytest.fixture
 def workdir(tmp_path):
     """A work directory with an artefact in it."""

@@ -257,10 +257,11 @@ def test_importing_the_package_is_cheap():
     assert loaded(f"import {PACKAGE}", ["jax", "numpy", "flax", "optax", "PIL", "sklearn"]) == []
 
 
-@pytest.mark.parametrize("name", ["charfn", "momentum"])
+@pytest.mark.parametrize("name", ["charfn", "momentum", "losses"])
 def test_pure_mathematics_comes_alone(name):
     heavy = ["flax", "optax", "orbax", "tensorflow_datasets", "sklearn", "PIL", "ml_collections"]
-    assert loaded(f"from {PACKAGE} import {name}", heavy) == []
+    place = f"{PACKAGE}.vlm" if name == "losses" else PACKAGE
+    assert loaded(f"from {place} import {name}", heavy) == []
 
 
 def test_every_public_name_is_there_and_comes_on_first_use():
@@ -271,7 +272,7 @@ def test_every_public_name_is_there_and_comes_on_first_use():
     assert jaxdistill.condense.ncfm.recipe and jaxdistill.flow.arcflow.recipe
 
 
-@pytest.mark.parametrize("room", ["condense", "flow"])
+@pytest.mark.parametrize("room", ["condense", "flow", "vlm"])
 def test_rooms_have_their_modules(room):
     package = getattr(jaxdistill, room)
     assert "recipe" not in package.__all__ and len(package.__all__) > 5

@@ -7,6 +7,7 @@ a batch. What they need of the two tokenizers comes from `jaxdistill.vlm.align`.
 Plain JAX: importable without the rest of the library.
 """
 
+from jaxdistill.vlm.groups import Groups, whole_text
 from jaxdistill.vlm.hidden_states import Projections, States, dskd_cma
 from jaxdistill.vlm.likelihoods import (
     alm,
@@ -25,9 +26,16 @@ from jaxdistill.vlm.same_vocabulary import (
     total_variation,
 )
 from jaxdistill.vlm.sorting import multilevel_ot, uld
-from jaxdistill.vlm.vocabularies import nearest_pieces, same_pieces, token_projection
+from jaxdistill.vlm.vocabularies import (
+    first_bytes,
+    nearest_pieces,
+    same_pieces,
+    starts_with,
+    token_projection,
+)
 
 __all__ = [
+    "Groups",
     "Projections",
     "States",
     "alm",
@@ -36,6 +44,7 @@ __all__ = [
     "by_teacher_boundary",
     "cross_entropy",
     "dskd_cma",
+    "first_bytes",
     "forward_kl",
     "gold",
     "jsd",
@@ -48,8 +57,10 @@ __all__ = [
     "same_pieces",
     "skew_kl",
     "skew_reverse_kl",
+    "starts_with",
     "token_projection",
     "total_variation",
     "uld",
+    "whole_text",
     "xtoken_pkl",
 ]

@@ -20,6 +20,10 @@ ONE = [0, 1, 2, 3, 4, 6, 2, 7]  # <bos> a b Ã © " a" b EOS
 OTHER = [0, 1, 5, 4, 6]  # ab é " a" b EOS
 
 
+# The programs are many and run for milliseconds.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 @pytest.fixture(autouse=True)
 def precise():
     with jax.enable_x64(True):

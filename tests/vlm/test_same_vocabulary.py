@@ -15,6 +15,10 @@ KL = (losses.forward_kl, losses.reverse_kl)
 ALL = (*KL, losses.jsd, losses.skew_kl, losses.skew_reverse_kl, losses.total_variation)
 
 
+# The programs are many and run for milliseconds.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 @pytest.fixture(autouse=True)
 def precise():
     with jax.enable_x64(True):
