@@ -228,29 +228,19 @@ def test_pkl_compares_projected_means():
 
 
 def test_next_bytes_are_sums_over_tokens():
-    text, wanted = drawn(), 0.0
+    text, wanted = text_for("next_byte_kl"), 0.0
+    sides = (
+        (probabilities(text.teacher), text.groups.teacher, np.asarray(text.heads[0])),
+        (probabilities(text.student), text.groups.student, np.asarray(text.heads[1])),
+    )
     for group in range(5):
-        found = []
-        for logits, ids, heads in (
-            (text.teacher, text.groups.teacher, text.heads[0]),
-            (text.student, text.groups.student, text.heads[1]),
-        ):
-            p = probabilities(logits[slots(ids, group)[0]])
-            found.append([p[np.asarray(heads) == byte].sum() for byte in (32, 97, 98, 195, 256)])
-        # What the teacher alone has, an inner byte and BOS, is compared too, and is infinite.
-        found[0] = np.array(found[0])
-        wanted += kl(found[0], found[1])
-    text.teacher = text.teacher.at[:, jnp.array([0, 4])].set(-jnp.inf)
-    clean = [
-        kl(*[
-            [np.where(np.asarray(h) == b, probabilities(x[slots(i, g)[0]]), 0).sum()
-             for b in (32, 97, 98, 195, 256)]
-            for x, i, h in zip((text.teacher, text.student), text.groups, text.heads, strict=True)
-        ])
-        for g in range(5)
-    ]  # fmt: skip
+        p, q = (
+            [rows[slots(ids, group)[0]][heads == byte].sum() for byte in (32, 97, 98, 195, 256)]
+            for rows, ids, heads in sides
+        )
+        wanted += kl(p, q)
     total, count = result("next_byte_kl", text)
-    np.testing.assert_allclose([total, count], [sum(clean), 5], rtol=1e-10)
+    np.testing.assert_allclose([total, count], [wanted, 5], rtol=1e-10)
 
 
 FORMS = {
@@ -358,8 +348,8 @@ def test_dskd_is_its_three_terms():
 def test_dskd_trains_hidden_states_and_maps_alone():
     teacher, student, maps = dskd_text()
     loss = jax.jit(lambda *a: losses.dskd_cma(*a)[0])
-    gradients = jax.grad(loss, argnums=(0, 1, 2), allow_int=True)(teacher, student, maps)
-    size = lambda x: float(jnp.abs(x).max()) if x.dtype != jax.dtypes.float0 else 0.0  # noqa: E731
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2), allow_int=True))(teacher, student, maps)
+    size = lambda x: 0.0 if x.dtype == jax.dtypes.float0 else np.abs(x).max()  # noqa: E731
     assert not any(map(size, gradients[0]))
     assert [name for name, x in gradients[1]._asdict().items() if size(x)] == ["hidden"]
     assert all(map(size, gradients[2]))
@@ -412,9 +402,10 @@ def test_gradients_are_those_of_differences(functions, name, options):
     text, of = text_for(name), functions(name, options)
     _, (into_teacher, gradient) = of(text.teacher, text.student)
     np.testing.assert_array_equal(into_teacher, 0.0)
-    assert jnp.abs(gradient).max() > 1e-5
+    assert np.abs(gradient).max() > 1e-5
     for place in ((0, 0), (1, 4), (3, 2), (4, 6)):
-        step = jnp.zeros_like(text.student).at[place].set(1e-6)
+        step = np.zeros(text.student.shape)
+        step[place] = 1e-6
         after, before = (of(text.teacher, text.student + s * step)[0][0] for s in (1, -1))
         wanted = (after - before) / 2e-6
         np.testing.assert_allclose(gradient[place], wanted, rtol=1e-5, atol=1e-8)
@@ -428,24 +419,26 @@ def test_padding_of_text_and_vocabularies_changes_nothing(functions, name, optio
         options = {**options, "teacher_size": 8}
     longer = types.SimpleNamespace(**vars(text))
     for side in ("teacher", "student"):
-        x = jnp.pad(getattr(text, side), ((0, 3), (0, 0)), constant_values=5.0)
-        x = jnp.pad(x, ((0, 0), (0, 2)), constant_values=-jnp.inf)
-        setattr(longer, side, x)
+        x = np.pad(getattr(text, side), ((0, 3), (0, 0)), constant_values=5.0)
+        x = np.pad(x, ((0, 0), (0, 2)), constant_values=-np.inf)
+        setattr(longer, side, jnp.asarray(x))
         for suffix in ("tokens", "mask"):
             x = getattr(text, f"{side}_{suffix}")
-            setattr(longer, f"{side}_{suffix}", jnp.pad(x, (0, 3)))
-    grow = lambda x, n, v: jnp.pad(x, (0, n), constant_values=v)  # noqa: E731
+            setattr(longer, f"{side}_{suffix}", jnp.asarray(np.pad(x, (0, 3))))
+    grow = lambda x, n, v: jnp.asarray(np.pad(x, (0, n), constant_values=v))  # noqa: E731
     longer.groups, longer.spelling = (
         Groups(*(grow(ids, 3, -1) for ids in groups)) for groups in (text.groups, text.spelling)
     )
     longer.partners, longer.nearest = grow(text.partners, 3, -1), grow(text.nearest, 2, -1)
     longer.starts = [grow(x, 2, False) for x in text.starts]
     longer.heads = [grow(x, 2, 511) for x in text.heads]
-    longer.projection = jnp.pad(text.projection, ((0, 2), (0, 2)))
+    longer.projection = jnp.asarray(np.pad(text.projection, ((0, 2), (0, 2))))
     found, (_, grown) = compiled(name, longer, **options)(longer.teacher, longer.student)
     np.testing.assert_allclose(found, (wanted, count), rtol=1e-12)
     np.testing.assert_allclose(grown[:5, :7], gradient, rtol=1e-9, atol=1e-13)
-    np.testing.assert_array_equal(grown.at[:5, :7].set(0.0), 0.0)
+    outside = np.array(grown)
+    outside[:5, :7] = 0.0
+    np.testing.assert_array_equal(outside, 0.0)
 
 
 @EVERY
@@ -454,16 +447,16 @@ def test_other_ids_for_the_same_tokens_change_nothing(functions, name, options):
     wanted, _ = functions(name, options)(text.teacher, text.student)
     orders = [np.random.default_rng(i).permutation(n) for i, n in enumerate((8, 7))]
     places = [np.argsort(order) for order in orders]  # where a token went
-    text.teacher, text.student = text.teacher[:, orders[0]], text.student[:, orders[1]]
-    text.teacher_tokens = jnp.asarray(places[0])[text.teacher_tokens]
-    text.student_tokens = jnp.asarray(places[1])[text.student_tokens]
-    of = lambda x, i: jnp.asarray(x)[orders[i]]  # noqa: E731
+    of = lambda x, i: jnp.asarray(np.asarray(x)[..., orders[i]])  # noqa: E731
+    text.teacher, text.student = of(text.teacher, 0), of(text.student, 1)
+    text.teacher_tokens = jnp.asarray(places[0][text.teacher_tokens])
+    text.student_tokens = jnp.asarray(places[1][text.student_tokens])
     text.starts = [of(x, i) for i, x in enumerate(text.starts)]
     text.heads = [of(x, i) for i, x in enumerate(text.heads)]
-    text.projection = text.projection[orders[1]][:, orders[0]]
+    text.projection = of(np.asarray(text.projection)[orders[1]], 0)
     nearest = np.asarray(text.nearest)[orders[0]]
     text.nearest = jnp.asarray(np.where(nearest < 0, -1, places[1][nearest]))
-    text.match = tuple(jnp.asarray(places[i])[x] for i, x in enumerate(text.match))
+    text.match = tuple(jnp.asarray(places[i][x]) for i, x in enumerate(text.match))
     found = jax.jit(lambda: call(name, text, **options))()
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
@@ -481,7 +474,10 @@ def test_what_sorts_does_not_see_which_token_it_is(name, options):
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
-@EVERY
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("uld", {}), ("gold", {}), ("xtoken_pkl", {}), ("mined", {}), ("alm", {"ends": "both"})],
+)
 def test_a_batch_is_the_sum_of_its_texts(functions, name, options):
     texts = [text_for(name, seed) for seed in range(3)]
     each = [functions(name, options)(text.teacher, text.student)[0] for text in texts]
@@ -493,8 +489,8 @@ def test_a_batch_is_the_sum_of_its_texts(functions, name, options):
     stacked = [jnp.stack([getattr(t, side) for t in texts]) for side in ("teacher", "student")]
     found = jax.jit(losses.over_texts(one))(*stacked, weights=jnp.array([0.5, 0.0, 2.0]))
     np.testing.assert_allclose(found, np.array([0.5, 0.0, 2.0]) @ np.array(each), rtol=1e-12)
-    if name == "uld":
-        found = losses.over_texts(one)(*stacked)
+    if name == "alm":
+        found = jax.jit(losses.over_texts(one))(*stacked)
         np.testing.assert_allclose(found, np.sum(each, 0), rtol=1e-12)
 
 

@@ -29,10 +29,13 @@ TOKENIZERS = {
 }
 PASSES = ("oracle", "SeqKD", "ALM, whole text", "ALM, two-sided")
 KINKED = (
-    *("ULD", "CE + 1.5 ULD", "multi-level OT"),
-    *("GOLD, plain, bayesian", "GOLD, hybrid, bayesian", "GOLD, hybrid, observed", "CE + GOLD"),
+    *("ULD", "multi-level OT"),
+    *("GOLD, plain, bayesian", "GOLD, hybrid, bayesian", "GOLD, hybrid, observed"),
 )
-ONE_SIDED = ("ALM, spaces, end only", "ALM, merged, end only", "ALM, naive", "ALM, naive, tau 1")
+SMOOTH = (
+    *("ALM, spaces, end only", "ALM, merged, end only", "ALM, naive", "ALM, naive, tau 1"),
+    *("MinED", "next-byte KL", "P-KL"),
+)
 
 
 # The programs are many and run for milliseconds.
@@ -62,6 +65,9 @@ def norms(worlds):
     def of(kind):
         made = worlds[kind]
         objectives, law = oracle.contenders(made), jnp.asarray(made.law)
+        # Sorting takes long to compile.
+        names = (*PASSES, *SMOOTH, *(KINKED if kind == "space" else ["CE + P-KL"]))
+        objectives = {name: objectives[name] for name in names}
 
         @jax.jit
         def lengths(logits):
@@ -194,10 +200,9 @@ def test_kernels_are_laws():
 def test_all_losses_pass_between_equal_tokenizers(norms):
     """The control: what fails between two tokenizers fails because of them."""
     found = norms("same")
-    # Of L1 distances the gradient is anything here, and the published scale of P-KL divides by 0.
-    smooth = {name: norm for name, norm in found.items() if name not in (*KINKED, "CE + P-KL")}
-    assert len(smooth) == 11 and max(smooth.values()) < 1e-7, smooth
-    assert found["CE + P-KL"] > 0.1
+    # The published scale of P-KL divides by 0. An L1 distance may have any gradient here; see below.
+    assert found.pop("CE + P-KL") > 0.1
+    assert len(found) == 11 and max(found.values()) < 1e-7, found
 
 
 @pytest.mark.parametrize("kind", ["free", "space"])
@@ -206,8 +211,10 @@ def test_these_leave_the_perfect_student_where_it_is(norms, kind, name):
     assert norms(kind)[name] < 1e-8
 
 
-@pytest.mark.parametrize("kind", ["free", "space"])
-@pytest.mark.parametrize("name", [*ONE_SIDED, "MinED", "next-byte KL", "P-KL", *KINKED])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*itertools.product(["free", "space"], SMOOTH), *itertools.product(["space"], KINKED)],
+)
 def test_these_push_it_away(norms, kind, name):
     assert norms(kind)[name] > 1e-3
 
@@ -230,7 +237,7 @@ def test_drift_tells_kinks_from_faults(worlds):
     assert found.value > 0.05 and found.drift > 0.04
 
 
-@pytest.mark.parametrize("name", ["GOLD, hybrid, bayesian", "P-KL", "MinED", "ALM, naive"])
+@pytest.mark.parametrize("name", ["P-KL", "ALM, naive"])
 def test_what_pushes_the_student_away_ends_elsewhere(worlds, name):
     found = oracle.zero_gap(mean_of(worlds["free"], name), jax.random.key(0), draws=1, steps=40)
     assert found.gradient > 1e-3 and found.drift > 1e-3
@@ -247,7 +254,7 @@ def judged(worlds):
 
 def test_the_perfect_student_stays_and_another_spelling_is_only_the_same_to_the_oracle(judged):
     for name in PASSES[:2]:
-        found = oracle.zero_gap(judged[name], jax.random.key(0), draws=1, steps=40)
+        found = oracle.zero_gap(judged[name], jax.random.key(0), draws=1)
         assert found.gradient < 1e-8 and found.drift < 1e-6 and found.value < found.random_value
         assert found.spelled < 1e-8 if name == "oracle" else found.spelled > 0.05
 
