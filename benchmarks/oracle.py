@@ -1,11 +1,12 @@
 """Losses across tokenizers before the referee: which of them leave a perfect student in place?
 
-    python benchmarks/oracle.py                # the worlds that are missing, then the table
-    python benchmarks/oracle.py --table        # the table of what is recorded
+    python benchmarks/oracle.py                # the worlds that are missing, then the tables
+    python benchmarks/oracle.py --table        # the tables of what is recorded
     python benchmarks/oracle.py --worlds=6     # more worlds of each kind
 
 Each world is recorded as soon as it is done; interrupted, the same command goes on. About 100 CPU
-seconds a world. Everything is exact or seeded, in float64.
+seconds a world. Everything is exact or seeded, in float64. In space worlds the forms of ALM are
+also minimized for longer, which tells slow ones from wrong ones.
 """
 
 import argparse
@@ -25,15 +26,22 @@ _RECORD = recording.FOLDER / "oracle.json"
 _KINDS = {"free": b"", "space": b"c"}
 _LENGTH = 5
 _STEPS = 400
+_LONG = 3000
+_FORMS = ("ALM, whole text", "ALM, two-sided", "ALM, spaces, end only", "ALM, naive")
+
+
+def _world(kind: str, seed: int) -> tuple[oracle.World, jax.Array]:
+    """A world, and keys for its tests."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    return oracle.world(keys[0], opener=_KINDS[kind], length=_LENGTH), keys
 
 
 def measure(kind: str, seed: int) -> dict:
     """The record of one world: every loss, every test."""
     started = time.process_time()
-    keys = jax.random.split(jax.random.key(seed), 5)
     rows = []
     with jax.enable_x64(True):
-        made = oracle.world(keys[0], opener=_KINDS[kind], length=_LENGTH)
+        made, keys = _world(kind, seed)
         truth = oracle.candidate(made, oracle.exact(made))
         for name, objective in oracle.contenders(made).items():
             judged = truth if name == "oracle" else oracle.candidate(made, objective)
@@ -59,6 +67,34 @@ def measure(kind: str, seed: int) -> dict:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
     }
+
+
+def measure_long(kind: str, seed: int) -> dict:
+    """Where long descents end, for the forms of ALM."""
+    started = time.process_time()
+    found = {}
+    with jax.enable_x64(True):
+        made, keys = _world(kind, seed)
+        objectives = oracle.contenders(made)
+        for name in _FORMS:
+            judged = oracle.candidate(made, objectives[name])
+            found[name] = oracle.descent(judged, keys[3], steps=_LONG)[1]
+    return {"steps": _LONG, "after": found, "cpu_seconds": time.process_time() - started}
+
+
+def long_table(records: list[dict]) -> str:
+    """Markdown: a row for each form of ALM, a column for each world and length."""
+    worlds = [r for r in records if "long" in r]
+    if not worlds:
+        return ""
+    lines = [["loss", *(f"world {r['seed']}, {n} steps" for r in worlds for n in (_STEPS, _LONG))]]
+    for name in _FORMS:
+        cells = []
+        for r in worlds:
+            short = next(row["after"] for row in r["rows"] if row["loss"] == name)
+            cells += [f"{short:.2g}", f"{r['long']['after'][name]:.2g}"]
+        lines.append([name, *cells])
+    return f"descents in space worlds\n\n{markdown(lines)}\n"
 
 
 def table(records: list[dict]) -> str:
@@ -104,7 +140,13 @@ def main() -> None:
             for kind in _KINDS:
                 if (kind, seed) not in known:
                     recording.put(_RECORD, measure(kind, seed), ("kind", "seed"))
-    print(table(recording.read(_RECORD)))
+        for record in recording.read(_RECORD):
+            if record["kind"] == "space" and "long" not in record:
+                record["long"] = measure_long(record["kind"], record["seed"])
+                recording.put(_RECORD, record, ("kind", "seed"))
+    records = recording.read(_RECORD)
+    print(table(records))
+    print(long_table(records))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Projections(NamedTuple):
 def dskd_cma(
     teacher: States, student: States, projections: Projections, temperature: float = 2.0
 ) -> Total:
-    """Dual-space distillation with cross-model attention (DSKD, arXiv 2406.17328, section 4).
+    """Dual-space distillation with cross-model attention (DSKD, arXiv 2406.17328).
 
     Attention between the embeddings of both texts says which of the teacher's slots belong to which
     of the student's. Through it the teacher's states are read by the student's head, which is
@@ -67,8 +67,8 @@ def dskd_cma(
         temperature: By which logits are divided in both divergences.
 
     Returns:
-        The sum over slots of all three terms, and the number of the student's slots: the published
-        loss has one denominator. Published with weight 1/2 beside 1/2 the student's cross-entropy.
+        The sum over slots of all three terms, and the number of the student's slots, for one
+        denominator. Published with weight 1/2 beside 1/2 the student's cross-entropy.
     """
     teacher = jax.tree.map(_single, jax.lax.stop_gradient(teacher))
     student = jax.tree.map(_single, student)

@@ -173,8 +173,7 @@ def mined(
         partners: (k,). The teacher's slot of each of the student's, or -1; of `align.partners`.
         nearest: (v_teacher,). The student's token for each of the teacher's, or -1; of
             `vocabularies.nearest_pieces`.
-        temperature: By which logits are divided, 2 in the released code of DSKD. A token as the
-            target stays one.
+        temperature: By which logits are divided, 2 as published. A token as the target stays one.
 
     Returns:
         Sum over the slots, and their number.

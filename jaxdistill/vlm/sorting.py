@@ -22,7 +22,7 @@ def uld(
     student_mask: Shaped[Array, " k"],
     temperature: float = 1.0,
 ) -> Total:
-    """The L1 distance of sorted probabilities, slot by slot (ULD, arXiv 2402.12030, section 4).
+    """The L1 distance of sorted probabilities, slot by slot (ULD, arXiv 2402.12030).
 
     The first valid slot of one side goes with the first of the other, the second with the second,
     until one has no more. Logits are those that predict a slot's token, so that the first token of
