@@ -106,8 +106,66 @@ class FlowTask(NamedTuple):
     specs: Callable[[PyTree, Any], PyTree]
 
 
+class Language(NamedTuple):
+    """A vision-language model as functions of its parameters.
+
+    A model of another library is one once it is given so; nothing else of it is asked for.
+
+    Attributes:
+        init: `key -> params`.
+        encode: `(params, images, tokens, there) -> hidden` (b, image_tokens + t, width): the last
+            hidden states, final norm included, of an image and the text behind it, both padded.
+        head: `(params, hidden) -> logits` (..., vocabulary), float32.
+        generate: `(params, images, question, there, *, keys, temperature, length) -> Written`; see
+            `jaxdistill.vlm.decoding.generate`.
+        image_tokens: Places that an image takes, before the text.
+        width: Length of a hidden state.
+        vocabulary: Number of tokens.
+        block: What a decoder block is like, for what is built like one.
+    """
+
+    init: Callable[[Array], PyTree]
+    encode: Callable[[PyTree, Array, Array, Array], Array]
+    head: Callable[[PyTree, Array], Array]
+    generate: Callable[..., Any]
+    image_tokens: int
+    width: int
+    vocabulary: int
+    block: Any
+
+
+class VLMTask(NamedTuple):
+    """A large vision-language model whose answers a small one is to give.
+
+    Attributes:
+        name: The name of the questions.
+        teacher_model: The large one.
+        student_model: The small one.
+        pair: `batch -> TokenisedPair`: images, questions and answers under both tokenizers.
+        batches: `size -> BatchSpec`: what a step is fed.
+        teacher: `{"teacher": params}`.
+        start: `{"teacher": params, "student": params}`, where students start from.
+        examples: What the steps' batches are drawn from.
+        answer_length: Tokens of the longest answer: the teacher's, the student's.
+        specs: `(tree, mesh) -> PyTree`: how large trees are laid out on the devices.
+    """
+
+    name: str
+    teacher_model: Language
+    student_model: Language
+    pair: Callable[[Batch], Any]
+    batches: Callable[[int], BatchSpec]
+    teacher: Part
+    start: Part
+    examples: Part
+    answer_length: tuple[int, int]
+    specs: Callable[[PyTree, Any], PyTree]
+
+
 SampleFn = Callable[..., Array]
-"""`(output, frozen, noise, label, *, nfe) -> examples`: a student used, with so many calls."""
+"""A student used. `(output, frozen, noise, label, *, nfe) -> examples` of a flow, with so many
+calls; `(output, frozen, images, question, there, *, length) -> Written`, its answers, of a
+vision-language model."""
 TraceFn = Callable[..., Array]
 """`(output, frozen, noise, label, *, nfe, parts) -> (nfe * parts + 1, n, ...)`: the states on the
 way, some in each segment."""

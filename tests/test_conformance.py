@@ -12,7 +12,11 @@ from jaxdistill import keywords, settings, stage
 from jaxdistill.errors import InputError
 from jaxdistill.task import Recipe
 
-SMALL = {"condense": "ncfm:dataset=digits,baselines=,smoke", "flow": "flow:baselines=,smoke"}
+SMALL = {
+    "condense": "ncfm:dataset=digits,baselines=,smoke",
+    "flow": "flow:baselines=,smoke",
+    "vlm": "genrecal:baselines=,smoke",
+}
 METHODS = [
     (family, name)
     for family in settings.modules("jaxdistill.tasks", "ROOM")
@@ -30,6 +34,7 @@ def small(family, name):
 def test_every_family_has_methods_here():
     assert {"ncfm", "dm", "random", "herding", "k_center", "start"} <= {n for _, n in METHODS}
     assert {"arcflow", "linear", "endpoint", "progressive", "ucgm"} <= {n for _, n in METHODS}
+    assert {"genrecal", "supervised"} <= {n for _, n in METHODS}
     assert {family for family, _ in METHODS} == set(SMALL)
 
 

@@ -1,0 +1,203 @@
+"""Texts as tokens: characters, bytes, or byte-pair encodings trained here or read from a file.
+
+Three ids are ours in every vocabulary: padding, the end of an answer, and the mark between question
+and answer. Each other token is a piece of bytes, so that texts under two tokenizers can be laid
+side by side by their bytes. Byte-pair encodings are those of the package `tokenizers`, which
+comes with `pip install "jaxdistill[vlm]"`.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from jaxdistill.errors import InputError
+from jaxdistill.io.files import expanded
+from jaxdistill.io.reading import one_line
+
+PAD, EOS, ANSWER = 0, 1, 2
+"""Ids of padding, of the end of an answer, and of the mark that an answer follows."""
+SPECIALS = ("<pad>", "<eos>", "<answer>")
+_OURS = len(SPECIALS)
+
+
+class Tokenizer(NamedTuple):
+    """How texts become ids.
+
+    Attributes:
+        name: What kind it is.
+        pieces: The bytes of each id; none of `SPECIALS`, which come first.
+        split: `text -> ids`, without any of ours.
+    """
+
+    name: str
+    pieces: tuple[bytes, ...]
+    split: Callable[[str], list[int]]
+
+    @property
+    def size(self) -> int:
+        """The number of ids."""
+        return len(self.pieces)
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over the pieces: ids of equal fingerprints mean the same."""
+        return hashlib.sha256(json.dumps([p.hex() for p in self.pieces]).encode()).hexdigest()
+
+    def text(self, ids: Iterable[int]) -> str:
+        """The text of some ids; what is no whole character is shown as a mark of that."""
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
+
+
+class Tokens(NamedTuple):
+    """Texts as ids of one length, padded on the right.
+
+    Attributes:
+        ids: int32 (n, length).
+        there: Which are no padding.
+    """
+
+    ids: Int32[np.ndarray, "n length"]
+    there: Bool[np.ndarray, "n length"]
+
+
+def tokenizer(kind: str, texts: Sequence[str]) -> Tokenizer:
+    """A tokenizer by its name.
+
+    Args:
+        kind: `characters` of the texts; `bytes`; `bpe:SIZE`, a byte-pair encoding with so many ids
+            that is trained on the texts, the same for the same texts; or the path of a
+            `tokenizer.json` of byte-level pieces.
+        texts: What the vocabulary is made for.
+
+    Raises:
+        InputError: If there is no such tokenizer, or the file cannot be read.
+    """
+    if kind == "characters":
+        return _characters(texts)
+    if kind == "bytes":
+        pieces = (*_nothing(), *(bytes([b]) for b in range(256)))
+        return Tokenizer(kind, pieces, lambda text: [_OURS + b for b in text.encode()])
+    if kind.startswith("bpe:") and kind[4:].isdigit():
+        return _trained(kind, int(kind[4:]), texts)
+    if kind.endswith(".json"):
+        return _read(expanded(kind))
+    raise InputError(
+        f"no tokenizer is called {kind}: give characters, bytes, bpe:SIZE or a tokenizer.json"
+    )
+
+
+def tokens(by: Tokenizer, texts: Sequence[str], end: int, length: int | None = None) -> Tokens:
+    """Texts as ids of one length.
+
+    Args:
+        by: The tokenizer.
+        texts: Questions, or answers.
+        end: The id that each ends with: `ANSWER` or `EOS`.
+        length: The length; by default that of the longest.
+
+    Raises:
+        InputError: If a text is longer.
+    """
+    found = [[*by.split(text), end] for text in texts]
+    longest = max(map(len, found), default=1)
+    length = longest if length is None else length
+    if longest > length:
+        text = texts[max(range(len(found)), key=lambda i: len(found[i]))]
+        raise InputError(
+            f"{text[:60]!r} takes {longest} tokens of {by.name}, and there is room for {length}; "
+            "give more, or a shorter text"
+        )
+    ids = np.full((len(found), length), PAD, np.int32)
+    for row, own in zip(ids, found, strict=True):
+        row[: len(own)] = own
+    there = np.arange(length) < np.array([len(own) for own in found], int)[:, None]
+    return Tokens(ids, there)
+
+
+def answer_text(by: Tokenizer, ids: Int32[np.ndarray, " n"]) -> str:
+    """The text of an answer: what stands before its end."""
+    known = ids.tolist()
+    return by.text(known[: known.index(EOS)] if EOS in known else known)
+
+
+def _nothing() -> tuple[bytes, ...]:
+    return (b"",) * _OURS
+
+
+def _characters(texts: Sequence[str]) -> Tokenizer:
+    known = sorted(set("".join(texts)))
+    ids = {character: _OURS + i for i, character in enumerate(known)}
+
+    def split(text: str) -> list[int]:
+        strange = next((c for c in text if c not in ids), None)
+        if strange is not None:
+            raise InputError(f"no token is {strange!r}, of {text[:60]!r}; take bytes instead")
+        return [ids[c] for c in text]
+
+    return Tokenizer("characters", (*_nothing(), *(c.encode() for c in known)), split)
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise InputError(
+            'byte-pair encodings need the package tokenizers: pip install "jaxdistill[vlm]"'
+        ) from error
+    return tokenizers
+
+
+def _trained(kind: str, size: int, texts: Sequence[str]) -> Tokenizer:
+    library = _library()
+    if size < _OURS + 256:
+        raise InputError(f"{kind}: byte-pair encodings start at {_OURS + 256} ids")
+    made = library.Tokenizer(library.models.BPE())
+    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=size - _OURS,
+        initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    made.train_from_iterator(texts, trainer)
+    return _wrapped(kind, made)
+
+
+def _read(path: Path) -> Tokenizer:
+    library = _library()
+    if not path.is_file():
+        raise InputError(f"{path} is no file; give a tokenizer.json")
+    try:
+        made = library.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library's own has no other base
+        raise InputError(f"{path} is no tokenizer ({one_line(error)})") from error
+    return _wrapped(path.name, made)
+
+
+def _wrapped(name: str, made: Any) -> Tokenizer:
+    """A tokenizer of the library, its ids behind ours."""
+    of = _byte_of_character()
+    by_id = {i: piece for piece, i in made.get_vocab().items()}
+    pieces = []
+    for i in range(max(by_id) + 1):
+        try:
+            pieces.append(bytes(of[c] for c in by_id.get(i, "")))
+        except KeyError:
+            pieces.append(by_id[i].encode())  # a special token of the file's own
+    split = lambda text: [  # noqa: E731
+        _OURS + i for i in made.encode(text, add_special_tokens=False).ids
+    ]
+    whole = "The 3 é"
+    if b"".join(pieces[i - _OURS] for i in split(whole)).strip() != whole.encode():
+        raise InputError(f"{name} has other pieces than byte-level ones; give such a tokenizer")
+    return Tokenizer(name, (*_nothing(), *pieces), split)
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Which byte a character of byte-level pieces is: printable ones are themselves."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -1,0 +1,504 @@
+"""The family that distils vision-language models: a large one's answers into a small one."""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from jaxdistill import keywords, run_folder, stage
+from jaxdistill.data import device, sources, text, vqa
+from jaxdistill.data.text import ANSWER, EOS, Tokenizer
+from jaxdistill.errors import InputError
+from jaxdistill.interrupt import ShouldStop
+from jaxdistill.io import weights
+from jaxdistill.io.files import expanded
+from jaxdistill.io.versions import versions
+from jaxdistill.keywords import Between, Count, Dtype, Folder, Natural, Rate
+from jaxdistill.method import BatchSpec, replicated
+from jaxdistill.nn.decoder import BlockShape
+from jaxdistill.nn.vlm import VLM
+from jaxdistill.parallel import processes
+from jaxdistill.parallel.mesh import fully_sharded, make_mesh
+from jaxdistill.settings import Experiment, Parallel, Row, Run
+from jaxdistill.task import Language, Part, VLMTask
+from jaxdistill.tasks import Loaded
+from jaxdistill.vlm import supervised
+from jaxdistill.vlm.decoding import generate
+from jaxdistill.vlm.pairs import Side, TokenisedPair
+
+ROOM = "jaxdistill.vlm"
+ARTEFACT = "student.safetensors"
+
+_SIDES = ("teacher", "student")
+# Shape of an image, tokens of a question and of an answer, of what no data set here holds.
+_SHAPES = {"pairs_448": ((448, 448, 3), 256, 256)}
+
+
+class Data(NamedTuple):
+    """Where the questions come from.
+
+    Attributes:
+        name: A labelled data set, of whose images grids are made; see `jaxdistill.data.vqa.grid`.
+        data_dir: Where a named data set lies.
+        kinds: Kinds of questions that are asked.
+        train: Questions that students learn from.
+        teacher_train: Questions that the teacher learns from, of which those are the first.
+        validation: Questions that settings are chosen on.
+        test: Questions that models are measured on.
+        seed: Decides the questions.
+        judge_by_validation: Whether models are measured on the validation split instead.
+    """
+
+    name: str
+    data_dir: Folder = None
+    kinds: tuple[str, ...] = vqa.KINDS
+    train: Count = 10_000
+    teacher_train: Count = 50_000
+    validation: Count = 1000
+    test: Count = 2000
+    seed: Natural = 0
+    judge_by_validation: bool = False
+
+
+class Teacher(NamedTuple):
+    """The large model: where it lies, or how it is built and trained.
+
+    Attributes:
+        dir: A folder with `teacher.safetensors`; by default `teacher` in the workdir, where it is
+            trained.
+        tokenizer: How it reads; see `jaxdistill.data.text.tokenizer`.
+        patch: Side of a square of pixels that becomes a token.
+        width: Length of a token.
+        depth: Decoder blocks.
+        heads: Heads of queries.
+        kv_heads: Heads of keys and values.
+        hidden: Width inside a block's SwiGLU.
+        steps: Length of its training; that of the student that all students start from.
+        batch_size: Questions a step.
+        learning_rate: AdamW's learning rate.
+    """
+
+    dir: Folder = None
+    tokenizer: str = "bpe:420"
+    patch: Annotated[int, Between(1, 256)] = 14
+    width: Annotated[int, Between(2, 2**16)] = 128
+    depth: Annotated[int, Between(1, 1000)] = 4
+    heads: Annotated[int, Between(1, 1000)] = 4
+    kv_heads: Annotated[int, Between(1, 1000)] = 2
+    hidden: Annotated[int, Between(1, 2**18)] = 384
+    steps: Count = 8000
+    batch_size: Annotated[int, Between(1, 10**6)] = 64
+    learning_rate: Rate = 2e-3
+
+
+class Student(NamedTuple):
+    """The small model, and where all students start: after a few steps of fine-tuning.
+
+    Attributes:
+        tokenizer: How it reads.
+        patch: Side of a square of pixels that becomes a token.
+        width: Length of a token.
+        depth: Decoder blocks.
+        heads: Heads of queries.
+        kv_heads: Heads of keys and values.
+        hidden: Width inside a block's SwiGLU.
+        steps: Length of the fine-tuning that all students start from.
+        batch_size: Questions a step of it.
+        learning_rate: Its learning rate.
+    """
+
+    tokenizer: str = "characters"
+    patch: Annotated[int, Between(1, 256)] = 28
+    width: Annotated[int, Between(2, 2**16)] = 64
+    depth: Annotated[int, Between(1, 1000)] = 2
+    heads: Annotated[int, Between(1, 1000)] = 4
+    kv_heads: Annotated[int, Between(1, 1000)] = 2
+    hidden: Annotated[int, Between(1, 2**18)] = 192
+    steps: Count = 1000
+    batch_size: Annotated[int, Between(1, 10**6)] = 64
+    learning_rate: Rate = 1e-3
+
+
+class Model(NamedTuple):
+    """What both models share.
+
+    Attributes:
+        rope_theta: Base of the rotary frequencies.
+        remat: Whether blocks are computed again for the gradient.
+        dtype: The dtype of the activations.
+        param_dtype: The dtype of the parameters.
+    """
+
+    rope_theta: Annotated[float, Between(1, 1e9)] = 10_000.0
+    remat: bool = False
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+
+
+class Settings(NamedTuple):
+    """The groups of a config of this family."""
+
+    data: Data
+    model: Model
+    teacher: Teacher
+    student: Student
+    parallel: Parallel
+    run: Run
+
+
+class Asked(NamedTuple):
+    """What evaluations look at.
+
+    Attributes:
+        questions: The questions that models are measured on.
+        train: Those that students learn from.
+        kinds: Names of the kinds of questions.
+        pair: The same questions as both models read them, on the host.
+        tokenizers: Both tokenizers.
+    """
+
+    questions: vqa.Questions
+    train: vqa.Questions
+    kinds: tuple[str, ...]
+    pair: TokenisedPair
+    tokenizers: dict[str, Tokenizer]
+
+
+def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Loaded:
+    """Makes the questions, and prepares both models to be read or trained when they are wanted.
+
+    Raises:
+        InputError: If the data cannot be read, or the settings do not fit them.
+    """
+    settings = experiment.groups.data
+    if settings.name in _SHAPES:
+        raise InputError(f"{settings.name} is a shape without data: use --mode=compile")
+    data = _questions(settings)
+    judged = data.validation if settings.judge_by_validation else data.test
+    known = _first(data.train, settings.train)
+    named = _tokenizers(experiment.groups, data)
+    lengths = {side: _lengths(by, data.train) for side, by in named.items()}
+    shown = {
+        "teacher": _arrays(data.train, named, lengths),
+        "student": _arrays(known, named, lengths),
+    }
+    examples = {
+        side: _examples(arrays, functools.cache(lambda arrays=arrays: device.resident(arrays)))
+        for side, arrays in shown.items()
+    }
+    sizes = {side: by.size for side, by in named.items()}
+    image = data.train.images.shape[1:]
+    task = _task(experiment.groups, data.name, image, sizes, lengths, examples["student"])
+    source = {
+        "source_sha256": data.train.fingerprint(),
+        "test_sha256": judged.fingerprint(),
+        "tokenizers": {side: by.fingerprint() for side, by in named.items()},
+    }
+    read = functools.cache(
+        lambda: _models(experiment, task, examples, source, workdir, should_stop)
+    )
+    task = task._replace(
+        teacher=task.teacher._replace(load=lambda: {"teacher": read()[0]["teacher"]}),
+        start=task.start._replace(load=lambda: read()[0]),
+    )
+    asked = Asked(judged, known, data.kinds, _pair_of(_arrays(judged, named, lengths)), named)
+    return Loaded(task, asked, source, lambda: read()[1])
+
+
+def shapes(experiment: Experiment) -> VLMTask:
+    """The task without its models: enough to compile a student for it.
+
+    The questions are made, for their lengths and vocabularies follow from them, unless the data are
+    known by their shapes alone.
+
+    Raises:
+        InputError: If the data cannot be read.
+    """
+    groups = experiment.groups
+    if groups.data.name in _SHAPES:
+        image, question, answer = _SHAPES[groups.data.name]
+        sizes = {side: _ids(getattr(groups, side).tokenizer) for side in _SIDES}
+        lengths = dict.fromkeys(_SIDES, (question, answer))
+        one = {"images": jax.ShapeDtypeStruct(image, jnp.uint8)}
+        for side in _SIDES:
+            one |= {
+                f"{side}_{part}": jax.ShapeDtypeStruct((length,), jnp.int32)
+                for part, length in (("question", question), ("answer", answer))
+            }
+        count = groups.data.train
+        examples = Part(device.resident_shapes(one, 1, count, count, labelled=False))
+        return _task(groups, groups.data.name, image, sizes, lengths, examples)
+    data = _questions(groups.data)
+    named = _tokenizers(groups, data)
+    lengths = {side: _lengths(by, data.train) for side, by in named.items()}
+    arrays = _arrays(_first(data.train, groups.data.train), named, lengths)
+    sizes = {side: by.size for side, by in named.items()}
+    image = data.train.images.shape[1:]
+    return _task(groups, data.name, image, sizes, lengths, _examples(arrays))
+
+
+def mesh(
+    experiment: Experiment, task: VLMTask, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The devices of a run, all by default; they share the batch."""
+    del experiment, task
+    return make_mesh(devices)
+
+
+def save(
+    folder: Path, experiment: Experiment, loaded: Loaded, row: Row, output: PyTree, card: dict
+) -> None:
+    """Writes the student alone, `student.safetensors` and its card; see `jaxdistill.io.weights`."""
+    del row
+    known = {side: by.fingerprint() for side, by in loaded.data.tokenizers.items()}
+    card = card | {"config": experiment.stated(), "tokenizer_sha256": known["student"]}
+    weights.save(folder, "student", output, card)
+
+
+def read(folder: Path, shapes: PyTree) -> tuple[PyTree, dict]:
+    """What the student of a folder has learned, and its card.
+
+    Raises:
+        InputError: If there is none, or it is another's.
+    """
+    params, card = weights.load(folder, "student")
+    weights.check_shapes(f"{folder / 'student.safetensors'}", params, shapes)
+    return params, card
+
+
+# ---------------------------------------------------------------------------- the task
+
+
+def _questions(settings: Data) -> vqa.VQA:
+    if settings.train > settings.teacher_train:
+        raise InputError(
+            f"data.train={settings.train} are the first of data.teacher_train="
+            f"{settings.teacher_train}; give the teacher as many or more"
+        )
+    return vqa.grid(
+        sources.load(settings.name, data_dir=settings.data_dir),
+        train=settings.teacher_train,
+        validation=settings.validation,
+        test=settings.test,
+        seed=settings.seed,
+        kinds=settings.kinds,
+    )
+
+
+def _tokenizers(groups: Settings, data: vqa.VQA) -> dict[str, Tokenizer]:
+    """Those of both models, made for the training questions where they are made."""
+    corpus = sorted({*data.train.questions, *data.train.answers})
+    return {side: text.tokenizer(getattr(groups, side).tokenizer, corpus) for side in _SIDES}
+
+
+def _ids(kind: str) -> int:
+    """The size of a vocabulary that is known by it alone."""
+    name, _, size = kind.partition(":")
+    if name != "ids" or not size.isdigit():
+        raise InputError(
+            f"data without texts go with tokenizers known by their size, such as ids:32000, not "
+            f"with {kind}"
+        )
+    return int(size)
+
+
+def _lengths(by: Tokenizer, known: vqa.Questions) -> tuple[int, int]:
+    """Tokens of a question and of an answer, with room for some longer than those known."""
+    longest = (
+        text.tokens(by, sorted(set(texts)), end).ids.shape[1]
+        for texts, end in ((known.questions, ANSWER), (known.answers, EOS))
+    )
+    question, answer = (length + length // 4 for length in longest)
+    return question, answer
+
+
+def _first(known: vqa.Questions, count: int) -> vqa.Questions:
+    return vqa.Questions(*(x[:count] for x in known))
+
+
+def _arrays(asked: vqa.Questions, named: dict, lengths: dict) -> dict[str, np.ndarray]:
+    """Images and both sides' ids by name, as examples are held."""
+    arrays = {"images": asked.images}
+    for side in _SIDES:
+        long, short = lengths[side]
+        questions = text.tokens(named[side], asked.questions, ANSWER, long)
+        answers = text.tokens(named[side], asked.answers, EOS, short)
+        arrays |= {f"{side}_question": questions.ids, f"{side}_answer": answers.ids}
+    return arrays
+
+
+def _examples(arrays: dict[str, np.ndarray], load=tuple) -> Part:
+    """Examples that steps draw from."""
+    count = len(arrays["images"])
+    one = {n: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for n, x in arrays.items()}
+    return Part(device.resident_shapes(one, 1, count, count, labelled=False), load)
+
+
+def _pair_of(arrays: dict[str, Any]) -> TokenisedPair:
+    """The arrays of some examples as both models read them; padding is id 0."""
+
+    def side(name):
+        question, answer = arrays[f"{name}_question"], arrays[f"{name}_answer"]
+        return Side(question, question != text.PAD, answer, answer != text.PAD)
+
+    images = arrays["images"].astype("float32") / 255 - 0.3
+    return TokenisedPair(images, side("teacher"), side("student"))
+
+
+def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_shape) -> Language:
+    """A model of ours as functions."""
+    block = BlockShape(
+        sizes.width,
+        sizes.heads,
+        sizes.kv_heads,
+        sizes.hidden,
+        rope_theta=model.rope_theta,
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.dtype(model.param_dtype),
+        remat=model.remat,
+    )
+    block.length()
+    net = VLM(vocabulary, block, sizes.depth, sizes.patch, tuple(image_shape))
+    if any(side % sizes.patch for side in image_shape[:2]):
+        raise InputError(
+            f"images of {image_shape[0]}x{image_shape[1]} pixels do not divide into patches of "
+            f"{sizes.patch}; choose another patch"
+        )
+
+    def init(key):
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        images = jnp.zeros((1, *image_shape))
+        return net.init(key, images, tokens, jnp.ones((1, 1), bool))["params"]
+
+    def method(name):
+        return lambda params, *args: net.apply({"params": params}, *args, method=name)
+
+    return Language(
+        init,
+        method("encode"),
+        method("head"),
+        functools.partial(generate, net, eos=EOS),
+        net.image_tokens,
+        sizes.width,
+        vocabulary,
+        block,
+    )
+
+
+def _task(groups, name, image_shape, sizes, lengths, examples: Part) -> VLMTask:
+    models = {
+        side: _language(groups.model, getattr(groups, side), sizes[side], image_shape)
+        for side in _SIDES
+    }
+    made = {side: jax.eval_shape(models[side].init, jax.random.key(0)) for side in _SIDES}
+    return VLMTask(
+        name,
+        models["teacher"],
+        models["student"],
+        _pair_of,
+        functools.partial(BatchSpec, "uniform"),
+        Part({"teacher": made["teacher"]}),
+        Part(made),
+        examples,
+        (lengths["teacher"][1], lengths["student"][1]),
+        fully_sharded if groups.parallel.fully_sharded else replicated,
+    )
+
+
+# ---------------------------------------------------------------------------- what comes first
+
+
+def _models(experiment, task, examples, source, workdir, should_stop) -> tuple[PyTree, dict]:
+    """Teacher and start of the students, read or trained first, and their checksums."""
+    rest = task, source, should_stop
+    given = experiment.groups.teacher.dir
+    places = {
+        "teacher": expanded(given) if given else workdir / "teacher",
+        "student": workdir / "start",
+    }
+    params, sums = {}, {}
+    for side, folder in places.items():
+        own = bool(given) and side == "teacher"
+        params[side], sums[side] = _model(experiment, side, folder, own, examples[side], *rest)
+    return params, {"teacher_sha256": sums["teacher"], "start_sha256": sums["student"]}
+
+
+def _model(experiment, side, folder, given, examples, task, source, should_stop):
+    groups = experiment.groups
+    sizes = getattr(groups, side)
+    model = getattr(task, f"{side}_model")
+    done = (folder / f"{side}.safetensors").is_file()
+    processes.wait(f"the {side} is looked for")
+    if given and not done:
+        raise InputError(f"{folder} holds no {side}.safetensors; leave {side}.dir out to train")
+    if not given:
+        identity = run_folder.claim(folder, *_identity(experiment, side, source))
+    if not done:
+        training = supervised.Training(sizes.steps, sizes.batch_size, sizes.learning_rate)
+
+        def build(rate_factor):
+            rate = training.learning_rate * rate_factor
+            return supervised.trained(
+                lambda key, frozen: model.init(key),
+                supervised.supervised_loss(model, side),
+                supervised.optimizer(training._replace(learning_rate=rate)),
+                batches=task.batches(sizes.batch_size),
+                pair=task.pair,
+            )._replace(specs=task.specs)
+
+        name = "teacher" if side == "teacher" else "start of the students"
+        ended = stage.run(
+            name,
+            build,
+            seed=experiment.seed,
+            run=groups.run,
+            backend=groups.parallel.backend,
+            folder=folder,
+            identity=identity,
+            examples=examples,
+            frozen=(),
+            steps=sizes.steps,
+            mesh=mesh(experiment, task),
+            should_stop=should_stop,
+        )
+        output = jax.tree.map(processes.whole, ended.method.output(ended.state))
+        if processes.is_first():
+            card = {
+                "dataset": task.name,
+                "method": side,
+                "config_hash": identity,
+                "seed": experiment.seed,
+                "cost": ended.cost,
+                "rate_factor": ended.rate_factor,
+                "tokenizer_sha256": source["tokenizers"][side],
+                "provenance": source | {"versions": versions()},
+                "config": experiment.stated(),
+            }
+            weights.save(folder, side, output, card)
+        processes.wait(f"the {side} is trained")
+    params, card = weights.load(folder, side)
+    weights.check_shapes(f"{folder / side}.safetensors", params, task.start.shapes[side])
+    if card.get("tokenizer_sha256") != source["tokenizers"][side]:
+        raise InputError(
+            f"the {side} in {folder} reads by another tokenizer than {sizes.tokenizer} of these "
+            "questions; give the questions that it was trained on"
+        )
+    return params, card["sha256"]
+
+
+def _identity(experiment: Experiment, side: str, source: dict) -> tuple[dict, dict]:
+    """What decides what a model is, and the defaults of its settings; see `run_folder.claim`."""
+    groups = {n: getattr(experiment.groups, n) for n in ("data", "model", side)}
+    own = {n: keywords.identifying(type(g), g._asdict()) for n, g in groups.items()}
+    defaults = {n: keywords.defaults(type(g)) for n, g in groups.items()}
+    read = {"tokenizer_sha256": source["tokenizers"][side]}
+    data = {name: source[name] for name in ("source_sha256",)}
+    identity = {"family": "vlm", "seed": experiment.seed, **own, **data, **read}
+    return json.loads(json.dumps(identity)), json.loads(json.dumps(defaults))

@@ -1,0 +1,373 @@
+"""GenRecal: a teacher's head reads what a student makes of the question.
+
+Lee et al., "GenRecal: Generation after Recalibration from Large to Small Vision-Language Models"
+(arXiv 2506.15681). The student's states of image and question are followed by the teacher's states
+of the answer; a small network brings both to where the teacher's frozen head can read them, and its
+logits are held against the answer and against the teacher's own. Labels and logits are the
+teacher's, so the tokenizers never have to be brought together.
+
+What the paper leaves open is a setting with its default, called A1 to A9 in `docs/genrecal.md`.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, PyTree
+
+from jaxdistill import collective
+from jaxdistill.errors import InputError
+from jaxdistill.keywords import Between, Fraction, Natural, Rate, Weight, grouped
+from jaxdistill.method import Batch, BatchSpec, Frozen, Method
+from jaxdistill.nn.recalibrator import Recalibrator
+from jaxdistill.task import Language, Recipe, VLMTask
+from jaxdistill.vlm import supervised
+from jaxdistill.vlm.losses import cross_entropy, forward_kl
+from jaxdistill.vlm.pairs import States, TokenisedPair, predicting, states
+from jaxdistill.vlm.supervised import mean
+
+Regularizer = Literal["both", "none", "kl", "ce", "mse"]
+"""Cross-entropy and KL of the recalibrated teacher's prefix; nothing; one of the two; or the square
+distance of recalibrated states from the teacher's (the paper's table 13)."""
+
+
+class Recalibration(NamedTuple):
+    """What is learned of the teacher.
+
+    Attributes:
+        depth: Blocks of the Recalibrator.
+        norm: `layer` or `rms`, of what comes out of it, or `none` (A3).
+        start: Whether its blocks start `fresh`, or as copies of the student's `last` (A2).
+        boundary: Whether the last state of the question predicts the first token of the answer
+            (`include`), or nothing does (`exclude`) (A4). It alone has to come from the student.
+        regularizer: What else is learned while the Recalibrator is alone; see `Regularizer`.
+        regularize_later: Whether that goes on while the student is trained (A8).
+        ce: Weight of the cross-entropy of the recalibrated logits.
+        kl: Weight of their divergence from the teacher's.
+        sft: Weight of the student's own cross-entropy in the second stage.
+        train_recalibrator: Whether the Recalibrator is trained in the second stage too (A6).
+        train_embedding: Whether the student's embeddings and head are, in the second stage (A7).
+        train_projector: Whether the student's projector is, in the second stage (A7).
+        train_vision: Whether its image encoder is, in the second and the third (A7).
+    """
+
+    depth: Annotated[int, Between(1, 100)] = 2
+    norm: Literal["layer", "rms", "none"] = "layer"
+    start: Literal["fresh", "last"] = "fresh"
+    boundary: Literal["include", "exclude"] = "include"
+    regularizer: Regularizer = "both"
+    regularize_later: bool = False
+    ce: Weight = 1.0
+    kl: Weight = 1.0
+    sft: Weight = 1.0
+    train_recalibrator: bool = True
+    train_embedding: bool = False
+    train_projector: bool = False
+    train_vision: bool = False
+
+
+class Stages(NamedTuple):
+    """The settings of the three stages: alignment, distillation, fine-tuning.
+
+    Attributes:
+        align: Steps in which the Recalibrator is trained alone.
+        distil: Steps in which the student is trained through it.
+        tune: Steps in which the student is trained without it.
+        batch_size: Questions a step.
+        learning_rate: AdamW's learning rate in the second stage.
+        align_rate_scale: That of the first stage over it.
+        tune_rate_scale: That of the third stage over it.
+        learning_rate_decay: The last learning rate of a stage over its first, by a straight line.
+        warmup: Part of a stage in which the rate rises (A9).
+        clip: Global norm that gradients are clipped to (A9).
+    """
+
+    align: Natural = 700
+    distil: Natural = 1300
+    tune: Natural = 700
+    batch_size: Annotated[int, Between(1, 10**6)] = 64
+    learning_rate: Rate = 1e-3
+    align_rate_scale: Rate = 2.0
+    tune_rate_scale: Rate = 0.5
+    learning_rate_decay: Fraction = 0.1
+    warmup: Fraction = 0.03
+    clip: Annotated[float, Between(1e-6, 1e12)] = 1.0
+
+
+class GenRecalState(NamedTuple):
+    """What changes.
+
+    Attributes:
+        student: The student's parameters.
+        recalibrator: The Recalibrator's.
+        opt: The optimizer's state, of both.
+        step: Steps done, of all stages.
+    """
+
+    student: PyTree
+    recalibrator: PyTree
+    opt: PyTree
+    step: Int32[Array, ""]
+
+
+Recalibrate = Callable[..., tuple[Array, Array]]
+"""`(params, prefix, prefix_there, answer, answer_there, *, prefix_from_teacher)`; see
+`jaxdistill.nn.recalibrator.Recalibrator`."""
+
+
+class Losses(NamedTuple):
+    """What a recalibrated prefix is worth, each as a sum over tokens and their number.
+
+    Attributes:
+        ce: Cross-entropy of the answer in the teacher's tokens.
+        kl: KL(teacher's own logits || recalibrated ones).
+        mse: Square distance of the recalibrated states from the teacher's, a number a state.
+    """
+
+    ce: tuple[Array, Array]
+    kl: tuple[Array, Array]
+    mse: tuple[Array, Array]
+
+
+def recalibrated_losses(
+    recalibrate: Recalibrate,
+    params: PyTree,
+    head: Callable[[Float[Array, "b a d"]], Float[Array, "b a v"]],
+    student: States,
+    teacher: States,
+    answer: Any,
+    *,
+    own_prefix: bool,
+    boundary: str = "include",
+) -> Losses:
+    """Algorithms 1 to 3 of the paper for one prefix.
+
+    Args:
+        recalibrate: The Recalibrator.
+        params: Its parameters.
+        head: The teacher's frozen head.
+        student: The student's states.
+        teacher: The teacher's.
+        answer: Ids of the answer under the teacher's tokenizer (b, a).
+        own_prefix: Whether the prefix is the teacher's own, as in the regularizer.
+        boundary: See `Recalibration`.
+    """
+    source = teacher if own_prefix else student
+    prefix, made = recalibrate(
+        params,
+        source.prefix,
+        source.prefix_there,
+        teacher.answer,
+        teacher.answer_there,
+        prefix_from_teacher=own_prefix,
+    )
+    logits = head(predicting(prefix, source.prefix_there, made))
+    own = head(predicting(teacher.prefix, teacher.prefix_there, teacher.answer))
+    there = teacher.answer_there
+    if boundary == "exclude":
+        there = there.at[:, 0].set(False)
+    far = jnp.square(made - teacher.answer).mean(-1)
+    if own_prefix:
+        ends = jnp.square(prefix - teacher.prefix).mean(-1)
+        far = jnp.concatenate([ends, far], axis=1)
+        seen = jnp.concatenate([teacher.prefix_there, teacher.answer_there], axis=1)
+    else:
+        seen = teacher.answer_there
+    square = jnp.sum(jnp.where(seen, far, 0.0)), jnp.sum(seen, dtype=jnp.float32)
+    return Losses(cross_entropy(answer, logits, there), forward_kl(own, logits, there), square)
+
+
+def genrecal(
+    student: Language,
+    teacher: Language,
+    recalibrate: Recalibrate,
+    init: Callable[[PRNGKeyArray, Frozen, TokenisedPair], tuple[PyTree, PyTree]],
+    *,
+    parts: Callable[[PyTree], PyTree],
+    recalibration: Recalibration,
+    stages: Stages,
+    batches: BatchSpec,
+    pair: Callable[[Batch], TokenisedPair],
+) -> Method:
+    """The three stages as one run.
+
+    Args:
+        student: The small model.
+        teacher: The large one, whose parameters are `frozen["teacher"]`.
+        recalibrate: The Recalibrator.
+        init: `(key, frozen, pair) -> (student's parameters, Recalibrator's)`.
+        parts: The student's parameters -> a tree like them of `vision`, `projector`, `embedding`
+            or `body`: what each belongs to.
+        recalibration: What is learned.
+        stages: How.
+        batches: What a step is fed.
+        pair: What is made of a batch.
+
+    Raises:
+        InputError: If all stages are empty.
+    """
+    r, lengths = recalibration, (stages.align, stages.distil, stages.tune)
+    if not sum(lengths):
+        raise InputError("method.align, distil and tune are all 0; give a stage some steps")
+    ends = jnp.cumsum(jnp.array(lengths))
+    tx = optax.chain(optax.clip_by_global_norm(stages.clip), optax.scale_by_adam(b1=0.9, b2=0.95))
+    trained_parts = (
+        (),
+        (
+            "body",
+            *(["embedding"] if r.train_embedding else []),
+            *(["projector"] if r.train_projector else []),
+            *(["vision"] if r.train_vision else []),
+        ),
+        ("body", "embedding", "projector", *(["vision"] if r.train_vision else [])),
+    )
+
+    def make(key, frozen, batch):
+        params = init(key, frozen, pair(batch))
+        return GenRecalState(*params, tx.init(params), jnp.int32(0))
+
+    def step(state, frozen, batch, key):
+        del key
+        examples = collective.by_example(pair(batch))
+        stage = jnp.minimum(jnp.searchsorted(ends, state.step, side="right"), 2)
+        params = state.student, state.recalibrator
+        branches = [_stage(i, frozen, examples) for i in range(3)]
+        grads, metrics = jax.lax.switch(stage, branches, params)
+        grads = collective.mean(grads)
+        # A stage starts with moments of its own.
+        begun = ends[stage] - jnp.array(lengths)[stage]
+        fresh = state.step == begun
+        opt = jax.tree.map(lambda old, new: jnp.where(fresh, new, old), state.opt, tx.init(params))
+        masks = _masks(params, stage)
+        grads = jax.tree.map(jnp.multiply, grads, masks)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        updates, opt = tx.update(grads, opt, params)
+        rate = _rate(stage, state.step - begun)
+        params = jax.tree.map(
+            lambda p, u, m: p - (rate * m * u).astype(p.dtype), params, updates, masks
+        )
+        return GenRecalState(*params, opt, state.step + 1), metrics
+
+    def _rate(stage, done):
+        scale = jnp.array([stages.align_rate_scale, 1.0, stages.tune_rate_scale])[stage]
+        length = jnp.maximum(jnp.array(lengths)[stage], 1)
+        part = done / length
+        rising = jnp.minimum((done + 1) / jnp.maximum(stages.warmup * length, 1.0), 1.0)
+        return stages.learning_rate * scale * rising * (1 - (1 - stages.learning_rate_decay) * part)
+
+    def _masks(params, stage):
+        """Zero or one for every leaf: what this stage trains."""
+        said = parts(params[0])
+        flags = jax.tree.map(
+            lambda part: jnp.array([float(part in own) for own in trained_parts])[stage], said
+        )
+        whole = jnp.array([1.0, float(r.train_recalibrator), 0.0])[stage]
+        return flags, jax.tree.map(lambda _: whole, params[1])
+
+    def _stage(number, frozen, examples):
+        def loss(params):
+            small, recalibrator = params
+            metrics = dict.fromkeys(("ce", "kl", "sft", "regularizer"), jnp.float32(0))
+            value = jnp.float32(0)
+            own = states(student, small, examples.images, examples.student)
+            if number == 0:
+                own = jax.lax.stop_gradient(own)
+            if number > 0:
+                predicted = predicting(own.prefix, own.prefix_there, own.answer)
+                logits = student.head(small, predicted)
+                side = examples.student
+                metrics["sft"] = mean(cross_entropy(side.answer, logits, side.answer_there))
+                value += metrics["sft"] * (r.sft if number == 1 else 1.0)
+            if number < 2:
+                base = jax.lax.stop_gradient(frozen["teacher"])
+                theirs = states(teacher, base, examples.images, examples.teacher)
+                theirs = jax.lax.stop_gradient(theirs)
+
+                def of(own_prefix):
+                    return recalibrated_losses(
+                        recalibrate,
+                        recalibrator,
+                        lambda hidden: teacher.head(base, hidden),
+                        own,
+                        theirs,
+                        examples.teacher.answer,
+                        own_prefix=own_prefix,
+                        boundary=r.boundary,
+                    )
+
+                found = of(False)
+                metrics["ce"], metrics["kl"] = mean(found.ce), mean(found.kl)
+                value += r.ce * metrics["ce"] + r.kl * metrics["kl"]
+                if r.regularizer != "none" and (number == 0 or r.regularize_later):
+                    more = of(True)
+                    terms = {
+                        "both": (more.ce, more.kl),
+                        "ce": (more.ce,),
+                        "kl": (more.kl,),
+                        "mse": (more.mse,),
+                    }[r.regularizer]
+                    metrics["regularizer"] = sum(mean(term) for term in terms)
+                    value += metrics["regularizer"]
+            metrics["loss"] = value
+            return value, metrics
+
+        return jax.grad(loss, has_aux=True)
+
+    return Method(make, step, lambda state: state.student, batches)
+
+
+def part_of(path: tuple[Any, ...]) -> str:
+    """What a parameter of `jaxdistill.nn.vlm.VLM` belongs to, by its path."""
+    name = str(getattr(path[0], "key", path[0]))
+    if name in ("vision", "places"):
+        return "vision"
+    if name.startswith("projector"):
+        return "projector"
+    return "embedding" if name in ("embedding", "output") else "body"
+
+
+def recipe(task: VLMTask, **rest: Annotated[Any, Recalibration, Stages]) -> Recipe:
+    """A student that is taught through a Recalibrator.
+
+    Args:
+        task: What it is for.
+        **rest: Settings of `Recalibration` and `Stages`.
+
+    Raises:
+        InputError: If the settings do not fit each other.
+    """
+    recalibration, stages = grouped(rest, Recalibration, Stages)
+    student, teacher = task.student_model, task.teacher_model
+    module = Recalibrator(student.block, teacher.width, recalibration.depth, recalibration.norm)
+
+    def recalibrate(params, *args, **options):
+        return module.apply({"params": params}, *args, **options)
+
+    def init(key, frozen, pair):
+        small = jax.tree.map(jnp.copy, frozen["student"])
+        own = states(student, small, pair.images[:1], pair.student.first())
+        theirs = states(teacher, frozen["teacher"], pair.images[:1], pair.teacher.first())
+        made = module.init(key, own.prefix, own.prefix_there, theirs.answer, theirs.answer_there)[
+            "params"
+        ]
+        if recalibration.start == "last":
+            made["body"] = jax.tree.map(lambda x: x[-recalibration.depth :], small["body"])
+        return small, made
+
+    def parts(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: part_of(path), params)
+
+    method = genrecal(
+        student,
+        teacher,
+        recalibrate,
+        init,
+        parts=parts,
+        recalibration=recalibration,
+        stages=stages,
+        batches=task.batches(stages.batch_size),
+        pair=task.pair,
+    )
+    return supervised.made(task, method, stages.align + stages.distil + stages.tune)

@@ -1,0 +1,91 @@
+"""One image, question and answer as two models read them, and the states that predict an answer."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxdistill.task import Language
+
+
+class Side(NamedTuple):
+    """Texts under one tokenizer, padded on the right.
+
+    Attributes:
+        question: Ids (b, q), the mark that an answer follows being the last.
+        question_there: Which are no padding.
+        answer: Ids (b, a), the end being the last.
+        answer_there: Which are no padding.
+    """
+
+    question: Int[Array, "b q"]
+    question_there: Bool[Array, "b q"]
+    answer: Int[Array, "b a"]
+    answer_there: Bool[Array, "b a"]
+
+    def first(self) -> "Side":
+        """The first example alone."""
+        return Side(*(x[:1] for x in self))
+
+
+class TokenisedPair(NamedTuple):
+    """Examples under both tokenizers.
+
+    Attributes:
+        images: float32 (b, h, w, c).
+        teacher: The texts under the teacher's tokenizer.
+        student: The same texts under the student's.
+    """
+
+    images: Float[Array, "b h w c"]
+    teacher: Side
+    student: Side
+
+
+class States(NamedTuple):
+    """Last hidden states of an example, in two parts.
+
+    Attributes:
+        prefix: Of image and question (b, n + q, width).
+        prefix_there: Which are no padding.
+        answer: Of the answer (b, a, width).
+        answer_there: Which are no padding.
+    """
+
+    prefix: Float[Array, "b p d"]
+    prefix_there: Bool[Array, "b p"]
+    answer: Float[Array, "b a d"]
+    answer_there: Bool[Array, "b a"]
+
+
+def states(model: Language, params: PyTree, images: Float[Array, "b h w c"], side: Side) -> States:
+    """What a model makes of image, question and answer."""
+    tokens = jnp.concatenate([side.question, side.answer], axis=1)
+    there = jnp.concatenate([side.question_there, side.answer_there], axis=1)
+    hidden = model.encode(params, images, tokens, there)
+    cut = model.image_tokens + side.question.shape[1]
+    image = jnp.ones((images.shape[0], model.image_tokens), bool)
+    prefix_there = jnp.concatenate([image, side.question_there], axis=1)
+    return States(hidden[:, :cut], prefix_there, hidden[:, cut:], side.answer_there)
+
+
+def predicting(
+    prefix: Float[Array, "b p d"], prefix_there: Bool[Array, "b p"], answer: Float[Array, "b a d"]
+) -> Float[Array, "b a d"]:
+    """The states that predict each token of an answer: the one before it.
+
+    The first token is predicted by the last state of the question, which is all that the prefix has
+    to say alone.
+    """
+    size = prefix_there.shape[1]
+    last = size - 1 - jnp.argmax(prefix_there[:, ::-1], axis=1)
+    first = jnp.take_along_axis(prefix, last[:, None, None], axis=1)
+    return jnp.concatenate([first, answer[:, :-1]], axis=1)
+
+
+def answer_logits(
+    model: Language, params: PyTree, images: Float[Array, "b h w c"], side: Side
+) -> Float[Array, "b a v"]:
+    """The logits of each token of an answer that is known up to there."""
+    made = states(model, params, images, side)
+    return model.head(params, predicting(made.prefix, made.prefix_there, made.answer))

@@ -1,0 +1,197 @@
+"""Supervised fine-tuning: the cross-entropy of answers. Teachers and students start from it."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int32, PRNGKeyArray, PyTree
+
+from jaxdistill import collective
+from jaxdistill.keywords import Between, Count, Fraction, Natural, Rate, grouped
+from jaxdistill.method import Batch, BatchSpec, Frozen, Method
+from jaxdistill.task import Language, Recipe, VLMTask
+from jaxdistill.vlm.losses import cross_entropy
+from jaxdistill.vlm.pairs import TokenisedPair, answer_logits
+
+Loss = Callable[[PyTree, Frozen, TokenisedPair], tuple[Array, dict[str, Any]]]
+"""`(params, frozen, pair) -> (loss, metrics)`: means over all tokens of all devices."""
+
+
+class Training(NamedTuple):
+    """The settings of every student.
+
+    Attributes:
+        steps: Length of the run.
+        batch_size: Questions a step.
+        learning_rate: AdamW's learning rate.
+        learning_rate_decay: The last learning rate over the first, by a straight line.
+        warmup: Steps in which the learning rate rises.
+        weight_decay: AdamW's.
+        clip: Global norm that gradients are clipped to.
+    """
+
+    steps: Count = 2000
+    batch_size: Annotated[int, Between(1, 10**6)] = 64
+    learning_rate: Rate = 1e-3
+    learning_rate_decay: Fraction = 0.1
+    warmup: Natural = 50
+    weight_decay: Fraction = 0.0
+    clip: Annotated[float, Between(1e-6, 1e12)] = 1.0
+
+
+class TrainedState(NamedTuple):
+    """What changes while a student is trained.
+
+    Attributes:
+        params: The student's parameters.
+        opt: The optimizer's state.
+        step: Steps done.
+    """
+
+    params: PyTree
+    opt: PyTree
+    step: Int32[Array, ""]
+
+
+def optimizer(training: Training) -> optax.GradientTransformation:
+    """AdamW after clipping; its rate rises, and falls by a straight line."""
+    warmup = min(training.warmup, training.steps // 2)
+    rate = training.learning_rate
+    last = rate * training.learning_rate_decay
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(rate / (warmup + 1), rate, warmup),
+            optax.linear_schedule(rate, last, max(training.steps - warmup, 1)),
+        ],
+        [warmup],
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(training.clip),
+        optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=training.weight_decay),
+    )
+
+
+def mean(total: tuple[Array, Array]) -> Array:
+    """The mean of what a loss gives as a sum and a number, over all devices' tokens.
+
+    The gradient of it on one device is that of its own tokens, times the number of devices: right
+    after `collective.mean`.
+    """
+    return collective.sum(total[0]) / jnp.maximum(collective.sum(total[1]), 1.0)
+
+
+def trained(
+    init: Callable[[PRNGKeyArray, Frozen], PyTree],
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    batches: BatchSpec,
+    pair: Callable[[Batch], TokenisedPair],
+) -> Method:
+    """The training of a student by a loss.
+
+    Args:
+        init: `(key, frozen) -> params`.
+        loss: What is made small.
+        tx: Optimizer.
+        batches: What a step is fed.
+        pair: What is made of a batch.
+    """
+
+    def make(key, frozen, batch):
+        del batch
+        params = init(key, frozen)
+        return TrainedState(params, tx.init(params), jnp.int32(0))
+
+    def step(state, frozen, batch, key):
+        del key
+        examples = collective.by_example(pair(batch))
+        grads, metrics = jax.grad(loss, has_aux=True)(state.params, frozen, examples)
+        grads = collective.mean(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        updates, opt = tx.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainedState(params, opt, state.step + 1), metrics
+
+    return Method(make, step, lambda state: state.params, batches)
+
+
+def supervised_loss(model: Language, side: str) -> Loss:
+    """The cross-entropy of the answers.
+
+    Args:
+        model: Whose.
+        side: `student` or `teacher`: under whose tokenizer.
+    """
+
+    def loss(params, frozen, pair):
+        del frozen
+        own = getattr(pair, side)
+        logits = answer_logits(model, params, pair.images, own)
+        value = mean(cross_entropy(own.answer, logits, own.answer_there))
+        return value, {"loss": value}
+
+    return loss
+
+
+def student_recipe(task: VLMTask, loss: Loss, training: Training) -> Recipe:
+    """The recipe of a student that is trained by a loss from where all of them start.
+
+    Args:
+        task: What it is for.
+        loss: What is made small; its `frozen` has the teacher's parameters as `teacher`.
+        training: The settings.
+    """
+    method = trained(
+        lambda key, frozen: jax.tree.map(jnp.copy, frozen["student"]),
+        loss,
+        optimizer(training),
+        batches=task.batches(training.batch_size),
+        pair=task.pair,
+    )
+    return made(task, method, training.steps)
+
+
+def made(task: VLMTask, method: Method, steps: int) -> Recipe:
+    """The recipe of a method whose output are the student's parameters.
+
+    Args:
+        task: What it is for.
+        method: The method; its frozen are the parameters that students start from, and the
+            teacher's.
+        steps: Length of the run.
+    """
+
+    def sample(output, frozen, images, question, there, *, length):
+        del frozen
+        return task.student_model.generate(output, images, question, there, length=length)
+
+    return Recipe(
+        method._replace(specs=task.specs, frozen_specs=task.specs), steps, task.start, sample=sample
+    )
+
+
+def recipe(task: VLMTask, *, blind: bool = False, **rest: Annotated[Any, Training]) -> Recipe:
+    """Fine-tuning of the student on the answers, by its own tokenizer.
+
+    Args:
+        task: What it is for.
+        blind: Whether it never sees an image, in training and in use: what questions give away.
+        **rest: Settings of `Training`.
+    """
+    (training,) = grouped(rest, Training)
+    loss = supervised_loss(task.student_model, "student")
+    if not blind:
+        return student_recipe(task, loss, training)
+
+    def unseen(params, frozen, pair):
+        return loss(params, frozen, pair._replace(images=jnp.zeros_like(pair.images)))
+
+    recipe = student_recipe(task, unseen, training)
+
+    def sample(output, frozen, images, *question, length):
+        return recipe.sample(output, frozen, jnp.zeros_like(images), *question, length=length)
+
+    return recipe._replace(sample=sample)

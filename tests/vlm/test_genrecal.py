@@ -1,0 +1,287 @@
+"""The family of vision-language models: its texts, its losses, its stages, a run."""
+
+import functools
+import json
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxdistill
+from jaxdistill import config as configs
+from jaxdistill import settings
+from jaxdistill.data import sources, text, vqa
+from jaxdistill.data.device import draw
+from jaxdistill.errors import InputError, Interrupted
+from jaxdistill.io import weights
+from jaxdistill.vlm.genrecal import part_of, recalibrated_losses
+from jaxdistill.vlm.pairs import answer_logits, predicting, states
+
+SMOKE = "genrecal:smoke"
+WORDS = ["café ou thé?", "no", "yes, 😀", "where is the bag?"]
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return vqa.grid(sources.load("digits"), train=300, validation=60, test=60)
+
+
+class Ready(NamedTuple):
+    """A task with both models, fresh, a batch of it, and the method with its programs."""
+
+    resolved: Any
+    task: Any
+    pair: Any
+    frozen: Any
+    batch: Any
+    method: Any
+
+
+@pytest.fixture(scope="module")
+def ready(quickly, tmp_path_factory):
+    resolved = settings.resolve(configs.load(SMOKE))
+    loaded = resolved.family.load(resolved, tmp_path_factory.mktemp("task"), lambda: False)
+    task = loaded.task
+    batch = draw(task.batches(4), task.examples.load(), jax.random.key(0))
+    keys = dict(zip(("teacher", "student"), jax.random.split(jax.random.key(1)), strict=True))
+    # Away from the start, where a model hardly looks at its images.
+    frozen = {
+        side: jax.tree.map(
+            lambda x: 6 * x if x.ndim > 1 else x, jax.jit(getattr(task, f"{side}_model").init)(key)
+        )
+        for side, key in keys.items()
+    }
+    method = resolved.rows["genrecal"].recipe(task).method  # of two steps a stage
+    method = method._replace(init=jax.jit(method.init), step=jax.jit(method.step))
+    return Ready(resolved, task, task.pair(batch), frozen, batch, method)
+
+
+# ---------------------------------------------------------------------------- texts
+
+
+@pytest.mark.parametrize("kind", ["characters", "bytes", "bpe:262"])
+def test_texts_come_back_and_lie_in_bytes(kind):
+    by = text.tokenizer(kind, WORDS)
+    made = text.tokens(by, WORDS, text.EOS)
+    for words, ids, there in zip(WORDS, *made, strict=True):
+        assert text.answer_text(by, ids) == words
+        assert b"".join(by.pieces[i] for i in ids[there]) == words.encode()
+        assert ids[there][-1] == text.EOS and not (ids[~there] != text.PAD).any()
+    assert by.size == len(by.pieces) and by.pieces[:3] == (b"", b"", b"")
+    again = text.tokenizer(kind, WORDS)
+    assert again.fingerprint() == by.fingerprint()
+    assert text.tokenizer("bytes", []).fingerprint() != text.tokenizer("characters", WORDS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("words", "no tokenizer is called words: give characters"),
+        ("bpe:20", "byte-pair encodings start at 259 ids"),
+        ("nowhere.json", "nowhere.json is no file"),
+    ],
+)
+def test_tokenizers_that_are_none(kind, said):
+    with pytest.raises(InputError, match=said):
+        text.tokenizer(kind, WORDS)
+
+
+def test_texts_that_do_not_fit():
+    by = text.tokenizer("characters", WORDS)
+    with pytest.raises(InputError, match="takes 5 tokens of characters, and there is room for 4"):
+        text.tokens(by, ["no", "nooo"], text.EOS, 4)
+    with pytest.raises(InputError, match="no token is 'z'"):
+        by.split("zoo")
+
+
+# ---------------------------------------------------------------------------- questions
+
+
+def test_answers_are_what_the_pictures_show(questions):
+    """Each answer, found anew from the pictures, whose cells are images of the set."""
+    data = sources.load("digits")
+    known = {image.tobytes(): label for image, label in zip(*data.train, strict=True)}
+    places = ("top left", "top right", "bottom left", "bottom right")
+    name = [n.lower() for n in data.class_names]
+    for image, question, answer, kind in zip(*questions.train, strict=True):
+        cells = image.reshape(2, 8, 2, 8, 1).swapaxes(1, 2).reshape(4, 8, 8, 1)
+        seen = [name[known[np.ascontiguousarray(cell).tobytes()]] for cell in cells]
+        kind = vqa.KINDS[kind]
+        if kind == "describe":
+            assert answer == "top row: {} and {}. bottom row: {} and {}.".format(*seen)
+            continue
+        if kind in ("at", "next"):
+            (place,) = (i for i, p in enumerate(places) if p in question)
+            moves = {"beside": 1, "below": 2, "above": 2, "diagonally": 3}
+            move = next((m for word, m in moves.items() if word in question), 0)
+            assert (move > 0) == (kind == "next") and answer == seen[place ^ move]
+            continue
+        words = question.replace("?", " ").replace(".", " ").replace(":", " ").split()
+        (asked,) = set(words) & set(name)
+        there = [s == asked for s in seen]
+        if kind == "count":
+            assert answer == ("zero", "one", "two", "three", "four")[sum(there)]
+        elif kind == "exist":
+            assert answer == ("yes" if any(there) else "no")
+        elif kind == "where":
+            assert sum(there) == 1 and answer == f"at the {places[there.index(True)]}"
+        else:
+            top, bottom = sum(there[:2]), sum(there[2:])
+            assert answer == ("same", "top", "bottom")[(top > bottom) + 2 * (bottom > top)]
+
+
+def test_no_image_is_in_two_splits_and_a_seed_says_all(questions):
+    cells = [
+        {c.tobytes() for x in part.images for row in np.split(x, 2) for c in np.split(row, 2, 1)}
+        for part in (questions.train, questions.validation, questions.test)
+    ]
+    assert not cells[0] & cells[1] and not cells[0] & cells[2] and not cells[1] & cells[2]
+    make = functools.partial(vqa.grid, sources.load("digits"), validation=60, test=60)
+    longer, other = make(train=320), make(train=300, seed=1)
+    for one, two in zip(longer.train, questions.train, strict=True):
+        np.testing.assert_array_equal(one[:300], two)
+    assert longer.test.fingerprint() == questions.test.fingerprint()
+    assert other.test.fingerprint() != questions.test.fingerprint()
+    guessed = vqa.majority(questions.train, questions.test)
+    assert 0.05 < guessed.mean() < 0.4  # asked evenly, and no more can be guessed
+
+
+# ---------------------------------------------------------------------------- losses and stages
+
+
+def test_a_recalibrator_that_does_nothing_loses_nothing(ready):
+    """A student that is the teacher, read by the teacher's head as it is."""
+    _, task, pair, frozen, *_ = ready
+    model, params = task.teacher_model, frozen["teacher"]
+    made = states(model, params, pair.images, pair.teacher)
+    identity = lambda params, p, _, a, __, **___: (p, a)  # noqa: E731
+    for own_prefix in (False, True):
+        found = recalibrated_losses(
+            identity, (), functools.partial(model.head, params), made, made, pair.teacher.answer,
+            own_prefix=own_prefix,
+        )  # fmt: skip
+        assert float(found.kl[0]) < 1e-4 and float(found.mse[0]) == 0
+        logits = answer_logits(model, params, pair.images, pair.teacher)
+        log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        there = np.asarray(pair.teacher.answer_there)
+        ids = np.asarray(pair.teacher.answer)
+        wanted = -np.take_along_axis(log_probs, ids[..., None], -1)[..., 0][there].sum()
+        np.testing.assert_allclose(found.ce[0], wanted, rtol=1e-5)
+        assert float(found.ce[1]) == there.sum()
+
+
+def test_the_first_token_is_read_from_the_student_alone(ready):
+    _, task, pair, frozen, *_ = ready
+    model, params = task.teacher_model, frozen["teacher"]
+    made = states(model, params, pair.images, pair.teacher)
+    identity = lambda params, p, _, a, __, **___: (p, a)  # noqa: E731
+
+    def slope(boundary):
+        def value(prefix):
+            found = recalibrated_losses(
+                identity, (), functools.partial(model.head, params),
+                made._replace(prefix=prefix), made, pair.teacher.answer,
+                own_prefix=False, boundary=boundary,
+            )  # fmt: skip
+            return found.ce[0]
+
+        return np.abs(jax.grad(value)(made.prefix)).sum(-1) > 0
+
+    last = pair.teacher.question_there.sum(1) + model.image_tokens - 1
+    wanted = np.arange(made.prefix.shape[1]) == np.asarray(last)[:, None]
+    np.testing.assert_array_equal(slope("include"), wanted)
+    assert not slope("exclude").any()
+    # And it is the state from which a model writes its first token.
+    first = predicting(made.prefix, made.prefix_there, made.answer)[:, 0]
+    written = model.generate(params, pair.images, *pair.teacher[:2], length=1).tokens[:, 0]
+    np.testing.assert_array_equal(written, model.head(params, first).argmax(-1))
+
+
+def test_each_stage_trains_what_it_should_and_nothing_else(ready):
+    *_, frozen, batch, method = ready
+    state = method.init(jax.random.key(0), frozen, batch)
+    wanted = [set(), {"body"}, {"body", "embedding", "projector"}]
+    for number in range(6):
+        after, metrics = method.step(state, frozen, batch, jax.random.key(number))
+        changed = jax.tree_util.tree_map_with_path(
+            lambda path, a, b: (part_of(path), bool((a != b).any())), state.student, after.student
+        )
+        pairs = jax.tree.leaves(changed, is_leaf=lambda x: isinstance(x, tuple))
+        stage = number // 2
+        assert {part for part, moved in pairs if moved} == wanted[stage]
+        assert all(moved for part, moved in pairs if part == "body") == (stage > 0)
+        moved = jax.tree.map(
+            lambda a, b: bool((a != b).any()), state.recalibrator, after.recalibrator
+        )
+        assert all(jax.tree.leaves(moved)) == any(jax.tree.leaves(moved)) == (stage < 2)
+        assert (metrics["kl"] > 0) == (stage < 2) and (metrics["sft"] > 0) == (stage > 0)
+        assert (metrics["regularizer"] > 0) == (stage == 0)
+        # Moments start anew with a stage.
+        assert int(after.opt[1].count) == number % 2 + 1
+        state = after
+
+
+def test_stages_that_are_none(ready):
+    resolved, task, *_ = ready
+    empty = dict(resolved.rows["genrecal"].settings, align=0, distil=0, tune=0)
+    with pytest.raises(InputError, match="all 0; give a stage some steps"):
+        resolved.rows["genrecal"].module.recipe(task, **empty)
+
+
+def test_states_of_padding_are_never_seen(ready):
+    """The same question with more room for it gives the same losses."""
+    *_, frozen, batch, method = ready
+    longer = {
+        name: jnp.pad(x, ((0, 0), (0, 3))) if name.endswith(("question", "answer")) else x
+        for name, x in batch.items()
+    }
+    state = method.init(jax.random.key(0), frozen, batch)
+    for number in (0, 2, 4):
+        at = state._replace(step=jnp.int32(number))
+        said, more = (method.step(at, frozen, b, jax.random.key(0))[1] for b in (batch, longer))
+        for name in said:
+            np.testing.assert_allclose(said[name], more[name], rtol=2e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------- a run
+
+
+def test_a_run_stopped_anywhere_ends_with_the_same_bits(quickly, tmp_path, capsys):
+    config = configs.load(SMOKE + ",baselines=sft+blind")
+    records = jaxdistill.train(config, tmp_path / "once")
+    rows = {r["row"] for r in records}
+    assert rows == {"majority", "teacher", "genrecal", "sft", "blind"}
+    overall = {r["row"]: r for r in records if r["metric"] == "exact match"}
+    for row, record in overall.items():
+        own = [r for r in records if r["row"] == row and r["metric"] != "exact match"]
+        mean = sum(r["value"] * r["questions"] for r in own) / record["questions"]
+        assert mean == pytest.approx(record["value"])
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        left = int(rng.integers(2, 9))
+        try:
+            again = jaxdistill.train(config, tmp_path / "stopped", _after(left))
+            break
+        except Interrupted:
+            continue
+    strip = lambda rs: [{k: v for k, v in r.items() if "seconds" not in k} for r in rs]  # noqa: E731
+    assert strip(again) == strip(records)
+    for folder in ("artifacts", "baselines/sft/artifacts", "teacher", "start"):
+        name = {"teacher": "teacher"}.get(folder, "student")
+        one, two = (weights.load(tmp_path / w / folder, name)[0] for w in ("once", "stopped"))
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), one, two))
+    # The student alone is left: neither teacher nor Recalibrator.
+    student, card = weights.load(tmp_path / "once" / "artifacts", "student")
+    start, _ = weights.load(tmp_path / "once" / "start", "student")
+    assert jax.tree.map(np.shape, student) == jax.tree.map(np.shape, start)
+    assert card["tokenizer_sha256"] and json.dumps(card)
+    out = capsys.readouterr().out
+    assert "right to the letter" in out and "majority" in out
+
+
+def _after(count):
+    """A `should_stop` that says yes once it has been asked a number of times."""
+    asked = iter(range(10**9))
+    return lambda: next(asked) >= count
