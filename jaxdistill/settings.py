@@ -306,7 +306,7 @@ def resolve(config: Config) -> Experiment:
         rows[name] = _row(name, f"baselines.{name}", given, module)
     evals = {}
     for name, given in _group(config, "evals").items():
-        evals[name] = _evaluation(name, given)
+        evals[name] = _evaluation(name, given, family_name(module))
     generator = resolve(config["generator"]) if _group(config, "generator") else None
     generated = groups["data"].name == GENERATED
     if generator is not None and (not generated or GENERATED not in generator.evals):
@@ -371,9 +371,15 @@ def _row(name: str, path: str, given: Mapping[str, Any], family: ModuleType) -> 
     return Row(name, module_name, module, keywords.resolve(module.recipe, settings, path, renamed))
 
 
-def _evaluation(name: str, given: Mapping[str, Any]) -> Evaluation:
+def _evaluation(name: str, given: Mapping[str, Any], family: str) -> Evaluation:
     module_name, settings = _named(given, f"evals.{name}")
     module = evaluation(module_name)
+    measures = getattr(module, "FAMILY", family)
+    if measures != family:
+        raise InputError(
+            f"evals.{name}: {module_name} measures runs of the family {measures}, and this is one "
+            f"of {family}; take another evaluation"
+        )
     resolved = keywords.resolve(module.evaluate, settings, f"evals.{name}", renamed)
     return Evaluation(name, module_name, module, resolved)
 

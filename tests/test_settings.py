@@ -114,7 +114,8 @@ def test_a_workdir_of_an_older_version_is_refused_in_one_line(tmp_path):
         ({"baselines": {"../x": {"name": "random"}}}, "for it is the name of a folder"),
         ({"baselines": {"random": {"name": "dm"}}}, "as the method is called; rename it"),
         ({"baselines": {"a": {"name": "dm", "ipc": 0}}}, "baselines.a.ipc is 0; it must be"),
-        ({"evals": {"a": {"name": "magic"}}}, "unknown evaluation 'magic'; choose from classify"),
+        ({"evals": {"a": {"name": "magic"}}}, "unknown evaluation 'magic'; choose from answers"),
+        ({"evals": {"a": {"name": "points"}}}, "points measures runs of the family flow, and this"),
         ({"evals": {"a": {"name": "classify", "rate": 1}}}, "evals.accuracy.learning_rate"),
     ],
 )

@@ -16,6 +16,8 @@ from jaxdistill.keywords import Between
 from jaxdistill.parallel import processes
 from jaxdistill.settings import digest
 
+FAMILY = "vlm"
+
 _WHOLE = "exact match"
 
 

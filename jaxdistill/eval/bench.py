@@ -3,7 +3,7 @@
 An evaluation is a module with `evaluate(bench, *, keywords...)`, which measures what is missing in
 `bench.results`, prints its table and returns its records. Where it has
 `check(task, data, **keywords)`, that is called before anything is run, to refuse settings that
-would fail in the end.
+would fail in the end; where it has `FAMILY`, runs of other families are refused.
 """
 
 from collections.abc import Callable

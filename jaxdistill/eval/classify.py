@@ -30,6 +30,8 @@ from jaxdistill.parallel import processes
 from jaxdistill.settings import digest
 from jaxdistill.task import CondenseTask, Network
 
+FAMILY = "condense"
+
 
 def check(
     task: CondenseTask,

@@ -30,6 +30,8 @@ from jaxdistill.keywords import Between, Count, Folder, Natural
 from jaxdistill.settings import digest
 from jaxdistill.task import FlowTask
 
+FAMILY = "flow"
+
 Filter = Literal["none", "consistent", "confident", "middle"]
 """Which images are kept: all; those that the classifier gives their label; of twice as many the
 half of which it is surest; or the middle half."""

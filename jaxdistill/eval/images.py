@@ -24,6 +24,8 @@ from jaxdistill.nn.judge import Judge
 from jaxdistill.settings import digest
 from jaxdistill.task import FlowTask
 
+FAMILY = "flow"
+
 _BLOCKS = 10  # of the kernel distance
 _SHOWN = 20  # examples of each row in the picture
 _REAL = "real, training images"

@@ -19,6 +19,8 @@ from jaxdistill.keywords import Between, Count
 from jaxdistill.settings import digest
 from jaxdistill.task import FlowTask
 
+FAMILY = "flow"
+
 _PICTURES = ("samples.png", "trajectories.png")
 # What integrates the teacher's exact paths.
 _REFERENCE = "rk4"

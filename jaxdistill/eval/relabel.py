@@ -36,6 +36,8 @@ from jaxdistill.parallel import processes
 from jaxdistill.settings import digest
 from jaxdistill.task import CondenseTask
 
+FAMILY = "condense"
+
 Labels = Literal["hard", "soft", "views", "teacher"]
 """Hard ones; the teacher's of each image as it is; the teacher's of a number of views, which come
 back; the teacher's of every view anew."""
