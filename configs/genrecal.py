@@ -6,13 +6,15 @@ Arguments, joined by commas behind the colon:
 
     dataset=    digits (default), fashion_mnist or another labelled set, whose images stand in
                 grids of four that questions are asked about
-    method=     genrecal (default), sft, blind, or another method of the family
+    method=     genrecal (default), sft, blind, or a loss between tokenizers: uld, multilevel_ot,
+                gold, gold_hybrid, pkl, next_byte, alm
     baselines=  rows beside it, joined by +: sft (default); empty for none
     smoke       a run of seconds that only shows that everything works
 
 The teacher reads byte pairs, which `pip install "jaxdistill[vlm]"` brings, and small patches, the
 student characters and large ones; both are trained here first. Rows: `genrecal` in three stages,
-`sft` as many steps of fine-tuning alone, `blind` the same without images.
+`sft` as many steps of fine-tuning alone, `blind` the same without images; the others are
+fine-tuned with a loss of that name beside the cross-entropy.
 
     config                           hardware
     genrecal:dataset=digits          2 CPU cores, not run here to its end
@@ -28,6 +30,7 @@ _RECIPES = {
     "digits": {"teacher_patch": 4, "student_patch": 8},
     "fashion_mnist": {"teacher_patch": 14, "student_patch": 28},
 }
+_LOSSES = ("uld", "multilevel_ot", "gold", "gold_hybrid", "pkl", "next_byte", "alm")
 _STAGES = {"align": 700, "distil": 1300, "tune": 700}
 
 
@@ -62,6 +65,7 @@ def get_config(argument=None, dataset=None, method=None):
         "genrecal": {"name": "genrecal", **_STAGES},
         "sft": {"name": "supervised", "steps": steps},
         "blind": {"name": "supervised", "steps": steps, "blind": True},
+        **{loss: {"name": "across", "steps": steps, "loss": loss} for loss in _LOSSES},
     }
 
     def row(name):

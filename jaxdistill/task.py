@@ -147,6 +147,9 @@ class VLMTask(NamedTuple):
         start: `{"teacher": params, "student": params}`, where students start from.
         examples: What the steps' batches are drawn from.
         answer_length: Tokens of the longest answer: the teacher's, the student's.
+        pieces: By side, `teacher` or `student`: the bytes of each of its tokens, or the name of a
+            special one.
+        encode: By side: `bytes -> ids`.
         specs: `(tree, mesh) -> PyTree`: how large trees are laid out on the devices.
     """
 
@@ -159,6 +162,8 @@ class VLMTask(NamedTuple):
     start: Part
     examples: Part
     answer_length: tuple[int, int]
+    pieces: Mapping[str, tuple[bytes | str, ...]]
+    encode: Mapping[str, Callable[[bytes], list[int]]]
     specs: Callable[[PyTree, Any], PyTree]
 
 

@@ -30,7 +30,7 @@ class Tokenizer(NamedTuple):
 
     Attributes:
         name: What kind it is.
-        pieces: The bytes of each id; none of `SPECIALS`, which come first.
+        pieces: The bytes of each id, none of `SPECIALS`, which come first.
         split: `text -> ids`, without any of ours.
     """
 

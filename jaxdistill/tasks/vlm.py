@@ -30,7 +30,9 @@ from jaxdistill.settings import Experiment, Parallel, Row, Run
 from jaxdistill.task import Language, Part, VLMTask
 from jaxdistill.tasks import Loaded
 from jaxdistill.vlm import supervised
+from jaxdistill.vlm.align import align
 from jaxdistill.vlm.decoding import generate
+from jaxdistill.vlm.groups import Groups
 from jaxdistill.vlm.pairs import Side, TokenisedPair
 
 ROOM = "jaxdistill.vlm"
@@ -193,9 +195,8 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
         side: _examples(arrays, functools.cache(lambda arrays=arrays: device.resident(arrays)))
         for side, arrays in shown.items()
     }
-    sizes = {side: by.size for side, by in named.items()}
     image = data.train.images.shape[1:]
-    task = _task(experiment.groups, data.name, image, sizes, lengths, examples["student"])
+    task = _task(experiment.groups, data.name, image, named, lengths, examples["student"])
     source = {
         "source_sha256": data.train.fingerprint(),
         "test_sha256": judged.fingerprint(),
@@ -224,24 +225,24 @@ def shapes(experiment: Experiment) -> VLMTask:
     groups = experiment.groups
     if groups.data.name in _SHAPES:
         image, question, answer = _SHAPES[groups.data.name]
-        sizes = {side: _ids(getattr(groups, side).tokenizer) for side in _SIDES}
+        named = {side: _unknown(getattr(groups, side).tokenizer) for side in _SIDES}
         lengths = dict.fromkeys(_SIDES, (question, answer))
         one = {"images": jax.ShapeDtypeStruct(image, jnp.uint8)}
         for side in _SIDES:
+            parts = {"question": question, "answer": answer, "groups": answer}
             one |= {
                 f"{side}_{part}": jax.ShapeDtypeStruct((length,), jnp.int32)
-                for part, length in (("question", question), ("answer", answer))
+                for part, length in parts.items()
             }
         count = groups.data.train
         examples = Part(device.resident_shapes(one, 1, count, count, labelled=False))
-        return _task(groups, groups.data.name, image, sizes, lengths, examples)
+        return _task(groups, groups.data.name, image, named, lengths, examples)
     data = _questions(groups.data)
     named = _tokenizers(groups, data)
     lengths = {side: _lengths(by, data.train) for side, by in named.items()}
     arrays = _arrays(_first(data.train, groups.data.train), named, lengths)
-    sizes = {side: by.size for side, by in named.items()}
     image = data.train.images.shape[1:]
-    return _task(groups, data.name, image, sizes, lengths, _examples(arrays))
+    return _task(groups, data.name, image, named, lengths, _examples(arrays))
 
 
 def mesh(
@@ -298,15 +299,15 @@ def _tokenizers(groups: Settings, data: vqa.VQA) -> dict[str, Tokenizer]:
     return {side: text.tokenizer(getattr(groups, side).tokenizer, corpus) for side in _SIDES}
 
 
-def _ids(kind: str) -> int:
-    """The size of a vocabulary that is known by it alone."""
+def _unknown(kind: str) -> Tokenizer:
+    """A tokenizer of which the size alone is known."""
     name, _, size = kind.partition(":")
     if name != "ids" or not size.isdigit():
         raise InputError(
             f"data without texts go with tokenizers known by their size, such as ids:32000, not "
             f"with {kind}"
         )
-    return int(size)
+    return Tokenizer(kind, (b"",) * int(size), lambda text: [])
 
 
 def _lengths(by: Tokenizer, known: vqa.Questions) -> tuple[int, int]:
@@ -331,7 +332,37 @@ def _arrays(asked: vqa.Questions, named: dict, lengths: dict) -> dict[str, np.nd
         questions = text.tokens(named[side], asked.questions, ANSWER, long)
         answers = text.tokens(named[side], asked.answers, EOS, short)
         arrays |= {f"{side}_question": questions.ids, f"{side}_answer": answers.ids}
-    return arrays
+    # Answers come again and again, and are aligned once.
+    found: dict[str, Groups] = {}
+    pieces = [_pieces(named[side]) for side in _SIDES]
+    for answer, *ids in zip(asked.answers, *(arrays[f"{s}_answer"] for s in _SIDES), strict=True):
+        if answer not in found:
+            found[answer] = _aligned(pieces, ids)
+    both = zip(*(found[answer] for answer in asked.answers), strict=True)
+    return arrays | {f"{s}_groups": np.stack(own) for s, own in zip(_SIDES, both, strict=True)}
+
+
+def _pieces(by: Tokenizer) -> tuple[bytes | str, ...]:
+    """The pieces of a vocabulary, ours by their names."""
+    return (*text.SPECIALS, *by.pieces[len(text.SPECIALS) :])
+
+
+def _encode(by: Tokenizer, piece: bytes) -> list[int]:
+    """The ids of some bytes; none where they are no text that it can write."""
+    try:
+        return by.split(piece.decode())
+    except (UnicodeDecodeError, InputError):
+        return []
+
+
+def _aligned(pieces: Sequence[tuple[bytes | str, ...]], ids: Sequence[np.ndarray]) -> Groups:
+    """The groups of one answer; padding is in none."""
+    return align(
+        *(
+            [None if i == text.PAD else known[i] for i in own.tolist()]
+            for known, own in zip(pieces, ids, strict=True)
+        )
+    )
 
 
 def _examples(arrays: dict[str, np.ndarray], load=tuple) -> Part:
@@ -349,7 +380,8 @@ def _pair_of(arrays: dict[str, Any]) -> TokenisedPair:
         return Side(question, question != text.PAD, answer, answer != text.PAD)
 
     images = arrays["images"].astype("float32") / 255 - 0.3
-    return TokenisedPair(images, side("teacher"), side("student"))
+    groups = Groups(arrays["teacher_groups"], arrays["student_groups"])
+    return TokenisedPair(images, side("teacher"), side("student"), groups)
 
 
 def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_shape) -> Language:
@@ -392,9 +424,9 @@ def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_sha
     )
 
 
-def _task(groups, name, image_shape, sizes, lengths, examples: Part) -> VLMTask:
+def _task(groups, name, image_shape, named, lengths, examples: Part) -> VLMTask:
     models = {
-        side: _language(groups.model, getattr(groups, side), sizes[side], image_shape)
+        side: _language(groups.model, getattr(groups, side), named[side].size, image_shape)
         for side in _SIDES
     }
     made = {side: jax.eval_shape(models[side].init, jax.random.key(0)) for side in _SIDES}
@@ -408,6 +440,8 @@ def _task(groups, name, image_shape, sizes, lengths, examples: Part) -> VLMTask:
         Part(made),
         examples,
         (lengths["teacher"][1], lengths["student"][1]),
+        {side: _pieces(named[side]) for side in _SIDES},
+        {side: functools.partial(_encode, named[side]) for side in _SIDES},
         fully_sharded if groups.parallel.fully_sharded else replicated,
     )
 

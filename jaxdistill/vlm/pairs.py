@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxdistill.task import Language
+from jaxdistill.vlm.groups import Groups
 
 
 class Side(NamedTuple):
@@ -35,11 +36,13 @@ class TokenisedPair(NamedTuple):
         images: float32 (b, h, w, c).
         teacher: The texts under the teacher's tokenizer.
         student: The same texts under the student's.
+        groups: Which tokens of the answers spell the same bytes (b, a) on both sides.
     """
 
     images: Float[Array, "b h w c"]
     teacher: Side
     student: Side
+    groups: Groups
 
 
 class States(NamedTuple):

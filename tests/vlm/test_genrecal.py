@@ -2,7 +2,7 @@
 
 import functools
 import json
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from jaxdistill.data import sources, text, vqa
 from jaxdistill.data.device import draw
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.io import weights
+from jaxdistill.vlm import across
 from jaxdistill.vlm.genrecal import part_of, recalibrated_losses
-from jaxdistill.vlm.pairs import answer_logits, predicting, states
+from jaxdistill.vlm.groups import Groups
+from jaxdistill.vlm.pairs import TokenisedPair, answer_logits, predicting, states
 
 SMOKE = "genrecal:smoke"
 WORDS = ["café ou thé?", "no", "yes, 😀", "where is the bag?"]
@@ -245,14 +247,60 @@ def test_states_of_padding_are_never_seen(ready):
             np.testing.assert_allclose(said[name], more[name], rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", get_args(across.Name))
+def test_losses_between_tokenizers_see_no_padding(ready, name):
+    """A batch's loss is the sum of those of its texts, each as long as it is."""
+    _, task, pair, frozen, *_ = ready
+    one = across.text_loss(task, name, 1.0)
+    logits = [
+        answer_logits(getattr(task, f"{side}_model"), frozen[side], pair.images, texts)
+        for side, texts in (("teacher", pair.teacher), ("student", pair.student))
+    ]
+    sums, counts = jax.vmap(one)(*logits, pair)
+    assert (counts > 0).all() and jnp.isfinite(sums).all()
+    for i in range(2):
+        own = jax.tree.map(lambda x, i=i: x[i], pair)
+        m, k = (int(side.answer_there.sum()) for side in (own.teacher, own.student))
+        sides = (
+            side._replace(answer=side.answer[:n], answer_there=side.answer_there[:n])
+            for side, n in ((own.teacher, m), (own.student, k))
+        )
+        groups = Groups(own.groups.teacher[:m], own.groups.student[:k])
+        short = TokenisedPair(own.images, *sides, groups)
+        value, count = one(logits[0][i, :m], logits[1][i, :k], short)
+        np.testing.assert_allclose(value, sums[i], rtol=2e-5, atol=1e-6)
+        assert int(count) == int(counts[i])
+    # The teacher is held still.
+    slope = jax.grad(lambda p: jax.vmap(one)(p, logits[1], pair)[0].sum())(logits[0])
+    assert not slope.any()
+
+
+def test_answers_are_aligned_by_their_bytes(ready):
+    _, task, pair, *_ = ready
+    for own in (jax.tree.map(lambda x, i=i: np.asarray(x[i]), pair) for i in range(4)):
+        for number in range(own.groups.teacher.max() + 1):
+            spelt = [
+                b"".join(
+                    p if isinstance(p, bytes) else p.encode()
+                    for p in (task.pieces[side][i] for i in texts.answer[ids == number])
+                )
+                for side, texts, ids in (
+                    ("teacher", own.teacher, own.groups.teacher),
+                    ("student", own.student, own.groups.student),
+                )
+            ]
+            assert spelt[0] == spelt[1] != b""
+        assert (own.groups.teacher >= 0).sum() == own.teacher.answer_there.sum()
+
+
 # ---------------------------------------------------------------------------- a run
 
 
 def test_a_run_stopped_anywhere_ends_with_the_same_bits(quickly, tmp_path, capsys):
-    config = configs.load(SMOKE + ",baselines=sft+blind")
+    config = configs.load(SMOKE + ",baselines=sft+blind+alm")
     records = jaxdistill.train(config, tmp_path / "once")
     rows = {r["row"] for r in records}
-    assert rows == {"majority", "teacher", "genrecal", "sft", "blind"}
+    assert rows == {"majority", "teacher", "genrecal", "sft", "blind", "alm"}
     overall = {r["row"]: r for r in records if r["metric"] == "exact match"}
     for row, record in overall.items():
         own = [r for r in records if r["row"] == row and r["metric"] != "exact match"]

@@ -1,0 +1,123 @@
+"""A loss between two tokenizers beside the cross-entropy of answers: ULD, GOLD, P-KL, ALM and more.
+
+The teacher reads the same image, question and answer in its own tokens, and a loss of
+`jaxdistill.vlm.losses` holds what it says against what the student says. Which of them leaves a
+perfect student where it is, `docs/cross_tokenizer.md` tells.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import jax
+
+from jaxdistill.errors import InputError
+from jaxdistill.keywords import Between, Weight, grouped
+from jaxdistill.task import Recipe, VLMTask
+from jaxdistill.vlm import losses
+from jaxdistill.vlm.pairs import answer_logits
+from jaxdistill.vlm.same_vocabulary import Total
+from jaxdistill.vlm.supervised import Training, mean, student_recipe
+
+Name = Literal["uld", "multilevel_ot", "gold", "gold_hybrid", "pkl", "next_byte", "alm"]
+"""`uld` and `multilevel_ot` sort; `gold` merges tokens and sorts, `gold_hybrid` compares those that
+both have by name; `pkl` projects; `next_byte` compares bytes where both begin a token; `alm`
+compares likelihoods of what stands between spaces, corrected at both ends."""
+
+
+def text_loss(task: VLMTask, name: Name, temperature: float) -> Callable[..., Total]:
+    """A loss of one text.
+
+    Args:
+        task: What it is for: the pieces of both vocabularies, and how each writes bytes.
+        name: See `Name`.
+        temperature: By which logits are divided, where the loss has one.
+
+    Returns:
+        `(teacher_logits, student_logits, pair) -> (sum, count)`, the pair without its leading axis.
+
+    Raises:
+        InputError: If the vocabularies do not go with the loss.
+    """
+    ours, theirs = (task.pieces[side] for side in ("teacher", "student"))
+    if name == "uld":
+        return lambda p, q, pair: losses.uld(
+            p, q, pair.teacher.answer_there, pair.student.answer_there, temperature
+        )
+    if name == "multilevel_ot":
+        return lambda p, q, pair: losses.multilevel_ot(
+            p, q, pair.teacher.answer_there, pair.student.answer_there
+        )
+    if name in ("gold", "gold_hybrid"):
+        match = losses.same_pieces(ours, theirs) if name == "gold_hybrid" else None
+        return lambda p, q, pair: losses.gold(
+            p, q, pair.teacher.answer, pair.student.answer, pair.groups, match=match,
+            temperature=temperature,
+        )  # fmt: skip
+    if name == "pkl":
+        encode = task.encode
+        projection = losses.token_projection(ours, theirs, encode["teacher"], encode["student"])
+        return lambda p, q, pair: losses.xtoken_pkl(
+            p, q, pair.groups, projection, temperature=temperature
+        )
+    if name == "next_byte":
+        specials = [piece for piece in ours if isinstance(piece, str)]
+        first = [losses.first_bytes(pieces, specials) for pieces in (ours, theirs)]
+        return lambda p, q, pair: losses.next_byte_kl(
+            p, q, pair.groups, *first, temperature=temperature
+        )
+    boundary = dict(
+        zip(
+            ("teacher_boundary", "student_boundary"),
+            (losses.starts_with(pieces, b" ") for pieces in (ours, theirs)),
+            strict=True,
+        )
+    )
+
+    def alm(p, q, pair):
+        tokens = pair.teacher.answer, pair.student.answer
+        chunks = losses.by_boundary(pair.groups, tokens[1], boundary["student_boundary"])
+        return losses.alm(p, q, *tokens, chunks, ends="both", **boundary)
+
+    return alm
+
+
+def recipe(
+    task: VLMTask,
+    *,
+    loss: Name = "alm",
+    weight: Weight = 1.0,
+    sft: Weight = 1.0,
+    temperature: Annotated[float, Between(1e-3, 1e3)] = 1.0,
+    **rest: Annotated[Any, Training],
+) -> Recipe:
+    """A student that is held against a teacher with another tokenizer.
+
+    Args:
+        task: What it is for.
+        loss: Which loss; see `Name`.
+        weight: Its weight.
+        sft: The weight of the cross-entropy of the answers, in the student's own tokens.
+        temperature: By which logits are divided, where the loss has one.
+        **rest: Settings of `Training`.
+
+    Raises:
+        InputError: If both weights are 0, or the vocabularies do not go with the loss.
+    """
+    (training,) = grouped(rest, Training)
+    if not weight and not sft:
+        raise InputError("method.weight and method.sft are both 0; give one of them")
+    one = text_loss(task, loss, temperature)
+
+    def of(params, frozen, pair):
+        base = jax.lax.stop_gradient(frozen["teacher"])
+        said = answer_logits(task.teacher_model, base, pair.images, pair.teacher)
+        own = answer_logits(task.student_model, params, pair.images, pair.student)
+        sums, counts = jax.vmap(one)(jax.lax.stop_gradient(said), own, pair)
+        metrics = {
+            loss: mean((sums.sum(), counts.sum())),
+            "sft": mean(losses.cross_entropy(pair.student.answer, own, pair.student.answer_there)),
+        }
+        metrics["loss"] = weight * metrics[loss] + sft * metrics["sft"]
+        return metrics["loss"], metrics
+
+    return student_recipe(task, of, training)
