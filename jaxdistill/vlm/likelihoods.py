@@ -31,8 +31,7 @@ _TINY = 1e-30  # the least probability of a boundary
 
 def binary_cross_entropy(u: Float[Array, "..."], v: Float[Array, "..."]) -> Float[Array, "..."]:
     """Cross-entropy of {chunk, anything else} with log-probabilities u and v < 0 of the chunk."""
-    p = jnp.exp(u)
-    return -(p * v + (1 - p) * _log_of_rest(v))
+    return jnp.expm1(u) * _log_of_rest(v) - jnp.exp(u) * v
 
 
 def alm(

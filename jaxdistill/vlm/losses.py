@@ -27,6 +27,7 @@ from jaxdistill.vlm.same_vocabulary import (
 )
 from jaxdistill.vlm.sorting import multilevel_ot, uld
 from jaxdistill.vlm.vocabularies import (
+    Projection,
     first_bytes,
     nearest_pieces,
     same_pieces,
@@ -36,6 +37,7 @@ from jaxdistill.vlm.vocabularies import (
 
 __all__ = [
     "Groups",
+    "Projection",
     "Projections",
     "States",
     "alm",

@@ -21,6 +21,7 @@ from jaxdistill.vlm.same_vocabulary import (
     relative_entropy,
 )
 from jaxdistill.vlm.sorting import sorted_distance
+from jaxdistill.vlm.vocabularies import Projection
 
 _CLAMP = 1e-8  # GOLD's least probability
 _FLOOR = 1e-10  # added to P-KL's projected probabilities
@@ -114,7 +115,7 @@ def xtoken_pkl(
     teacher_logits: Float[Array, "m v_teacher"],
     student_logits: Float[Array, "k v_student"],
     groups: Groups,
-    projection: Float[Array, "v_student v_teacher"],
+    projection: Projection,
     *,
     columns: Int[Array, " c"] | None = None,
     temperature: float = 1.0,
@@ -128,7 +129,8 @@ def xtoken_pkl(
         teacher_logits: (m, v_teacher), of one text.
         student_logits: (k, v_student).
         groups: Of `align.align`.
-        projection: Rows of weights that sum to one, of `vocabularies.token_projection`.
+        projection: Of `vocabularies.token_projection`: sparse, for a matrix of two vocabularies of
+            a hundred thousand tokens fits nowhere.
         columns: The teacher's tokens that are compared, the likeliest of a batch in the paper; all
             by default.
         temperature: By which logits are divided. The published loss has its square as a factor.
@@ -137,9 +139,10 @@ def xtoken_pkl(
         Sum over the groups, and their number.
     """
     log_p = log_probs(jax.lax.stop_gradient(teacher_logits), temperature)
-    projected = jnp.matmul(
-        jnp.exp(log_probs(student_logits, temperature)), projection, precision="highest"
-    )
+    q = jnp.exp(log_probs(student_logits, temperature))
+    projected = jnp.zeros((len(q), log_p.shape[-1]), q.dtype)
+    for ids, weights in zip(projection.ids.T, projection.weights.T, strict=True):
+        projected = projected.at[:, ids].add(q * weights.astype(q.dtype))
     there = present(groups)
     log_mean = _mean(log_p, groups.teacher, groups.most)
     mean = _mean(projected, groups.student, groups.most)

@@ -209,7 +209,7 @@ def contenders(made: World) -> dict[str, Objective]:
     pieces = made.teacher.pieces, made.student.pieces
     ours, theirs = (jnp.asarray(ids) for ids in vocabularies.same_pieces(*pieces))
     encoders = made.teacher.encode, made.student.encode
-    spread = jnp.asarray(vocabularies.token_projection(*pieces, *encoders), jnp.float32)
+    spread = vocabularies.token_projection(*pieces, *encoders)
     nearest = jnp.asarray(vocabularies.nearest_pieces(*pieces))
     starts = [jnp.asarray(vocabularies.starts_with(p, made.opener)) for p in pieces]
     heads = [jnp.asarray(vocabularies.first_bytes(p, [EOS])) for p in pieces]

@@ -6,6 +6,7 @@ is a token that is never compared, such as padding.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -89,6 +90,19 @@ def nearest_pieces(teacher_pieces: Sequence[Piece], student_pieces: Sequence[Pie
     return nearest
 
 
+class Projection(NamedTuple):
+    """A sparse matrix from the student's vocabulary to the teacher's, a few entries a row.
+
+    Attributes:
+        ids: (student's size, entries) int32. The teacher's tokens of a row.
+        weights: (student's size, entries) float32. Rows sum to one, but are zero for tokens that
+            nothing corresponds to.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+
 def token_projection(
     teacher_pieces: Sequence[Piece],
     student_pieces: Sequence[Piece],
@@ -100,11 +114,11 @@ def token_projection(
     keep: int = 4,
     both_ways: bool = True,
     pinned: bool = False,
-) -> np.ndarray:
+) -> Projection:
     """The matrix W of X-Token (arXiv 2605.21699): each student's token as a few of the teacher's.
 
     A token's bytes are encoded anew by the other tokenizer, and the i-th of the tokens that this
-    gives has a weight of `decay**i`.
+    gives has a weight of `decay**i`. Specials of one name go to each other alone.
 
     Args:
         teacher_pieces: The teacher's vocabulary.
@@ -116,35 +130,33 @@ def token_projection(
         keep: How many entries a row has at most.
         both_ways: Whether the same is done for the teacher's tokens, and added.
         pinned: Whether tokens that are the same in both vocabularies go to each other alone.
-
-    Returns:
-        (student's size, teacher's size) float32. Rows sum to one, but those of tokens that nothing
-        corresponds to are zero.
     """
-    matrix = np.zeros((len(student_pieces), len(teacher_pieces)), np.float64)
-    weights = decay ** np.arange(longest)
+    rows: list[dict[int, float]] = [{} for _ in student_pieces]
 
     def spread(pieces, encode):
         for i, piece in enumerate(pieces):
             if isinstance(piece, bytes) and piece:
                 others = list(encode(piece))[:longest]
-                yield i, others, weights[: len(others)] / weights[: len(others)].sum()
+                weights = decay ** np.arange(len(others))
+                yield from ((i, j, w) for j, w in zip(others, weights / weights.sum(), strict=True))
 
-    for i, others, share in spread(student_pieces, teacher_encode):
-        np.add.at(matrix[i], others, share)
+    for i, j, weight in spread(student_pieces, teacher_encode):
+        rows[i][j] = rows[i].get(j, 0.0) + weight
     if both_ways:
-        for i, others, share in spread(teacher_pieces, student_encode):
-            np.add.at(matrix[:, i], others, share)
-    ours, theirs = same_pieces(teacher_pieces, student_pieces)
-    for i, j in zip(ours, theirs, strict=True):
-        if pinned or isinstance(teacher_pieces[i], str):
-            matrix[j] = 0.0
-            matrix[j, i] = 1.0
-    if keep < matrix.shape[1]:
-        smallest = np.argsort(-matrix, axis=1, kind="stable")[:, keep:]
-        np.put_along_axis(matrix, smallest, 0.0, axis=1)
-    sums = matrix.sum(1, keepdims=True)
-    return (matrix / np.where(sums > 0, sums, 1.0)).astype(np.float32)
+        for j, i, weight in spread(teacher_pieces, student_encode):
+            rows[i][j] = rows[i].get(j, 0.0) + weight
+    for j, i in zip(*same_pieces(teacher_pieces, student_pieces), strict=True):
+        if pinned or isinstance(teacher_pieces[j], str):
+            rows[i] = {int(j): 1.0}
+    found = Projection(
+        np.zeros((len(rows), keep), np.int32), np.zeros((len(rows), keep), np.float32)
+    )
+    for i, row in enumerate(rows):
+        best = sorted(row.items(), key=lambda entry: (-entry[1], entry[0]))[:keep]
+        for place, (j, weight) in enumerate(best):
+            found.ids[i, place] = j
+            found.weights[i, place] = weight / sum(w for _, w in best)
+    return found
 
 
 def starts_with(pieces: Sequence[Piece], starts: bytes) -> np.ndarray:

@@ -30,6 +30,14 @@ def precise():
         yield
 
 
+def projection():
+    """Three of the teacher's tokens for each of the student's, twice the same in one row."""
+    numbers = np.random.default_rng(9)
+    ids = np.stack([numbers.permutation(8)[:3] for _ in range(7)])
+    ids[2, 1] = ids[2, 0]
+    return losses.Projection(jnp.asarray(ids), jnp.asarray(numbers.dirichlet(np.ones(3), 7)))
+
+
 def drawn(seed=0):
     """Logits of a text on both sides, and all that losses need to know of it."""
     numbers = np.random.default_rng(seed)
@@ -48,7 +56,7 @@ def drawn(seed=0):
         match=tuple(map(of, match)),
         starts=[jnp.asarray(vocabularies.starts_with(p, b" ")) for p in (TEACHER, STUDENT)],
         heads=[of(vocabularies.first_bytes(p, ["eos"])) for p in (TEACHER, STUDENT)],
-        projection=jnp.asarray(np.random.default_rng(9).dirichlet(np.ones(8), 7)),
+        projection=projection(),
         partners=of([-1, -1, 5, 6, 7]),
         nearest=of(vocabularies.nearest_pieces(TEACHER, STUDENT)),
     )
@@ -214,13 +222,15 @@ def test_gold_knows_the_size_of_a_padded_vocabulary():
 def test_pkl_compares_projected_means():
     text = drawn()
     p, q = probabilities(text.teacher, 2.0), probabilities(text.student, 2.0)
-    columns = [0, 2, 5]
+    columns, spread = [0, 2, 5], np.zeros((7, 8))
+    for row, ids, weights in zip(spread, *map(np.asarray, text.projection), strict=True):
+        np.add.at(row, ids, weights)
     for chosen in (list(range(8)), columns):
         wanted = 0.0
         for group in range(5):
             own = slots(text.groups.teacher, group)
             log_t = np.log(p[own]).mean(0)[chosen]
-            s = (q[slots(text.groups.student, group)] @ np.asarray(text.projection)).mean(0)[chosen]
+            s = (q[slots(text.groups.student, group)] @ spread).mean(0)[chosen]
             wanted += (np.exp(log_t) * (log_t - np.log(s / s.sum() + 1e-10))).sum()
         options = {} if len(chosen) == 8 else {"columns": jnp.asarray(columns)}
         total, count = result("xtoken_pkl", text, temperature=2.0, **options)
@@ -432,7 +442,7 @@ def test_padding_of_text_and_vocabularies_changes_nothing(functions, name, optio
     longer.partners, longer.nearest = grow(text.partners, 3, -1), grow(text.nearest, 2, -1)
     longer.starts = [grow(x, 2, False) for x in text.starts]
     longer.heads = [grow(x, 2, 511) for x in text.heads]
-    longer.projection = jnp.asarray(np.pad(text.projection, ((0, 2), (0, 2))))
+    longer.projection = losses.Projection(*(np.pad(x, ((0, 2), (0, 1))) for x in text.projection))
     found, (_, grown) = compiled(name, longer, **options)(longer.teacher, longer.student)
     np.testing.assert_allclose(found, (wanted, count), rtol=1e-12)
     np.testing.assert_allclose(grown[:5, :7], gradient, rtol=1e-9, atol=1e-13)
@@ -453,7 +463,8 @@ def test_other_ids_for_the_same_tokens_change_nothing(functions, name, options):
     text.student_tokens = jnp.asarray(places[1][text.student_tokens])
     text.starts = [of(x, i) for i, x in enumerate(text.starts)]
     text.heads = [of(x, i) for i, x in enumerate(text.heads)]
-    text.projection = of(np.asarray(text.projection)[orders[1]], 0)
+    ids, weights = (np.asarray(x)[orders[1]] for x in text.projection)
+    text.projection = losses.Projection(jnp.asarray(places[0][ids]), jnp.asarray(weights))
     nearest = np.asarray(text.nearest)[orders[0]]
     text.nearest = jnp.asarray(np.where(nearest < 0, -1, places[1][nearest]))
     text.match = tuple(jnp.asarray(places[i][x]) for i, x in enumerate(text.match))
@@ -497,7 +508,6 @@ def test_a_batch_is_the_sum_of_its_texts(functions, name, options):
 @EVERY
 def test_half_precision_becomes_float32(name, options):
     text = drawn()
-    text.projection = text.projection.astype(jnp.float32)
     text.teacher, text.student = (x.astype(jnp.bfloat16) for x in (text.teacher, text.student))
     found = jax.eval_shape(lambda: call(name, text, **options))
     assert [x.dtype for x in found] == [jnp.float32] * 2
