@@ -41,7 +41,8 @@ from jaxdistill.vlm.toy_language import (
     tied,
 )
 
-# Of tokens that the perfect student never writes, so that it can still learn to.
+# Of tokens that the perfect student never writes, so that it can still learn to. The teacher has it
+# too: a loss that looks at logits may tell 1e-13 from zero.
 _FLOOR = -30.0
 _RATE = 0.1
 
@@ -55,7 +56,8 @@ class Text(NamedTuple):
     Slots are the tokens of the tokenizers' own encodings, then EOS, then padding.
 
     Attributes:
-        teacher_logits: (m, v_teacher). Of the teacher, log-probabilities.
+        teacher_logits: (m, v_teacher). Log-probabilities of the teacher, no less than -30 for
+            tokens that it never writes; minus infinity for those that would be too long.
         teacher_tokens: (m,).
         teacher_mask: (m,).
         student_tokens: (k,).
@@ -158,7 +160,7 @@ def between(
         found.append(np.pad(partners, (0, length + 1 - len(partners)), constant_values=-1))
     stack = lambda rows: jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *rows)  # noqa: E731
     texts = Text(
-        jnp.asarray(table[theirs.text_nodes]),
+        jnp.asarray(np.where(theirs.allowed, np.maximum(table, _FLOOR), table)[theirs.text_nodes]),
         jnp.asarray(theirs.text_tokens),
         jnp.asarray(theirs.text_mask),
         jnp.asarray(tree.text_tokens),

@@ -66,7 +66,7 @@ def norms(worlds):
         made = worlds[kind]
         objectives, law = oracle.contenders(made), jnp.asarray(made.law)
         # Sorting takes long to compile.
-        names = (*PASSES, *SMOOTH, *(KINKED if kind == "space" else ["CE + P-KL"]))
+        names = (*PASSES, *SMOOTH, *(["CE + P-KL"] if kind == "same" else KINKED))
         objectives = {name: objectives[name] for name in names}
 
         @jax.jit
@@ -205,18 +205,14 @@ def test_all_losses_pass_between_equal_tokenizers(norms):
     assert len(found) == 11 and max(found.values()) < 1e-7, found
 
 
-@pytest.mark.parametrize("kind", ["free", "space"])
 @pytest.mark.parametrize("name", PASSES)
-def test_these_leave_the_perfect_student_where_it_is(norms, kind, name):
-    assert norms(kind)[name] < 1e-8
+def test_these_leave_the_perfect_student_where_it_is(norms, name):
+    assert norms("space")[name] < 1e-8
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [*itertools.product(["free", "space"], SMOOTH), *itertools.product(["space"], KINKED)],
-)
-def test_these_push_it_away(norms, kind, name):
-    assert norms(kind)[name] > 1e-3
+@pytest.mark.parametrize("name", [*SMOOTH, *KINKED])
+def test_these_push_it_away(norms, name):
+    assert norms("space")[name] > 1e-3
 
 
 def mean_of(made, name):
@@ -253,7 +249,7 @@ def judged(worlds):
 
 
 def test_the_perfect_student_stays_and_another_spelling_is_only_the_same_to_the_oracle(judged):
-    for name in PASSES[:2]:
+    for name in ("oracle", "SeqKD", "ALM, two-sided"):
         found = oracle.zero_gap(judged[name], jax.random.key(0), draws=1)
         assert found.gradient < 1e-8 and found.drift < 1e-6 and found.value < found.random_value
         assert found.spelled < 1e-8 if name == "oracle" else found.spelled > 0.05
