@@ -220,7 +220,7 @@ def mean_of(made, name):
 
 
 def test_drift_tells_kinks_from_faults(worlds):
-    """ULD has a gradient at the perfect student of the same tokenizer, and yet stays."""
+    """ULD stays at the perfect student of the same tokenizer, in spite of its kink there."""
     key = jax.random.key(0)
     of = lambda made: oracle.of_texts(  # noqa: E731
         made,
@@ -228,9 +228,9 @@ def test_drift_tells_kinks_from_faults(worlds):
     )
     control, other = (oracle.candidate(worlds[k], of(worlds[k])) for k in ("same", "space"))
     found = oracle.zero_gap(control, key, draws=1, steps=40)
-    assert found.value < 1e-9 < 1e-2 < found.random_value and found.drift < 0.02
+    assert found.value < 1e-9 < 1e-2 < found.random_value and found.drift < 0.005
     found = oracle.zero_gap(other, key, draws=1, steps=40)
-    assert found.value > 0.05 and found.drift > 0.04
+    assert found.value > 0.05 and found.drift > 0.1
 
 
 @pytest.mark.parametrize("name", ["P-KL", "GOLD, hybrid, bayesian"])
