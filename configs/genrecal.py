@@ -7,7 +7,7 @@ Arguments, joined by commas behind the colon:
     dataset=    digits (default), fashion_mnist or another labelled set, whose images stand in
                 grids of four that questions are asked about
     method=     genrecal (default), sft, blind, or a loss between tokenizers: uld, multilevel_ot,
-                gold, gold_hybrid, pkl, next_byte, alm
+                gold, gold_hybrid, pkl, alm
     baselines=  rows beside it, joined by +: sft (default); empty for none
     smoke       a run of seconds that only shows that everything works
 
@@ -30,7 +30,7 @@ _RECIPES = {
     "digits": {"teacher_patch": 4, "student_patch": 8},
     "fashion_mnist": {"teacher_patch": 14, "student_patch": 28},
 }
-_LOSSES = ("uld", "multilevel_ot", "gold", "gold_hybrid", "pkl", "next_byte", "alm")
+_LOSSES = ("uld", "multilevel_ot", "gold", "gold_hybrid", "pkl", "alm")
 _STAGES = {"align": 700, "distil": 1300, "tune": 700}
 
 

@@ -179,13 +179,12 @@ def _read(path: Path) -> Tokenizer:
 
 def _wrapped(name: str, made: Any) -> Tokenizer:
     """A tokenizer of the library, its ids behind ours."""
-    of = _byte_of_character()
     by_id = {i: piece for piece, i in made.get_vocab().items()}
     pieces = []
     for i in range(max(by_id) + 1):
         try:
-            pieces.append(bytes(of[c] for c in by_id.get(i, "")))
-        except KeyError:
+            pieces.append(byte_level(by_id.get(i, "")))
+        except InputError:
             pieces.append(by_id[i].encode())  # a special token of the file's own
     split = lambda text: [  # noqa: E731
         _OURS + i for i in made.encode(text, add_special_tokens=False).ids
@@ -196,8 +195,29 @@ def _wrapped(name: str, made: Any) -> Tokenizer:
     return Tokenizer(name, (*_nothing(), *pieces), split)
 
 
-def _byte_of_character() -> dict[str, int]:
-    """Which byte a character of byte-level pieces is: printable ones are themselves."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+def byte_level(token: str) -> bytes:
+    """The bytes of a token of a byte-level BPE tokenizer, which writes each byte as one letter.
+
+    Printable letters of Latin-1 stand for themselves there, the others for letters from 256 on.
+
+    Args:
+        token: As in the tokenizer's vocabulary, such as "Ġhello" for " hello".
+
+    Raises:
+        InputError: If a letter stands for no byte.
+    """
+    try:
+        return bytes(_BYTES[letter] for letter in token)
+    except KeyError as error:
+        raise InputError(
+            f"{token!r} is no byte-level token: {error.args[0]!r} stands for no byte"
+        ) from None
+
+
+def _byte_letters() -> dict[str, int]:
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(plain)]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_letters()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from jaxdistill.errors import InputError
 from jaxdistill.keywords import Between, Weight, grouped
@@ -18,10 +19,10 @@ from jaxdistill.vlm.pairs import answer_logits
 from jaxdistill.vlm.same_vocabulary import Total
 from jaxdistill.vlm.supervised import Training, mean, student_recipe
 
-Name = Literal["uld", "multilevel_ot", "gold", "gold_hybrid", "pkl", "next_byte", "alm"]
+Name = Literal["uld", "multilevel_ot", "gold", "gold_hybrid", "pkl", "alm"]
 """`uld` and `multilevel_ot` sort; `gold` merges tokens and sorts, `gold_hybrid` compares those that
-both have by name; `pkl` projects; `next_byte` compares bytes where both begin a token; `alm`
-compares likelihoods of what stands between spaces, corrected at both ends."""
+both have by name; `pkl` projects; `alm` compares likelihoods of what stands between spaces,
+corrected at both ends."""
 
 
 def text_loss(task: VLMTask, name: Name, temperature: float) -> Callable[..., Total]:
@@ -48,7 +49,9 @@ def text_loss(task: VLMTask, name: Name, temperature: float) -> Callable[..., To
             p, q, pair.teacher.answer_there, pair.student.answer_there
         )
     if name in ("gold", "gold_hybrid"):
-        match = losses.same_pieces(ours, theirs) if name == "gold_hybrid" else None
+        match = None
+        if name == "gold_hybrid":
+            match = tuple(map(jnp.asarray, losses.same_pieces(ours, theirs)))
         return lambda p, q, pair: losses.gold(
             p, q, pair.teacher.answer, pair.student.answer, pair.groups, match=match,
             temperature=temperature,
@@ -59,16 +62,10 @@ def text_loss(task: VLMTask, name: Name, temperature: float) -> Callable[..., To
         return lambda p, q, pair: losses.xtoken_pkl(
             p, q, pair.groups, projection, temperature=temperature
         )
-    if name == "next_byte":
-        specials = [piece for piece in ours if isinstance(piece, str)]
-        first = [losses.first_bytes(pieces, specials) for pieces in (ours, theirs)]
-        return lambda p, q, pair: losses.next_byte_kl(
-            p, q, pair.groups, *first, temperature=temperature
-        )
     boundary = dict(
         zip(
             ("teacher_boundary", "student_boundary"),
-            (losses.starts_with(pieces, b" ") for pieces in (ours, theirs)),
+            (jnp.asarray(losses.starts_with(pieces, b" ")) for pieces in (ours, theirs)),
             strict=True,
         )
     )

@@ -18,34 +18,6 @@ Encode = Callable[[bytes], Sequence[int]]
 _STRANGE = 100  # the distance of a special from anything else
 
 
-def byte_level(token: str) -> bytes:
-    """The bytes of a token of a byte-level BPE tokenizer, which writes each byte as one letter.
-
-    Printable letters of Latin-1 stand for themselves there, the others for letters from 256 on.
-
-    Args:
-        token: As in the tokenizer's vocabulary, such as "Ġhello" for " hello".
-
-    Raises:
-        InputError: If a letter stands for no byte.
-    """
-    try:
-        return bytes(_BYTES[letter] for letter in token)
-    except KeyError as error:
-        raise InputError(
-            f"{token!r} is no byte-level token: {error.args[0]!r} stands for no byte"
-        ) from None
-
-
-def _byte_letters() -> dict[str, int]:
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(plain)]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_BYTES = _byte_letters()
-
-
 def same_pieces(
     teacher_pieces: Sequence[Piece], student_pieces: Sequence[Piece]
 ) -> tuple[np.ndarray, np.ndarray]:

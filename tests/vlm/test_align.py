@@ -10,7 +10,7 @@ from jaxdistill.errors import InputError
 from jaxdistill.vlm import vocabularies
 from jaxdistill.vlm.align import agreeing, align, partners
 from jaxdistill.vlm.toy_language import random_bpe
-from jaxdistill.vlm.vocabularies import byte_level, distance, nearest_pieces, same_pieces
+from jaxdistill.vlm.vocabularies import distance, nearest_pieces, same_pieces
 
 TEXT = "é€😀a!"
 
@@ -96,15 +96,6 @@ def test_different_texts_are_refused_with_the_place():
         align([b"hel", b"lo"], [b"help"])
     with pytest.raises(InputError, match="from byte 2 on"):
         align([b"ab", b"c"], [b"ab"])
-
-
-def test_byte_level_letters_are_all_bytes():
-    assert byte_level("Ġhello") == b" hello" and byte_level("Ċ") == b"\n"
-    assert byte_level("Ã©") == "é".encode()
-    letters = "".join(vocabularies._BYTES)
-    assert sorted(byte_level(letters)) == list(range(256))
-    with pytest.raises(InputError, match="stands for no byte"):
-        byte_level("a b")
 
 
 def test_vocabularies_meet_in_equal_pieces():

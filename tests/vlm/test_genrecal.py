@@ -98,6 +98,15 @@ def test_texts_that_do_not_fit():
         by.split("zoo")
 
 
+def test_byte_level_letters_are_all_bytes():
+    assert text.byte_level("Ġhello") == b" hello" and text.byte_level("Ċ") == b"\n"
+    assert text.byte_level("Ã©") == "é".encode()
+    letters = "".join(text._BYTES)
+    assert sorted(text.byte_level(letters)) == list(range(256))
+    with pytest.raises(InputError, match="stands for no byte"):
+        text.byte_level("a b")
+
+
 # ---------------------------------------------------------------------------- questions
 
 
