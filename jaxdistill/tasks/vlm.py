@@ -182,21 +182,11 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
     settings = experiment.groups.data
     if settings.name in _SHAPES:
         raise InputError(f"{settings.name} is a shape without data: use --mode=compile")
-    data = _questions(settings)
+    data, named, lengths = _texts(experiment.groups)
     judged = data.validation if settings.judge_by_validation else data.test
-    known = _first(data.train, settings.train)
-    named = _tokenizers(experiment.groups, data)
-    lengths = {side: _lengths(by, data.train) for side, by in named.items()}
-    shown = {
-        "teacher": _arrays(data.train, named, lengths),
-        "student": _arrays(known, named, lengths),
-    }
-    examples = {
-        side: _examples(arrays, functools.cache(lambda arrays=arrays: device.resident(arrays)))
-        for side, arrays in shown.items()
-    }
-    image = data.train.images.shape[1:]
-    task = _task(experiment.groups, data.name, image, named, lengths, examples["student"])
+    seen = {"teacher": data.train, "student": _first(data.train, settings.train)}
+    examples = {side: _examples(_arrays(own, named, lengths)) for side, own in seen.items()}
+    task = _task(experiment.groups, data.name, named, lengths, examples["student"])
     source = {
         "source_sha256": data.train.fingerprint(),
         "test_sha256": judged.fingerprint(),
@@ -209,7 +199,8 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
         teacher=task.teacher._replace(load=lambda: {"teacher": read()[0]["teacher"]}),
         start=task.start._replace(load=lambda: read()[0]),
     )
-    asked = Asked(judged, known, data.kinds, _pair_of(_arrays(judged, named, lengths)), named)
+    pair = _pair_of(_arrays(judged, named, lengths))
+    asked = Asked(judged, seen["student"], data.kinds, pair, named)
     return Loaded(task, asked, source, lambda: read()[1])
 
 
@@ -236,13 +227,10 @@ def shapes(experiment: Experiment) -> VLMTask:
             }
         count = groups.data.train
         examples = Part(device.resident_shapes(one, 1, count, count, labelled=False))
-        return _task(groups, groups.data.name, image, named, lengths, examples)
-    data = _questions(groups.data)
-    named = _tokenizers(groups, data)
-    lengths = {side: _lengths(by, data.train) for side, by in named.items()}
+        return _task(groups, groups.data.name, named, lengths, examples)
+    data, named, lengths = _texts(groups)
     arrays = _arrays(_first(data.train, groups.data.train), named, lengths)
-    image = data.train.images.shape[1:]
-    return _task(groups, data.name, image, named, lengths, _examples(arrays))
+    return _task(groups, data.name, named, lengths, _examples(arrays))
 
 
 def mesh(
@@ -277,13 +265,23 @@ def read(folder: Path, shapes: PyTree) -> tuple[PyTree, dict]:
 # ---------------------------------------------------------------------------- the task
 
 
-def _questions(settings: Data) -> vqa.VQA:
+class _Texts(NamedTuple):
+    """Questions, both tokenizers, and the lengths of questions and answers under each."""
+
+    data: vqa.VQA
+    named: dict[str, Tokenizer]
+    lengths: dict[str, tuple[int, int]]
+
+
+def _texts(groups: Settings) -> _Texts:
+    """The questions of a config, and the tokenizers that are made for them."""
+    settings = groups.data
     if settings.train > settings.teacher_train:
         raise InputError(
             f"data.train={settings.train} are the first of data.teacher_train="
             f"{settings.teacher_train}; give the teacher as many or more"
         )
-    return vqa.grid(
+    data = vqa.grid(
         sources.load(settings.name, data_dir=settings.data_dir),
         train=settings.teacher_train,
         validation=settings.validation,
@@ -291,12 +289,9 @@ def _questions(settings: Data) -> vqa.VQA:
         seed=settings.seed,
         kinds=settings.kinds,
     )
-
-
-def _tokenizers(groups: Settings, data: vqa.VQA) -> dict[str, Tokenizer]:
-    """Those of both models, made for the training questions where they are made."""
     corpus = sorted({*data.train.questions, *data.train.answers})
-    return {side: text.tokenizer(getattr(groups, side).tokenizer, corpus) for side in _SIDES}
+    named = {side: text.tokenizer(getattr(groups, side).tokenizer, corpus) for side in _SIDES}
+    return _Texts(data, named, {side: _lengths(by, data.train) for side, by in named.items()})
 
 
 def _unknown(kind: str) -> Tokenizer:
@@ -365,11 +360,12 @@ def _aligned(pieces: Sequence[tuple[bytes | str, ...]], ids: Sequence[np.ndarray
     )
 
 
-def _examples(arrays: dict[str, np.ndarray], load=tuple) -> Part:
+def _examples(arrays: dict[str, np.ndarray]) -> Part:
     """Examples that steps draw from."""
     count = len(arrays["images"])
     one = {n: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for n, x in arrays.items()}
-    return Part(device.resident_shapes(one, 1, count, count, labelled=False), load)
+    shapes = device.resident_shapes(one, 1, count, count, labelled=False)
+    return Part(shapes, functools.cache(lambda: device.resident(arrays)))
 
 
 def _pair_of(arrays: dict[str, Any]) -> TokenisedPair:
@@ -424,7 +420,9 @@ def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_sha
     )
 
 
-def _task(groups, name, image_shape, named, lengths, examples: Part) -> VLMTask:
+def _task(groups, name, named, lengths, examples: Part) -> VLMTask:
+    resident = examples.shapes
+    image_shape = dict(zip(sorted(resident.examples), resident.shapes, strict=True))["images"]
     models = {
         side: _language(groups.model, getattr(groups, side), named[side].size, image_shape)
         for side in _SIDES
