@@ -3,6 +3,7 @@
     python benchmarks/generate_compress.py --teacher=runs/flow/fashion_mnist-0 --workdir=runs/gc
     python benchmarks/generate_compress.py --arms tail filled --workdir=runs/gc
     python benchmarks/generate_compress.py --table
+    python benchmarks/generate_compress.py --picture --workdir=runs/gc
 
 A two-call ArcFlow student of the frozen teacher, trained as in the tables of flows, makes as many
 images of each class as there are real ones. Each arm is condensed by RDED, with an observer that is
@@ -21,10 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import recording
+from PIL import Image
 
 import jaxdistill
 from jaxdistill.data import sources
 from jaxdistill.eval import results
+from jaxdistill.io import pictures
 
 _RECORD = recording.FOLDER / "generate_compress.json"
 _GENERATED = ("generated", "confident", "mixed")
@@ -158,6 +161,26 @@ def table(records: list[dict]) -> str:
     return f"{results.markdown(lines)}\n\nWhat was made: {said}.\n"
 
 
+def picture(workdir: Path, path: Path) -> None:
+    """What each stage has of two classes."""
+    stages = {"real": sources.load("fashion_mnist").train}
+    for arm in ("generated", "confident"):
+        stages[arm] = sources.load(workdir / "generator" / "generated" / f"{arm}.npz").train
+    shown, labels, names = [], [], []
+    for label in (2, 7):  # pullovers and sneakers
+        rows = {name: train.images[train.labels == label][:10] for name, train in stages.items()}
+        for arm in ("real", "generated"):
+            made = jaxdistill.load_distilled(workdir / f"{arm}-0")
+            chosen = made.images[made.labels == label]
+            rows[f"{arm}, RDED"] = np.rint(255 * chosen).astype(np.uint8)
+        for name, images in rows.items():
+            shown.append(images / np.float32(255))
+            labels += [len(names)] * len(images)
+            names.append(name)
+    grid = pictures.grid(np.concatenate(shown), np.array(labels, np.int32), names)
+    Image.fromarray(grid).save(path)
+
+
 def main() -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -166,7 +189,12 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", choices=_ARMS, default=_ARMS)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="only print what is recorded")
+    parser.add_argument("--picture", action="store_true", help="only draw what a run has left")
     args = parser.parse_args()
+    if args.picture:
+        images = Path(__file__).parent.parent / "docs" / "images"
+        picture(args.workdir, images / "generate_compress_stages.png")
+        return
     if not args.table:
         if set(args.arms) & set(_GENERATED):
             made = {"arm": "generator", "seed": 0, "generator": _generate(args)}

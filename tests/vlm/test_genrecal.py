@@ -305,6 +305,7 @@ def test_answers_are_aligned_by_their_bytes(ready):
 # ---------------------------------------------------------------------------- a run
 
 
+@pytest.mark.slow
 def test_a_run_stopped_anywhere_ends_with_the_same_bits(quickly, tmp_path, capsys):
     config = configs.load(SMOKE + ",baselines=sft+blind+alm")
     records = jaxdistill.train(config, tmp_path / "once")
