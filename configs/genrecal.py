@@ -6,15 +6,18 @@ Arguments, joined by commas behind the colon:
 
     dataset=    digits (default), fashion_mnist or another labelled set, whose images stand in
                 grids of four that questions are asked about
-    method=     genrecal (default), sft, blind, or a loss between tokenizers: uld, multilevel_ot,
-                gold, gold_hybrid, pkl, alm
+    method=     genrecal (default), sft, blind; a loss between tokenizers: uld, multilevel_ot,
+                gold, gold_hybrid, pkl, alm; or one of a single tokenizer: forward_kl, reverse_kl,
+                jsd, skew_kl, skew_reverse_kl, total_variation
     baselines=  rows beside it, joined by +: sft (default); empty for none
+    tokenizers= two (default), or one: the student reads as the teacher does. With a method of a
+                single tokenizer it is one
     smoke       a run of seconds that only shows that everything works
 
 The teacher reads byte pairs, which `pip install "jaxdistill[vlm]"` brings, and small patches, the
 student characters and large ones; both are trained here first. Rows: `genrecal` in three stages,
 `sft` as many steps of fine-tuning alone, `blind` the same without images; the others are
-fine-tuned with a loss of that name beside the cross-entropy.
+fine-tuned with the loss of that name beside the cross-entropy.
 
     config                           hardware
     genrecal:dataset=digits          2 CPU cores, not run here to its end
@@ -31,13 +34,27 @@ _RECIPES = {
     "fashion_mnist": {"teacher_patch": 14, "student_patch": 28},
 }
 _LOSSES = ("uld", "multilevel_ot", "gold", "gold_hybrid", "pkl", "alm")
+_DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "total_variation",
+)
 _STAGES = {"align": 700, "distil": 1300, "tune": 700}
 
 
 def get_config(argument=None, dataset=None, method=None):
     """The recipe of a data set."""
     arg = parse_argument(
-        argument, words=("smoke",), dataset="digits", method="genrecal", baselines="sft", seed=0
+        argument,
+        words=("smoke",),
+        dataset="digits",
+        method="genrecal",
+        baselines="sft",
+        tokenizers="",
+        seed=0,
     )
     # What the command line says of data and method goes before the argument.
     dataset = arg["dataset"] if dataset is None else dataset
@@ -53,8 +70,12 @@ def get_config(argument=None, dataset=None, method=None):
 
     config.teacher = ml_collections.ConfigDict()
     config.teacher.patch = recipe["teacher_patch"]
+    config.teacher.tokenizer = "bytes" if arg["smoke"] else "bpe:420"
     config.student = ml_collections.ConfigDict()
     config.student.patch = recipe["student_patch"]
+    single = method in (*_DIVERGENCES, "logits")
+    if (arg["tokenizers"] or ("one" if single else "two")) == "one":
+        config.student.tokenizer = config.teacher.tokenizer
 
     config.run = ml_collections.ConfigDict()
     config.run.chunk = 10
@@ -66,6 +87,7 @@ def get_config(argument=None, dataset=None, method=None):
         "sft": {"name": "supervised", "steps": steps},
         "blind": {"name": "supervised", "steps": steps, "blind": True},
         **{loss: {"name": "across", "steps": steps, "loss": loss} for loss in _LOSSES},
+        **{d: {"name": "logits", "steps": steps, "divergence": d} for d in _DIVERGENCES},
     }
 
     def row(name):
@@ -86,7 +108,6 @@ def get_config(argument=None, dataset=None, method=None):
         for model in (config.teacher, config.student):
             model.width, model.depth, model.heads, model.kv_heads, model.hidden = 16, 1, 2, 1, 32
             model.steps, model.batch_size = 4, 8
-        config.teacher.tokenizer = "bytes"
         config.run.chunk, config.run.checkpoint_every = 2, 2
         stages = {"align": 2, "distil": 2, "tune": 2}
         for row in (config.method, *config.baselines.values()):

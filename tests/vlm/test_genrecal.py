@@ -11,12 +11,12 @@ import pytest
 
 import jaxdistill
 from jaxdistill import config as configs
-from jaxdistill import settings
+from jaxdistill import keywords, settings
 from jaxdistill.data import sources, text, vqa
 from jaxdistill.data.device import draw
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.io import weights
-from jaxdistill.vlm import across
+from jaxdistill.vlm import across, logits
 from jaxdistill.vlm.genrecal import part_of, recalibrated_losses
 from jaxdistill.vlm.groups import Groups
 from jaxdistill.vlm.pairs import TokenisedPair, answer_logits, predicting, states
@@ -174,8 +174,8 @@ def test_a_recalibrator_that_does_nothing_loses_nothing(ready):
             own_prefix=own_prefix,
         )  # fmt: skip
         assert float(found.kl[0]) < 1e-4 and float(found.mse[0]) == 0
-        logits = answer_logits(model, params, pair.images, pair.teacher)
-        log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        said = answer_logits(model, params, pair.images, pair.teacher)
+        log_probs = np.asarray(jax.nn.log_softmax(said), np.float64)
         there = np.asarray(pair.teacher.answer_there)
         ids = np.asarray(pair.teacher.answer)
         wanted = -np.take_along_axis(log_probs, ids[..., None], -1)[..., 0][there].sum()
@@ -261,11 +261,11 @@ def test_losses_between_tokenizers_see_no_padding(ready, name):
     """A batch's loss is the sum of those of its texts, each as long as it is."""
     _, task, pair, frozen, *_ = ready
     one = across.text_loss(task, name, 1.0)
-    logits = [
+    said = [
         answer_logits(getattr(task, f"{side}_model"), frozen[side], pair.images, texts)
         for side, texts in (("teacher", pair.teacher), ("student", pair.student))
     ]
-    sums, counts = jax.vmap(one)(*logits, pair)
+    sums, counts = jax.vmap(one)(*said, pair)
     assert (counts > 0).all() and jnp.isfinite(sums).all()
     for i in range(2):
         own = jax.tree.map(lambda x, i=i: x[i], pair)
@@ -276,12 +276,42 @@ def test_losses_between_tokenizers_see_no_padding(ready, name):
         )
         groups = Groups(own.groups.teacher[:m], own.groups.student[:k])
         short = TokenisedPair(own.images, *sides, groups)
-        value, count = one(logits[0][i, :m], logits[1][i, :k], short)
+        value, count = one(said[0][i, :m], said[1][i, :k], short)
         np.testing.assert_allclose(value, sums[i], rtol=2e-5, atol=1e-6)
         assert int(count) == int(counts[i])
     # The teacher is held still.
-    slope = jax.grad(lambda p: jax.vmap(one)(p, logits[1], pair)[0].sum())(logits[0])
+    slope = jax.grad(lambda p: jax.vmap(one)(p, said[1], pair)[0].sum())(said[0])
     assert not slope.any()
+
+
+def test_divergences_of_one_vocabulary_refuse_two(ready):
+    said = "under which one id is two things; give student.tokenizer the teacher's"
+    with pytest.raises(InputError, match=said):
+        logits.recipe(ready.task, **keywords.defaults(logits.recipe))
+    config = configs.load("genrecal:smoke,baselines=,method=forward_kl")
+    assert config.student.tokenizer == config.teacher.tokenizer
+    resolved = settings.resolve(config)
+    recipe = resolved.rows["logits"].recipe(resolved.family.shapes(resolved))
+    assert recipe.steps == 6
+
+
+@pytest.mark.parametrize("name", get_args(logits.Divergence))
+def test_a_student_that_is_its_teacher_is_at_rest(ready, name):
+    """Under one tokenizer: value and gradient are 0, and only then."""
+    task, frozen = ready.task, {"teacher": ready.frozen["teacher"]}
+    task = task._replace(
+        student_model=task.teacher_model, pieces={s: task.pieces["teacher"] for s in task.pieces}
+    )
+    pair = ready.pair._replace(student=ready.pair.teacher)
+    given = keywords.defaults(logits.recipe) | {"divergence": name, "sft": 0.0, "steps": 4}
+    recipe = logits.recipe(task._replace(pair=lambda batch: pair), **given)
+    step = jax.jit(recipe.method.step)
+    frozen["student"] = frozen["teacher"]
+    state = recipe.method.init(jax.random.key(0), frozen, ready.batch)
+    _, same = step(state, frozen, ready.batch, jax.random.key(0))
+    other = state._replace(params=jax.tree.map(lambda x: 0.9 * x, state.params))
+    _, apart = step(other, frozen, ready.batch, jax.random.key(0))
+    assert abs(same[name]) < 1e-6 < apart[name] and same["grad_norm"] < 1e-2 * apart["grad_norm"]
 
 
 def test_answers_are_aligned_by_their_bytes(ready):
