@@ -1,7 +1,9 @@
 """Data sets in image files: a folder for each class, and Tiny ImageNet as its archive unpacks."""
 
+import itertools
 import unicodedata
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,10 +162,31 @@ def _from_files(
     class_names: list[str],
     image_size: int | None,
 ) -> Dataset:
+    both = train, test
+    images = images_of([[path for path, _ in files] for files in both], name, image_size)
+    labels = [np.array([label for _, label in files], np.int32) for files in both]
+    return from_arrays(
+        images[0], labels[0], images[1], labels[1], name=name, class_names=class_names
+    )
+
+
+def images_of(
+    lists: Sequence[Sequence[Path]], name: str, image_size: int | None
+) -> list[np.ndarray]:
+    """Some lists of image files as arrays uint8 (n, h, w, c), of one size and number of channels.
+
+    Args:
+        lists: The files of each array.
+        name: What they are of, for messages.
+        image_size: What they are brought to; needed where they differ in size.
+
+    Raises:
+        InputError: If a file is no image that can be used, or they do not go together.
+    """
     # Every header is read before anything is decoded: a mistake in the last file costs no wait,
     # and an image that claims to be enormous is never unpacked.
     grey, first, pixels, held = True, None, 0, 0
-    for path, _ in (*train, *test):
+    for path in itertools.chain(*lists):
         with _open_image(path) as image:
             width, height = _upright_size(path, image)
             mode = image.mode
@@ -183,17 +206,11 @@ def _from_files(
         )
 
     size = None if image_size is not None else first[1:]
-
-    def decoded(files: list[_Labelled]) -> np.ndarray:
-        return stack(
-            (_decode(path, "L" if grey else "RGB", image_size, size) for path, _ in files),
-            len(files),
-        )
-
-    labels = [np.array([label for _, label in files], np.int32) for files in (train, test)]
-    return from_arrays(
-        decoded(train), labels[0], decoded(test), labels[1], name=name, class_names=class_names
-    )
+    mode = "L" if grey else "RGB"
+    return [
+        stack((_decode(path, mode, image_size, size) for path in files), len(files))
+        for files in lists
+    ]
 
 
 def _upright_size(path: Path, image: Image.Image) -> tuple[int, int]:

@@ -10,12 +10,15 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.folders import images_of
 from jaxdistill.errors import InputError
+from jaxdistill.io.reading import one_line
 
 KINDS = ("at", "next", "count", "exist", "where", "rows", "describe")
 """What is asked: what stands in a place, or next to one; how many there are of a class, whether
@@ -24,7 +27,8 @@ there is one, where it is, which row has more of it; and what is to be seen at a
 _PLACES = ("top left", "top right", "bottom left", "bottom right")
 _NUMBERS = ("zero", "one", "two", "three", "four")
 _CELLS = len(_PLACES)
-_VALIDATION = 6  # one part of so many of the training images
+_VALIDATION = 6  # one part of so many of the training images, or questions
+_ONE_KIND = "questions"  # where nothing else is said
 _ASKED = {
     "at": ("what is at the {place}?", "name the item at the {place}.", "{place}: which item?"),
     "next": (
@@ -169,6 +173,102 @@ def grid(
         split(2, test, data.test.images, tested),
         KINDS,
     )
+
+
+def folder(
+    path: Path, *, train: int, validation: int, test: int, image_size: int | None = None
+) -> VQA:
+    """Questions of one's own: a folder with images, `train.jsonl` and `test.jsonl`.
+
+    A line is `{"image": "shelf.png", "question": "how many jars?", "answer": "three"}`, the image
+    being a file in the folder or below it, and may have a `kind`, by which accuracies are told
+    apart. Questions of validation are those of `validation.jsonl`, or the last of the training file
+    behind those that are trained on.
+
+    Args:
+        path: The folder; its name becomes that of the questions.
+        train: Questions of the training split at most.
+        validation: Questions of the validation split at most.
+        test: Questions of the test split at most.
+        image_size: What the images are brought to; needed when they differ in size.
+
+    Raises:
+        InputError: If a file or an image is missing or damaged, or a line is not of that form.
+    """
+    root = path.resolve()
+    rows = {name: _lines(path / f"{name}.jsonl", root) for name in ("train", "test")}
+    held = path / "validation.jsonl"
+    if held.is_file():
+        rows["validation"] = _lines(held, root)
+    else:
+        cut = len(rows["train"]) - min(validation, max(len(rows["train"]) // _VALIDATION, 1))
+        rows["train"], rows["validation"] = rows["train"][:cut], rows["train"][cut:]
+    most = {"train": train, "validation": validation, "test": test}
+    rows = {name: own[: most[name]] for name, own in rows.items()}
+    empty = [name for name, own in rows.items() if not own]
+    if empty:
+        raise InputError(
+            f"{path} has no questions for {empty[0]}; give {empty[0]}.jsonl some lines"
+        )
+    kinds = tuple(sorted({row.kind for own in rows.values() for row in own}))
+    # Several questions are asked about one image, which is read once.
+    files = {name: sorted({row.image for row in own}) for name, own in rows.items()}
+    arrays = dict(zip(files, images_of(list(files.values()), root.name, image_size), strict=True))
+
+    def split(name):
+        own, place = rows[name], {file: i for i, file in enumerate(files[name])}
+        return Questions(
+            arrays[name][[place[row.image] for row in own]],
+            tuple(row.question for row in own),
+            tuple(row.answer for row in own),
+            np.array([kinds.index(row.kind) for row in own], np.int32),
+        )
+
+    return VQA(root.name, split("train"), split("validation"), split("test"), kinds)
+
+
+class _Row(NamedTuple):
+    """A line of a file of questions."""
+
+    image: Path
+    question: str
+    answer: str
+    kind: str
+
+
+def _lines(path: Path, root: Path) -> list[_Row]:
+    if not path.is_file():
+        raise InputError(f"{path} is missing: questions stand in train.jsonl and test.jsonl")
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text ({one_line(error)})") from error
+    return [
+        _row(line, f"{path}, line {n}", root) for n, line in enumerate(lines, 1) if line.strip()
+    ]
+
+
+def _row(line: str, where: str, root: Path) -> _Row:
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is no JSON ({one_line(error)})") from error
+    if not isinstance(said, dict):
+        raise InputError(f"{where} is no object with image, question and answer")
+    for name in ("image", "question", "answer"):
+        if not isinstance(said.get(name), str) or not said[name]:
+            raise InputError(f"{where} has no {name}; each line needs image, question and answer")
+    kind = said.get("kind", _ONE_KIND)
+    if not isinstance(kind, str):
+        raise InputError(f"{where}: kind is {kind!r}; it must be a text")
+    try:
+        image = (root / said["image"]).resolve()
+        there = image.is_relative_to(root) and image.is_file()
+    except (OSError, ValueError, RuntimeError):
+        there = False
+    if not there:
+        raise InputError(f"{where}: {said['image']!r} is no file in {root}")
+    return _Row(image, said["question"], said["answer"], kind)
 
 
 def _tiled(images: np.ndarray, cells: np.ndarray) -> np.ndarray:

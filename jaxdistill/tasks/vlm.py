@@ -47,19 +47,22 @@ class Data(NamedTuple):
     """Where the questions come from.
 
     Attributes:
-        name: A labelled data set, of whose images grids are made; see `jaxdistill.data.vqa.grid`.
+        name: A labelled data set, of whose images grids are made, or a folder with questions; see
+            `jaxdistill.data.vqa.grid` and `folder`.
         data_dir: Where a named data set lies.
-        kinds: Kinds of questions that are asked.
-        train: Questions that students learn from.
+        image_size: Pixels that a folder's images are brought to.
+        kinds: Kinds of questions that are asked about grids.
+        train: Questions that students learn from; of a folder, at most so many, as for the others.
         teacher_train: Questions that the teacher learns from, of which those are the first.
         validation: Questions that settings are chosen on.
         test: Questions that models are measured on.
-        seed: Decides the questions.
+        seed: Decides the questions about grids.
         judge_by_validation: Whether models are measured on the validation split instead.
     """
 
     name: str
     data_dir: Folder = None
+    image_size: Annotated[int | None, Between(1, 10**5)] = None
     kinds: tuple[str, ...] = vqa.KINDS
     train: Count = 10_000
     teacher_train: Count = 50_000
@@ -281,14 +284,19 @@ def _texts(groups: Settings) -> _Texts:
             f"data.train={settings.train} are the first of data.teacher_train="
             f"{settings.teacher_train}; give the teacher as many or more"
         )
-    data = vqa.grid(
-        sources.load(settings.name, data_dir=settings.data_dir),
-        train=settings.teacher_train,
-        validation=settings.validation,
-        test=settings.test,
-        seed=settings.seed,
-        kinds=settings.kinds,
-    )
+    numbers = {
+        "train": settings.teacher_train,
+        "validation": settings.validation,
+        "test": settings.test,
+    }
+    own = expanded(settings.name)
+    if (own / "train.jsonl").is_file():
+        data = vqa.folder(own, **numbers, image_size=settings.image_size)
+    else:
+        images = sources.load(
+            settings.name, data_dir=settings.data_dir, image_size=settings.image_size
+        )
+        data = vqa.grid(images, **numbers, seed=settings.seed, kinds=settings.kinds)
     corpus = sorted({*data.train.questions, *data.train.answers})
     named = {side: text.tokenizer(getattr(groups, side).tokenizer, corpus) for side in _SIDES}
     return _Texts(data, named, {side: _lengths(by, data.train) for side, by in named.items()})

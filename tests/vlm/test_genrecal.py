@@ -2,12 +2,14 @@
 
 import functools
 import json
+import re
 from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import jaxdistill
 from jaxdistill import config as configs
@@ -157,6 +159,69 @@ def test_no_image_is_in_two_splits_and_a_seed_says_all(questions):
     assert other.test.fingerprint() != questions.test.fingerprint()
     guessed = vqa.majority(questions.train, questions.test)
     assert 0.05 < guessed.mean() < 0.4  # asked evenly, and no more can be guessed
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder with six questions about three pictures, and two to be tested on."""
+    folder = tmp_path / "shelves"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("a", "b", "c", "d"):
+        pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    line = '{{"image": "{}.png", "question": "how many {}?", "answer": "{}"}}'
+    rows = [line.format(n, w, a) for n in "abc" for w, a in (("jars", "two"), ("cups", "no"))]
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    (folder / "test.jsonl").write_text(line.format("d", "cups", "two") + "\n")
+    return folder
+
+
+def test_questions_of_ones_own(own):
+    data = vqa.folder(own, train=100, validation=100, test=100)
+    assert data.name == "shelves" and data.kinds == ("questions",)
+    assert [len(x.answers) for x in (data.train, data.validation, data.test)] == [5, 1, 1]
+    first = np.asarray(Image.open(own / "a.png"))
+    np.testing.assert_array_equal(data.train.images[1], first)
+    assert data.train.questions[:2] == ("how many jars?", "how many cups?")
+    assert data.train.answers[:2] == ("two", "no")
+    few = vqa.folder(own, train=2, validation=1, test=1, image_size=4)
+    assert few.train.images.shape == (2, 4, 4, 3)
+    (own / "validation.jsonl").write_text((own / "test.jsonl").read_text())
+    assert len(vqa.folder(own, train=9, validation=9, test=9).train.answers) == 6
+    config = configs.load("genrecal:smoke,baselines=", {"data.name": str(own)})
+    config.teacher.patch, config.student.patch = 4, 8
+    resolved = settings.resolve(config)
+    task = resolved.family.shapes(resolved)
+    assert task.examples.shapes.shapes[0] == (8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("not json", "line 2 is no JSON"),
+        ("[1]", "line 2 is no object with image, question and answer"),
+        ('{"image": "a.png", "question": "?"}', "line 2 has no answer; each line needs"),
+        ('{"image": "no.png", "question": "?", "answer": "x"}', "line 2: 'no.png' is no file in"),
+        ('{"image": "../a.png", "question": "?", "answer": "x"}', "'../a.png' is no file in"),
+        ('{"image": "a.png", "question": "?", "answer": "x", "kind": 3}', "kind is 3; it must be"),
+    ],
+)
+def test_lines_that_are_no_questions(own, line, said):
+    good = (own / "train.jsonl").read_text().splitlines()
+    (own / "train.jsonl").write_text("\n".join([good[0], line, *good[1:]]))
+    with pytest.raises(InputError, match=re.escape(said)) as error:
+        vqa.folder(own, train=9, validation=1, test=9)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_that_lack_something(own):
+    (own / "test.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"no questions for test; give test\.jsonl some lines"):
+        vqa.folder(own, train=9, validation=1, test=9)
+    (own / "test.jsonl").unlink()
+    with pytest.raises(InputError, match=r"test\.jsonl is missing"):
+        vqa.folder(own, train=9, validation=1, test=9)
 
 
 # ---------------------------------------------------------------------------- losses and stages
