@@ -138,7 +138,7 @@ class Model(NamedTuple):
         rope_theta: Base of the rotary frequencies.
         remat: Whether blocks are computed again for the gradient.
         dtype: The dtype of the activations.
-        param_dtype: The dtype of the parameters.
+        param_dtype: The dtype of parameters that are frozen; what is trained has float32.
     """
 
     rope_theta: Annotated[float, Between(1, 1e9)] = 10_000.0
@@ -481,6 +481,11 @@ def _model(experiment, side, folder, given, examples, task, source, should_stop)
     if not given:
         identity = run_folder.claim(folder, *_identity(experiment, side, source))
     if not done:
+        if groups.model.param_dtype != "float32":
+            raise InputError(
+                f"the {side} is trained with model.param_dtype=float32; give the folder of a "
+                "trained one, or that type"
+            )
         training = supervised.Training(sizes.steps, sizes.batch_size, sizes.learning_rate)
 
         def build(rate_factor):

@@ -245,9 +245,7 @@ def genrecal(
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt = tx.update(grads, opt, params)
         rate = _rate(stage, state.step - begun)
-        params = jax.tree.map(
-            lambda p, u, m: p - (rate * m * u).astype(p.dtype), params, updates, masks
-        )
+        params = jax.tree.map(lambda p, u, m: p - rate * m * u, params, updates, masks)
         return GenRecalState(*params, opt, state.step + 1), metrics
 
     def _rate(stage, done):
@@ -346,7 +344,7 @@ def recipe(task: VLMTask, **rest: Annotated[Any, Recalibration, Stages]) -> Reci
         return module.apply({"params": params}, *args, **options)
 
     def init(key, frozen, pair):
-        small = jax.tree.map(jnp.copy, frozen["student"])
+        small = supervised.begun(frozen)
         own = states(student, small, pair.images[:1], pair.student.first())
         theirs = states(teacher, frozen["teacher"], pair.images[:1], pair.teacher.first())
         made = module.init(key, own.prefix, own.prefix_there, theirs.answer, theirs.answer_there)[
@@ -354,7 +352,7 @@ def recipe(task: VLMTask, **rest: Annotated[Any, Recalibration, Stages]) -> Reci
         ]
         if recalibration.start == "last":
             made["body"] = jax.tree.map(lambda x: x[-recalibration.depth :], small["body"])
-        return small, made
+        return small, jax.tree.map(lambda x: x.astype(jnp.float32), made)
 
     def parts(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: part_of(path), params)

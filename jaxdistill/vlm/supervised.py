@@ -136,6 +136,11 @@ def supervised_loss(model: Language, side: str) -> Loss:
     return loss
 
 
+def begun(frozen: Frozen) -> PyTree:
+    """The parameters that all students start from, in float32, in which they are trained."""
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), frozen["student"])
+
+
 def student_recipe(task: VLMTask, loss: Loss, training: Training) -> Recipe:
     """The recipe of a student that is trained by a loss from where all of them start.
 
@@ -145,7 +150,7 @@ def student_recipe(task: VLMTask, loss: Loss, training: Training) -> Recipe:
         training: The settings.
     """
     method = trained(
-        lambda key, frozen: jax.tree.map(jnp.copy, frozen["student"]),
+        lambda key, frozen: begun(frozen),
         loss,
         optimizer(training),
         batches=task.batches(training.batch_size),

@@ -299,6 +299,29 @@ def test_each_stage_trains_what_it_should_and_nothing_else(ready):
         state = after
 
 
+@pytest.mark.parametrize("method", ["genrecal", "sft", "alm"])
+def test_what_is_trained_has_float32_under_frozen_bfloat16(method):
+    config = configs.load(f"{SMOKE},baselines=,method={method}")
+    config.model = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
+    resolved = settings.resolve(config)
+    task = resolved.family.shapes(resolved)
+    (row,) = resolved.rows.values()
+    recipe = row.recipe(task)
+    kinds = {x.dtype for x in jax.tree.leaves(recipe.frozen.shapes)}
+    assert kinds == {jnp.dtype("bfloat16")}
+
+    def once(frozen, data, key):
+        batch = draw(recipe.method.batches, data, key)
+        state = recipe.method.init(key, frozen, batch)
+        return state, recipe.method.step(state, frozen, batch, key)[0]
+
+    shapes = recipe.frozen.shapes, task.examples.shapes, jax.random.key(0)
+    before, after = jax.eval_shape(once, *shapes)
+    assert before == after
+    floats = [x.dtype for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert set(floats) == {jnp.dtype("float32")}
+
+
 def test_stages_that_are_none(ready):
     resolved, task, *_ = ready
     empty = dict(resolved.rows["genrecal"].settings, align=0, distil=0, tune=0)
