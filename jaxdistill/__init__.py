@@ -22,7 +22,7 @@ __getattr__, __all__ = names(
         "load_config": "jaxdistill.config:load",
         "load_data": "jaxdistill.data.sources:load",
         "load_distilled": "jaxdistill.io.artifact:load",
-        "load_student": "jaxdistill.tasks.flow:load_student",
+        "load_student": "jaxdistill.students:load_student",
         "momentum": "jaxdistill.flow.momentum",
         "nn": "jaxdistill.nn",
         "resident": "jaxdistill.data.device:resident",

@@ -17,12 +17,13 @@ from jaxtyping import Bool, Int32
 
 from jaxdistill.errors import InputError
 from jaxdistill.io.files import expanded
-from jaxdistill.io.reading import one_line
+from jaxdistill.io.reading import one_line, read_json
 
 PAD, EOS, ANSWER = 0, 1, 2
 """Ids of padding, of the end of an answer, and of the mark that an answer follows."""
 SPECIALS = ("<pad>", "<eos>", "<answer>")
 _OURS = len(SPECIALS)
+_FORMAT = "jaxdistill.tokenizer/1"
 
 
 class Tokenizer(NamedTuple):
@@ -32,11 +33,13 @@ class Tokenizer(NamedTuple):
         name: What kind it is.
         pieces: The bytes of each id, none of `SPECIALS`, which come first.
         split: `text -> ids`, without any of ours.
+        stored: What a file says of it that `tokenizer` reads.
     """
 
     name: str
     pieces: tuple[bytes, ...]
     split: Callable[[str], list[int]]
+    stored: str = ""
 
     @property
     def size(self) -> int:
@@ -70,17 +73,16 @@ def tokenizer(kind: str, texts: Sequence[str]) -> Tokenizer:
     Args:
         kind: `characters` of the texts; `bytes`; `bpe:SIZE`, a byte-pair encoding with so many ids
             that is trained on the texts, the same for the same texts; or the path of a
-            `tokenizer.json` of byte-level pieces.
+            `tokenizer.json` of byte-level pieces, or of one that was stored here.
         texts: What the vocabulary is made for.
 
     Raises:
         InputError: If there is no such tokenizer, or the file cannot be read.
     """
     if kind == "characters":
-        return _characters(texts)
+        return _characters(sorted(set("".join(texts))))
     if kind == "bytes":
-        pieces = (*_nothing(), *(bytes([b]) for b in range(256)))
-        return Tokenizer(kind, pieces, lambda text: [_OURS + b for b in text.encode()])
+        return _bytes()
     if kind.startswith("bpe:") and kind[4:].isdigit():
         return _trained(kind, int(kind[4:]), texts)
     if kind.endswith(".json"):
@@ -128,8 +130,7 @@ def _nothing() -> tuple[bytes, ...]:
     return (b"",) * _OURS
 
 
-def _characters(texts: Sequence[str]) -> Tokenizer:
-    known = sorted(set("".join(texts)))
+def _characters(known: Sequence[str]) -> Tokenizer:
     ids = {character: _OURS + i for i, character in enumerate(known)}
 
     def split(text: str) -> list[int]:
@@ -138,7 +139,14 @@ def _characters(texts: Sequence[str]) -> Tokenizer:
             raise InputError(f"no token is {strange!r}, of {text[:60]!r}; take bytes instead")
         return [ids[c] for c in text]
 
-    return Tokenizer("characters", (*_nothing(), *(c.encode() for c in known)), split)
+    stored = json.dumps({"format": _FORMAT, "characters": "".join(known)})
+    return Tokenizer("characters", (*_nothing(), *(c.encode() for c in known)), split, stored)
+
+
+def _bytes() -> Tokenizer:
+    pieces = (*_nothing(), *(bytes([b]) for b in range(256)))
+    stored = json.dumps({"format": _FORMAT})
+    return Tokenizer("bytes", pieces, lambda text: [_OURS + b for b in text.encode()], stored)
 
 
 def _library() -> Any:
@@ -167,9 +175,15 @@ def _trained(kind: str, size: int, texts: Sequence[str]) -> Tokenizer:
 
 
 def _read(path: Path) -> Tokenizer:
-    library = _library()
     if not path.is_file():
         raise InputError(f"{path} is no file; give a tokenizer.json")
+    said = read_json(path)
+    if isinstance(said, dict) and said.get("format") == _FORMAT:
+        known = said.get("characters", "")
+        if not isinstance(known, str) or len(set(known)) != len(known):
+            raise InputError(f"{path} is damaged: its characters are no text of different ones")
+        return _characters(known) if known else _bytes()
+    library = _library()
     try:
         made = library.Tokenizer.from_file(str(path))
     except Exception as error:  # the library's own has no other base
@@ -192,7 +206,7 @@ def _wrapped(name: str, made: Any) -> Tokenizer:
     whole = "The 3 é"
     if b"".join(pieces[i - _OURS] for i in split(whole)).strip() != whole.encode():
         raise InputError(f"{name} has other pieces than byte-level ones; give such a tokenizer")
-    return Tokenizer(name, (*_nothing(), *pieces), split)
+    return Tokenizer(name, (*_nothing(), *pieces), split, made.to_str())
 
 
 def byte_level(token: str) -> bytes:

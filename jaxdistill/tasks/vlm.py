@@ -2,7 +2,8 @@
 
 import functools
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -18,7 +19,8 @@ from jaxdistill.data.text import ANSWER, EOS, Tokenizer
 from jaxdistill.errors import InputError
 from jaxdistill.interrupt import ShouldStop
 from jaxdistill.io import weights
-from jaxdistill.io.files import expanded
+from jaxdistill.io.files import expanded, write_files
+from jaxdistill.io.reading import one_line
 from jaxdistill.io.versions import versions
 from jaxdistill.keywords import Between, Count, Dtype, Folder, Natural, Rate
 from jaxdistill.method import BatchSpec, replicated
@@ -26,7 +28,7 @@ from jaxdistill.nn.decoder import BlockShape
 from jaxdistill.nn.vlm import VLM
 from jaxdistill.parallel import processes
 from jaxdistill.parallel.mesh import fully_sharded, make_mesh
-from jaxdistill.settings import Experiment, Parallel, Row, Run
+from jaxdistill.settings import Experiment, Parallel, Row, Run, resolve
 from jaxdistill.task import Language, Part, VLMTask
 from jaxdistill.tasks import Loaded
 from jaxdistill.vlm import supervised
@@ -39,6 +41,8 @@ ROOM = "jaxdistill.vlm"
 ARTEFACT = "student.safetensors"
 
 _SIDES = ("teacher", "student")
+_TOKENIZER = "tokenizer.json"
+_ROOM = 16  # of whose multiples the tokens of questions are to a student alone
 # Shape of an image, tokens of a question and of an answer, of what no data set here holds.
 _SHAPES = {"pairs_448": ((448, 448, 3), 256, 256)}
 
@@ -247,10 +251,17 @@ def mesh(
 def save(
     folder: Path, experiment: Experiment, loaded: Loaded, row: Row, output: PyTree, card: dict
 ) -> None:
-    """Writes the student alone, `student.safetensors` and its card; see `jaxdistill.io.weights`."""
+    """Writes the student alone: `student.safetensors`, its card, and `tokenizer.json`."""
     del row
-    known = {side: by.fingerprint() for side, by in loaded.data.tokenizers.items()}
-    card = card | {"config": experiment.stated(), "tokenizer_sha256": known["student"]}
+    by = loaded.data.tokenizers["student"]
+    card = card | {
+        "config": experiment.stated(),
+        "tokenizer_sha256": by.fingerprint(),
+        "image_shape": loaded.data.pair.images.shape[1:],
+        "answer_length": loaded.task.answer_length[1],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_files({folder / _TOKENIZER: lambda file: file.write(by.stored.encode())})
     weights.save(folder, "student", output, card)
 
 
@@ -376,6 +387,11 @@ def _examples(arrays: dict[str, np.ndarray]) -> Part:
     return Part(shapes, functools.cache(lambda: device.resident(arrays)))
 
 
+def _normalized(images: Any) -> Any:
+    """Pixels of 0 to 255 as models see them."""
+    return images.astype("float32") / 255 - 0.3
+
+
 def _pair_of(arrays: dict[str, Any]) -> TokenisedPair:
     """The arrays of some examples as both models read them; padding is id 0."""
 
@@ -383,7 +399,7 @@ def _pair_of(arrays: dict[str, Any]) -> TokenisedPair:
         question, answer = arrays[f"{name}_question"], arrays[f"{name}_answer"]
         return Side(question, question != text.PAD, answer, answer != text.PAD)
 
-    images = arrays["images"].astype("float32") / 255 - 0.3
+    images = _normalized(arrays["images"])
     groups = Groups(arrays["teacher_groups"], arrays["student_groups"])
     return TokenisedPair(images, side("teacher"), side("student"), groups)
 
@@ -547,3 +563,71 @@ def _identity(experiment: Experiment, side: str, source: dict) -> tuple[dict, di
     data = {name: source[name] for name in ("source_sha256",)}
     identity = {"family": "vlm", "seed": experiment.seed, **own, **data, **read}
     return json.loads(json.dumps(identity)), json.loads(json.dumps(defaults))
+
+
+# ---------------------------------------------------------------------------- a student alone
+
+
+class Trained(NamedTuple):
+    """A student that is ready for use.
+
+    Attributes:
+        answer: `(images, questions) -> answers`: uint8 images (n, h, w, c), or ones in [0, 1], and
+            as many texts; the texts of the answers, each the likeliest token by token.
+        image_shape: (h, w, c) of an image.
+        card: What the student says of itself.
+    """
+
+    answer: Callable[[Any, Sequence[str]], list[str]]
+    image_shape: tuple[int, int, int]
+    card: dict[str, Any]
+
+
+def load_student(folder: str | os.PathLike[str]) -> Trained:
+    """Reads a student that a run has made; it needs neither config, data nor teacher.
+
+    Args:
+        folder: A workdir, one of its `baselines/`, or the folder `artifacts` in either.
+
+    Raises:
+        InputError: If there is no student, or its tokenizer is missing or another.
+    """
+    folder = expanded(folder)
+    inner = folder / "artifacts"
+    folder = inner if (inner / ARTEFACT).is_file() else folder
+    params, card = weights.load(folder, "student")
+    try:
+        groups = resolve(card["config"]).groups
+        shape, length = tuple(card["image_shape"]), card["answer_length"]
+        by = text.tokenizer(str(folder / _TOKENIZER), ())
+        if by.fingerprint() != card["tokenizer_sha256"]:
+            raise InputError(f"{folder / _TOKENIZER} is not the student's tokenizer")
+        model = _language(groups.model, groups.student, by.size, shape)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder / 'student.json'} is not the card of a student of this version "
+            f"({one_line(error)}); train it again, or use the version that made it"
+        ) from error
+    weights.check_shapes(
+        f"{folder / ARTEFACT}", params, jax.eval_shape(model.init, jax.random.key(0))
+    )
+    write = jax.jit(functools.partial(model.generate, length=length))
+    params = jax.device_put(params)
+
+    def answer(images, questions):
+        images = np.asarray(images)
+        if images.shape != (len(questions), *shape):
+            raise InputError(
+                f"{len(questions)} questions go with images {(len(questions), *shape)}, not "
+                f"{images.shape}"
+            )
+        asked = text.tokens(by, questions, ANSWER)
+        # A program serves questions of similar lengths.
+        room = -asked.ids.shape[1] % _ROOM
+        ids, there = (np.pad(x, ((0, 0), (0, room))) for x in asked)
+        images = _normalized(images if images.dtype == np.uint8 else 255.0 * images)
+        images = images * np.float32(not card.get("blind"))
+        written = write(params, images, ids, there)
+        return [text.answer_text(by, row) for row in np.asarray(written.tokens)]
+
+    return Trained(answer, shape, card)

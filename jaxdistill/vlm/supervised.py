@@ -199,4 +199,4 @@ def recipe(task: VLMTask, *, blind: bool = False, **rest: Annotated[Any, Trainin
     def sample(output, frozen, images, *question, length):
         return recipe.sample(output, frozen, jnp.zeros_like(images), *question, length=length)
 
-    return recipe._replace(sample=sample)
+    return recipe._replace(sample=sample, card={"blind": True})

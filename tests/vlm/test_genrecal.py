@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -66,7 +67,7 @@ def ready(quickly, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["characters", "bytes", "bpe:262"])
-def test_texts_come_back_and_lie_in_bytes(kind):
+def test_texts_come_back_and_lie_in_bytes(kind, tmp_path):
     by = text.tokenizer(kind, WORDS)
     made = text.tokens(by, WORDS, text.EOS)
     for words, ids, there in zip(WORDS, *made, strict=True):
@@ -74,8 +75,10 @@ def test_texts_come_back_and_lie_in_bytes(kind):
         assert b"".join(by.pieces[i] for i in ids[there]) == words.encode()
         assert ids[there][-1] == text.EOS and not (ids[~there] != text.PAD).any()
     assert by.size == len(by.pieces) and by.pieces[:3] == (b"", b"", b"")
-    again = text.tokenizer(kind, WORDS)
-    assert again.fingerprint() == by.fingerprint()
+    (tmp_path / "tokenizer.json").write_text(by.stored)
+    for again in (text.tokenizer(kind, WORDS), text.tokenizer(f"{tmp_path}/tokenizer.json", [])):
+        assert again.fingerprint() == by.fingerprint()
+        assert [again.split(words) for words in WORDS] == [by.split(words) for words in WORDS]
     assert text.tokenizer("bytes", []).fingerprint() != text.tokenizer("characters", WORDS)
 
 
@@ -455,6 +458,34 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(quickly, tmp_path, capsy
     assert card["tokenizer_sha256"] and json.dumps(card)
     out = capsys.readouterr().out
     assert "right to the letter" in out and "majority" in out
+    _answers_alone(tmp_path / "once", config)
+
+
+def _answers_alone(workdir, config):
+    """A student needs neither its config, nor data, nor teacher, and answers as in the table."""
+    resolved = settings.resolve(config)
+    loaded = resolved.family.load(resolved, workdir, lambda: False)
+    asked, own = loaded.data, loaded.data.pair.student
+    moved = workdir.parent / "moved"
+    for folder in ("artifacts", "baselines/blind/artifacts"):
+        shutil.copytree(workdir / folder, moved, dirs_exist_ok=True)
+        student = jaxdistill.load_student(moved)
+        texts = student.answer(asked.questions.images[:9], asked.questions.questions[:9])
+        images = asked.pair.images[:9] * (folder == "artifacts")
+        params, _ = weights.load(workdir / folder, "student")
+        seen = (jnp.asarray(x) for x in (images, own.question[:9], own.question_there[:9]))
+        length = loaded.task.answer_length[1]
+        written = loaded.task.student_model.generate(params, *seen, length=length)
+        by = asked.tokenizers["student"]
+        assert texts == [text.answer_text(by, row) for row in np.asarray(written.tokens)]
+    with pytest.raises(InputError, match="1 questions go with images"):
+        student.answer(asked.questions.images[:2], ["what?"])
+    (moved / "tokenizer.json").write_text(text.tokenizer("bytes", []).stored)
+    with pytest.raises(InputError, match="is not the student's tokenizer"):
+        jaxdistill.load_student(moved)
+    (moved / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"tokenizer\.json is no file"):
+        jaxdistill.load_student(moved)
 
 
 def _after(count):

@@ -1,0 +1,40 @@
+"""Students of any family, ready for use without the config that made them."""
+
+import os
+from typing import Any
+
+from jaxdistill import settings
+from jaxdistill.errors import InputError
+from jaxdistill.io.files import expanded
+from jaxdistill.io.reading import read_json
+
+
+def load_student(
+    folder: str | os.PathLike[str], teacher: str | os.PathLike[str] | None = None
+) -> Any:
+    """Reads a student that a run has made.
+
+    Args:
+        folder: A workdir, one of its `baselines/`, or the folder `artifacts` in either.
+        teacher: Of a student of a flow, the folder of the teacher that it stands on; by default
+            the one that it was trained under.
+
+    Returns:
+        `jaxdistill.tasks.flow.Trained`, which samples, or `jaxdistill.tasks.vlm.Trained`, which
+        answers.
+
+    Raises:
+        InputError: If there is no student, or something that it needs is missing or another's.
+    """
+    place = expanded(folder)
+    cards = [where / "student.json" for where in (place / "artifacts", place)]
+    card = next((path for path in cards if path.is_file()), None)
+    if card is None:
+        raise InputError(f"{place} holds no student.json; give the folder that a run wrote")
+    said = read_json(card)
+    name = said.get("config", {}).get("family") if isinstance(said, dict) else None
+    family = settings.family(name or "flow")
+    if not hasattr(family, "load_student"):
+        raise InputError(f"{card} is of the family {name}, which has no students")
+    more = {} if teacher is None else {"teacher": teacher}
+    return family.load_student(folder, **more)
