@@ -8,7 +8,7 @@ Arguments, joined by commas behind the colon:
                 grids of four that questions are asked about
     method=     genrecal (default), sft, blind; a loss between tokenizers: uld, multilevel_ot,
                 gold, gold_hybrid, pkl, alm; or one of a single tokenizer: forward_kl, reverse_kl,
-                jsd, skew_kl, skew_reverse_kl, total_variation
+                jsd, skew_kl, skew_reverse_kl, total_variation, gkd
     baselines=  rows beside it, joined by +: sft (default); empty for none
     tokenizers= two (default), or one: the student reads as the teacher does. With a method of a
                 single tokenizer it is one
@@ -73,7 +73,7 @@ def get_config(argument=None, dataset=None, method=None):
     config.teacher.tokenizer = "bytes" if arg["smoke"] else "bpe:420"
     config.student = ml_collections.ConfigDict()
     config.student.patch = recipe["student_patch"]
-    single = method in (*_DIVERGENCES, "logits")
+    single = method in (*_DIVERGENCES, "gkd", "logits")
     if (arg["tokenizers"] or ("one" if single else "two")) == "one":
         config.student.tokenizer = config.teacher.tokenizer
 
@@ -88,6 +88,8 @@ def get_config(argument=None, dataset=None, method=None):
         "blind": {"name": "supervised", "steps": steps, "blind": True},
         **{loss: {"name": "across", "steps": steps, "loss": loss} for loss in _LOSSES},
         **{d: {"name": "logits", "steps": steps, "divergence": d} for d in _DIVERGENCES},
+        # Half of the answers are the student's own, as its authors' default is.
+        "gkd": {"name": "logits", "steps": steps, "divergence": "jsd", "on_policy": 0.5},
     }
 
     def row(name):

@@ -401,7 +401,7 @@ def _pair_of(arrays: dict[str, Any]) -> TokenisedPair:
 
     images = _normalized(arrays["images"])
     groups = Groups(arrays["teacher_groups"], arrays["student_groups"])
-    return TokenisedPair(images, side("teacher"), side("student"), groups)
+    return TokenisedPair(images, side("teacher"), side("student"), groups, arrays.get("keys"))
 
 
 def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_shape) -> Language:

@@ -1,22 +1,26 @@
 """A divergence between the logits of a teacher and a student that read by one tokenizer.
 
 Hinton's forward KL, MiniLLM's reverse KL slot by slot, GKD's JSD, DistiLLM's skew divergences, and
-total variation; see `jaxdistill.vlm.same_vocabulary`. Texts are those of the data: nothing is
-sampled from the student.
+total variation; see `jaxdistill.vlm.same_vocabulary`. Texts are those of the data, or in part what
+the student itself writes, as in GKD (Agarwal et al., "On-Policy Distillation of Language Models",
+arXiv 2306.13649), where the teacher says what it would have written there.
 """
 
 import functools
 from typing import Annotated, Any, Literal
 
 import jax
-from jaxtyping import Array
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
 
 from jaxdistill.errors import InputError
-from jaxdistill.keywords import Between, Weight, grouped
+from jaxdistill.keywords import Between, Fraction, Weight, grouped
 from jaxdistill.task import Recipe, VLMTask
 from jaxdistill.vlm import losses
-from jaxdistill.vlm.pairs import answer_logits
+from jaxdistill.vlm.pairs import Side, TokenisedPair, answer_logits
 from jaxdistill.vlm.supervised import Training, mean, student_recipe
+
+_WRITING = 0x77726974  # a number that splitting an example's key does not fold into it
 
 Divergence = Literal[
     "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
@@ -33,6 +37,8 @@ def recipe(
     temperature: Annotated[float, Between(1e-3, 1e3)] = 1.0,
     beta: Annotated[float, Between(1e-6, 1 - 1e-6)] = 0.5,
     alpha: Annotated[float, Between(0, 0.999)] = 0.1,
+    on_policy: Fraction = 0.0,
+    sampling_temperature: Annotated[float, Between(1e-3, 1e3)] = 1.0,
     **rest: Annotated[Any, Training],
 ) -> Recipe:
     """A student that is held against a teacher with the same tokenizer.
@@ -45,6 +51,9 @@ def recipe(
         temperature: By which both models' logits are divided.
         beta: Weight of the teacher in the mixture of the JSD.
         alpha: The part of the other distribution in the skew divergences.
+        on_policy: Part of the examples whose answers the student writes anew at each step. No
+            gradient goes through what it writes, and the cross-entropy leaves them out.
+        sampling_temperature: By which the student's logits are divided when it writes.
         **rest: Settings of `Training`.
 
     Raises:
@@ -65,15 +74,46 @@ def recipe(
     )
 
     def of(params, frozen, pair) -> tuple[Array, dict[str, Any]]:
-        side = pair.student
+        given = side = pair.student
+        if on_policy:
+            side, own_text = _written(task, params, pair, on_policy, sampling_temperature)
+            given = side._replace(answer_there=side.answer_there & ~own_text[:, None])
         base = jax.lax.stop_gradient(frozen["teacher"])
-        said = answer_logits(task.teacher_model, base, pair.images, pair.teacher)
+        said = answer_logits(task.teacher_model, base, pair.images, side)
         own = answer_logits(task.student_model, params, pair.images, side)
         metrics = {
             divergence: mean(far(jax.lax.stop_gradient(said), own, side.answer_there)),
-            "sft": mean(losses.cross_entropy(side.answer, own, side.answer_there)),
+            "sft": mean(losses.cross_entropy(given.answer, own, given.answer_there)),
         }
         metrics["loss"] = weight * metrics[divergence] + sft * metrics["sft"]
         return metrics["loss"], metrics
 
     return student_recipe(task, of, training)
+
+
+def _written(
+    task: VLMTask, params: PyTree, pair: TokenisedPair, share: float, temperature: float
+) -> tuple[Side, Bool[Array, " b"]]:
+    """Questions with answers of the data, or for some of the examples of the student.
+
+    Returns:
+        The texts, and which answers are the student's.
+    """
+    side = pair.student
+    length = side.answer.shape[1]
+    keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, _WRITING)))(pair.keys)
+    own = jax.vmap(lambda key: jax.random.bernoulli(key, share))(keys[:, 0])
+    made = task.student_model.generate(
+        jax.lax.stop_gradient(params),
+        pair.images,
+        side.question,
+        side.question_there,
+        length=length,
+        keys=keys[:, 1],
+        temperature=temperature,
+    )
+    chosen = [
+        jnp.where(own[:, None], new, old)
+        for new, old in ((made.tokens, side.answer), (made.there, side.answer_there))
+    ]
+    return side._replace(answer=chosen[0], answer_there=chosen[1]), own

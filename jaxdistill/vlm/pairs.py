@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxdistill.task import Language
 from jaxdistill.vlm.groups import Groups
@@ -37,12 +37,14 @@ class TokenisedPair(NamedTuple):
         teacher: The texts under the teacher's tokenizer.
         student: The same texts under the student's.
         groups: Which tokens of the answers spell the same bytes (b, a) on both sides.
+        keys: A key for each example, for what is drawn for it; None where nothing is.
     """
 
     images: Float[Array, "b h w c"]
     teacher: Side
     student: Side
     groups: Groups
+    keys: Key[Array, " b"] | None = None
 
 
 class States(NamedTuple):

@@ -19,7 +19,7 @@ from jaxdistill.data import sources, text, vqa
 from jaxdistill.data.device import draw
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.io import weights
-from jaxdistill.vlm import across, logits
+from jaxdistill.vlm import across, logits, losses
 from jaxdistill.vlm.genrecal import part_of, recalibrated_losses
 from jaxdistill.vlm.groups import Groups
 from jaxdistill.vlm.pairs import TokenisedPair, answer_logits, predicting, states
@@ -386,28 +386,50 @@ def test_divergences_of_one_vocabulary_refuse_two(ready):
     assert recipe.steps == 6
 
 
-@pytest.mark.parametrize("name", get_args(logits.Divergence))
-def test_a_student_that_is_its_teacher_is_at_rest(ready, name):
-    """Under one tokenizer: value and gradient are 0, and only then."""
-    task, frozen = ready.task, {"teacher": ready.frozen["teacher"]}
-    task = task._replace(
-        student_model=task.teacher_model, pieces={s: task.pieces["teacher"] for s in task.pieces}
+def _single(ready, **given):
+    """A step of divergences between the teacher and itself, and its first state."""
+    task = ready.task._replace(
+        student_model=ready.task.teacher_model,
+        pieces={side: ready.task.pieces["teacher"] for side in ready.task.pieces},
+        pair=lambda batch: ready.pair._replace(student=ready.pair.teacher),
     )
-    pair = ready.pair._replace(student=ready.pair.teacher)
-    given = keywords.defaults(logits.recipe) | {"divergence": name, "sft": 0.0, "steps": 4}
-    recipe = logits.recipe(task._replace(pair=lambda batch: pair), **given)
-    step = jax.jit(recipe.method.step)
-    frozen["student"] = frozen["teacher"]
+    recipe = logits.recipe(task, **keywords.defaults(logits.recipe) | {"steps": 4} | given)
+    frozen = {side: ready.frozen["teacher"] for side in ("teacher", "student")}
     state = recipe.method.init(jax.random.key(0), frozen, ready.batch)
+    return jax.jit(recipe.method.step), state, frozen
+
+
+@pytest.mark.parametrize(
+    ("name", "on_policy"), [*((d, 0.0) for d in get_args(logits.Divergence)), ("jsd", 1.0)]
+)
+def test_a_student_that_is_its_teacher_is_at_rest(ready, name, on_policy):
+    """Under one tokenizer, on any text: value and gradient are 0, and only then."""
+    step, state, frozen = _single(ready, divergence=name, sft=0.0, on_policy=on_policy)
     _, same = step(state, frozen, ready.batch, jax.random.key(0))
     other = state._replace(params=jax.tree.map(lambda x: 0.9 * x, state.params))
     _, apart = step(other, frozen, ready.batch, jax.random.key(0))
     assert abs(same[name]) < 1e-6 < apart[name] and same["grad_norm"] < 1e-2 * apart["grad_norm"]
 
 
+def test_texts_of_the_student_are_its_own(ready):
+    """GKD: what it writes is drawn from the keys, taught there, and left out of cross-entropy."""
+    step, state, frozen = _single(ready, on_policy=0.5, weight=0.0)
+    _, mixed = step(state, frozen, ready.batch, jax.random.key(0))
+    pair = ready.pair._replace(student=ready.pair.teacher)
+    task = ready.task._replace(student_model=ready.task.teacher_model)
+    side, own = logits._written(task, frozen["student"], pair, 0.5, 1.0)
+    assert 0 < own.sum() < 4  # of this batch
+    np.testing.assert_array_equal(side.answer[~own], pair.student.answer[~own])
+    assert (side.answer[own] != pair.student.answer[own]).any()
+    rest = jax.tree.map(lambda x: x[np.asarray(~own)], pair._replace(keys=None))
+    said = answer_logits(task.teacher_model, frozen["teacher"], rest.images, rest.student)
+    total, count = losses.cross_entropy(rest.student.answer, said, rest.student.answer_there)
+    np.testing.assert_allclose(mixed["sft"], total / count, rtol=1e-5)
+
+
 def test_answers_are_aligned_by_their_bytes(ready):
     _, task, pair, *_ = ready
-    for own in (jax.tree.map(lambda x, i=i: np.asarray(x[i]), pair) for i in range(4)):
+    for own in (jax.tree.map(lambda x, i=i: x[i], pair._replace(keys=None)) for i in range(4)):
         for number in range(own.groups.teacher.max() + 1):
             spelt = [
                 b"".join(
