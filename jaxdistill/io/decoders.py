@@ -1,0 +1,325 @@
+"""Decoders of PyTorch models on disk, as Hugging Face stores them: weights and `config.json`.
+
+Which tensor is which of our parameters is in `jaxdistill.io.layouts`.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jaxtyping import PyTree
+
+from jaxdistill.errors import InputError
+from jaxdistill.io.files import dump, write_files
+from jaxdistill.io.layouts import Layout, params_of, some, tensors_of
+from jaxdistill.io.reading import one_line, read_json
+from jaxdistill.nn.decoder import BlockShape
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+
+_QWEN2 = ("qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text")
+_INTERNLM2 = "internlm2"
+# `mrope` gives texts the positions that they have here, `dynamic` is the default for texts no
+# longer than `max_position_embeddings`.
+_ROPES = ("default", "mrope", "dynamic")
+_LARGEST = 1e18
+_BIASES = ("bias", "mlp_bias", "lm_head_bias", "head_bias")
+
+
+def decoder_shape(folder: str | os.PathLike[str]) -> tuple[BlockShape, int, int, bool]:
+    """What the decoder of a PyTorch model is like, by the `config.json` in its folder.
+
+    Args:
+        folder: Where it lies.
+
+    Returns:
+        As `shape_of`.
+
+    Raises:
+        InputError: As `shape_of`, and if there is no such file.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        return shape_of(read_json(path))
+    except InputError as error:
+        raise InputError(f"{path} gives no decoder: {error}") from error
+
+
+def shape_of(config: Any) -> tuple[BlockShape, int, int, bool]:
+    """What a decoder is like, by what its `config.json` holds.
+
+    It may be that of a `qwen2`, `qwen2_vl`, `qwen2_5_vl` or `internlm2`, or have one in it as
+    `llm_config`, as InternVL's does, or as `text_config`.
+
+    The multimodal positions of Qwen2-VL (`mrope`) and the `dynamic` ones of InternLM2 are taken for
+    plain ones. They are the same for texts, the latter up to `max_position_embeddings` tokens;
+    Qwen2-VL gives the tokens of images positions in three directions, which blocks here do not.
+
+    Args:
+        config: Nested dictionaries.
+
+    Returns:
+        What a block is like, with the default types; the number of blocks; the length of the
+        vocabulary, padding included; whether the head is the table of embeddings.
+
+    Raises:
+        InputError: If it is no such config, lacks something, or asks for what blocks here do not
+            have: other rotary positions, sliding windows, other activations, other biases than
+            those of queries, keys and values.
+    """
+    if not isinstance(config, dict):
+        raise InputError("it is no dictionary")
+    inner = next((config[key] for key in ("llm_config", "text_config") if key in config), config)
+    kind = inner.get("model_type") if isinstance(inner, dict) else None
+    if kind not in (*_QWEN2, _INTERNLM2):
+        raise InputError(
+            f"its decoder has the model_type {kind!r}, not one of qwen2, qwen2_vl, qwen2_5_vl and "
+            "internlm2"
+        )
+    rope = inner.get("rope_parameters") or inner.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError("what it says of rotary positions is no dictionary")
+    _check_supported(inner, kind, rope)
+    width, heads, kv_heads, hidden, depth, vocabulary = (
+        _number(inner, key, int)
+        for key in (
+            "hidden_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+            "num_hidden_layers",
+            "vocab_size",
+        )
+    )
+    shape = BlockShape(
+        width,
+        heads,
+        kv_heads,
+        hidden,
+        head_dim=_number(inner, "head_dim", int) if inner.get("head_dim") is not None else None,
+        qkv_bias=kind in _QWEN2,
+        rope_theta=_number(inner | rope, "rope_theta", float),
+        epsilon=_number(inner, "rms_norm_eps", float),
+    )
+    shape.length()
+    tied = inner.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    if not isinstance(tied, bool):
+        raise InputError(f"tie_word_embeddings is {tied!r:.80}, not true or false")
+    return shape, depth, vocabulary, tied
+
+
+def load_decoder(
+    path: str | os.PathLike[str],
+    layout: str | Layout,
+    shape: BlockShape,
+    depth: int,
+    *,
+    tied: bool = False,
+) -> tuple[dict, tuple[str, ...]]:
+    """Reads the decoder of a PyTorch model.
+
+    Tensors are read one at a time: beside the parameters, memory holds one of them.
+
+    Args:
+        path: A `.safetensors` file, or a folder with `model.safetensors` or with shards and
+            their `model.safetensors.index.json`.
+        layout: As of `params_of`, with `auto`.
+        shape: What a block is like, for example by `decoder_shape`.
+        depth: Number of blocks.
+        tied: Whether the head is the table of embeddings.
+
+    Returns:
+        As `params_of`: the parameters, and the names in the file that are no part of them.
+
+    Raises:
+        InputError: As `params_of`, and if there is no such file, or it is damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        tensors = _opened(Path(path), stack)
+        try:
+            return params_of(tensors, layout, shape, depth, tied=tied)
+        except InputError as error:
+            raise InputError(f"{path} does not give this decoder: {error}") from error
+
+
+def save_decoder(
+    folder: str | os.PathLike[str],
+    params: PyTree,
+    layout: str | Layout,
+    shape: BlockShape,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> tuple[str, ...]:
+    """Writes a decoder as a PyTorch model has it, every file whole or not at all.
+
+    What takes no more than `shard_bytes` is one `model.safetensors`; else there are shards
+    `model-00001-of-00003.safetensors` and so on, and `model.safetensors.index.json`, which is
+    written last. No `config.json` is written.
+
+    Args:
+        folder: Made if missing.
+        params: As of `tensors_of`.
+        layout: As of `tensors_of`.
+        shape: As of `tensors_of`.
+        shard_bytes: How many bytes of tensors a file holds at most; a tensor is never split.
+
+    Returns:
+        The paths of the parameters that are not the decoder's, and not written.
+
+    Raises:
+        Diverged: If a parameter is not finite; nothing is written.
+        InputError: As `tensors_of`, if the files cannot be written, or if the folder has other
+            weights, which a reader could take for these.
+    """
+    folder = Path(folder)
+    tensors, left = tensors_of(params, layout, shape)
+    shards = _shards(tensors, shard_bytes)
+    files = {WEIGHTS: shards[0]}
+    if len(shards) > 1:
+        count = len(shards)
+        files = {f"model-{i:05}-of-{count:05}.safetensors": x for i, x in enumerate(shards, 1)}
+    others = {path.name for path in folder.glob("model*.safetensors*")}
+    others -= {*files, *((INDEX,) if len(shards) > 1 else ())}
+    if others:
+        raise InputError(
+            f"{folder} holds {some(sorted(others))} of other weights; give another folder"
+        )
+
+    writers = {
+        folder / name: functools.partial(_write, {key: tensors[key] for key in keys})
+        for name, keys in files.items()
+    }
+    if len(shards) > 1:
+        size = sum(x.nbytes for x in tensors.values())
+        where = {key: name for name, keys in files.items() for key in keys}
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        writers[folder / INDEX] = functools.partial(dump, index)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files(writers)
+    except OSError as error:
+        where = error.filename or folder
+        raise InputError(f"cannot write {where}: {error.strerror or error}") from error
+    return left
+
+
+# ------------------------------------------------------------------------------------- config.json
+
+
+def _check_supported(inner: Mapping[str, Any], kind: str, rope: Mapping[str, Any]) -> None:
+    """Refuses what would make the decoder compute something else than blocks here do."""
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    windows = inner.get("use_sliding_window") or "sliding_attention" in str(
+        inner.get("layer_types")
+    )
+    activation = inner.get("hidden_act", "silu")
+    biases = [key for key in _BIASES if inner.get(key, (kind, key) == (_INTERNLM2, "bias"))]
+    wrong = {
+        f"rotary positions of the kind {scaling!r:.80}": scaling not in _ROPES,
+        "rotary positions of a part of a head": rope.get("partial_rotary_factor", 1) != 1,
+        "sliding windows": windows,
+        f"the activation {activation!r:.80}": activation != "silu",
+        f"biases ({', '.join(biases)})": biases,
+    }
+    found = [what for what, is_so in wrong.items() if is_so]
+    if found:
+        raise InputError(f"it asks for {', '.join(found)}, which decoder blocks here do not have")
+
+
+def _number(config: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = config.get(key)
+    good = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not good or not 0 < value < _LARGEST:
+        raise InputError(f"{key} is {value!r:.80}; it must be a positive number")
+    return kind(value)
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+class _Tensors(Mapping):
+    """The tensors of open files, read when they are taken."""
+
+    def __init__(self, files: Mapping[str, Any]):
+        self._files = files
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        file = self._files[name]
+        try:
+            return file.get_tensor(name)
+        # What NumPy has no type for ends as one of many errors.
+        except Exception as error:
+            raise InputError(f"{name} cannot be read ({one_line(error)})") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _opened(path: Path, stack: contextlib.ExitStack) -> _Tensors:
+    index = path / INDEX
+    file = path / WEIGHTS if path.is_dir() else path
+    if file.is_file():
+        opened = _open(file, stack)
+        return _Tensors(dict.fromkeys(opened.keys(), opened))
+    if not index.is_file():
+        raise InputError(f"{path} is no file, and no folder with {WEIGHTS} or {INDEX}")
+    where = _weight_map(index)
+    files = {name: _open(path / name, stack) for name in sorted(set(where.values()))}
+    held = {name: set(opened.keys()) for name, opened in files.items()}
+    lost = sorted(key for key, name in where.items() if key not in held[name])
+    if lost:
+        raise InputError(f"{index} names {some(lost)}, and its shards lack them; copy all again")
+    return _Tensors({key: files[name] for key, name in where.items()})
+
+
+def _open(file: Path, stack: contextlib.ExitStack) -> Any:
+    if not file.is_file():
+        raise InputError(f"{file} is no file")
+    try:
+        return stack.enter_context(safetensors.safe_open(os.fspath(file), "np"))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{file} is damaged ({one_line(error)}); copy it again") from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        read = read_json(index)
+    except InputError as error:
+        raise InputError(f"{index} is no index of shards ({error})") from error
+    where = read.get("weight_map") if isinstance(read, dict) else None
+    # A shard lies beside the index: a name is not a way to other folders.
+    if not isinstance(where, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in where.values()
+    ):
+        raise InputError(f"{index} is no index of shards (weight_map must name files beside it)")
+    return where
+
+
+def _shards(tensors: Mapping[str, np.ndarray], limit: int) -> list[list[str]]:
+    """The names of the tensors that come into each file, in their order."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, x in tensors.items():
+        if shards[-1] and size + x.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += x.nbytes
+    return shards
+
+
+def _write(tensors: Mapping[str, np.ndarray], file: BinaryIO) -> None:
+    whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    # Readers of PyTorch's side ask whose layout it is.
+    file.write(safetensors.numpy.save(whole, metadata={"format": "pt"}))
