@@ -6,9 +6,11 @@ import runpy
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 
 from jaxdistill import main, runner
 from jaxdistill.data import device, sources
@@ -130,6 +132,54 @@ def test_a_loss_across_tokenizers_in_a_program(tmp_path, monkeypatch):
     value, gradient = names["value"], names["gradient"]
     moved = names["loss"](names["student_logits"] - 1e-2 * gradient / np.linalg.norm(gradient))
     assert moved < value
+
+
+def test_a_decoder_of_another_library_goes_in_and_out(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    sizes = {"embed_tokens.weight": (19, 16), "norm.weight": (16,)}
+    for i in range(2):
+        block = {
+            "input_layernorm.weight": (16,),
+            "post_attention_layernorm.weight": (16,),
+            "self_attn.q_proj.weight": (16, 16),
+            "self_attn.q_proj.bias": (16,),
+            "self_attn.k_proj.weight": (8, 16),
+            "self_attn.k_proj.bias": (8,),
+            "self_attn.v_proj.weight": (8, 16),
+            "self_attn.v_proj.bias": (8,),
+            "self_attn.o_proj.weight": (16, 16),
+            "mlp.gate_proj.weight": (24, 16),
+            "mlp.up_proj.weight": (24, 16),
+            "mlp.down_proj.weight": (16, 24),
+        }
+        sizes |= {f"layers.{i}.{name}": size for name, size in block.items()}
+    tensors = {f"model.{name}": rng.normal(size=size) for name, size in sizes.items()}
+    tensors = {name: x.astype(jnp.bfloat16) for name, x in tensors.items()}
+    config = {
+        "model_type": "qwen2_vl",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 0]},
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+        "vocab_size": 19,
+    }
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    eyes = {"visual.merger.ln_q.weight": np.ones(3, np.float32)}
+    safetensors.numpy.save_file(tensors | eyes, tmp_path / "model" / "model.safetensors")
+    names = run("decoder_of_another_library.py", tmp_path, monkeypatch)
+    assert names["hidden"].shape == (1, 4 + 4, 16) and np.isfinite(names["hidden"]).all()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "1 tensors are no part of the decoder, such as visual.merger.ln_q.weight"
+    assert second.startswith("out/model.safetensors has no places projector_0/bias ")
+    again = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(again[name].tobytes() == x.tobytes() for name, x in tensors.items())
 
 
 @pytest.fixture
