@@ -81,8 +81,8 @@ def shape_of(config: Any) -> tuple[BlockShape, int, int, bool]:
     kind = inner.get("model_type") if isinstance(inner, dict) else None
     if kind not in (*_QWEN2, _INTERNLM2):
         raise InputError(
-            f"its decoder has the model_type {kind!r}, not one of qwen2, qwen2_vl, qwen2_5_vl and "
-            "internlm2"
+            f"its decoder has the model_type {kind!r:.80}; qwen2, qwen2_vl, qwen2_5_vl and "
+            "internlm2 can be read"
         )
     rope = inner.get("rope_parameters") or inner.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -126,7 +126,7 @@ def load_decoder(
 ) -> tuple[dict, tuple[str, ...]]:
     """Reads the decoder of a PyTorch model.
 
-    Tensors are read one at a time: beside the parameters, memory holds one of them.
+    Tensors are read one at a time, so little is in memory beside the parameters.
 
     Args:
         path: A `.safetensors` file, or a folder with `model.safetensors` or with shards and

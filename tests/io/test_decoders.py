@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxdistill.errors import InputError
 from jaxdistill.io.decoders import decoder_shape, shape_of
@@ -123,7 +125,7 @@ def test_what_configs_say(tmp_path, config, wanted):
         (QWEN2 | {"lm_head_bias": True}, r"biases \(lm_head_bias\)"),
         (INTERNLM2 | {"bias": True}, r"biases \(bias\)"),
         (without(INTERNLM2, "bias"), r"biases \(bias\)"),  # what its code takes then
-        (QWEN2 | {"model_type": "llama"}, "model_type 'llama', not one of qwen2"),
+        (QWEN2 | {"model_type": "llama"}, r"model_type 'llama'; qwen2, qwen2_vl, .* can be read"),
         (INTERNVL | {"llm_config": 3}, "model_type None"),
         ([QWEN2], "no dictionary"),
         (without(QWEN2, "rope_theta"), "rope_theta is None; it must be a positive number"),
@@ -139,6 +141,26 @@ def test_what_blocks_do_not_have_is_refused(config, message):
     with pytest.raises(InputError, match=message) as caught:
         shape_of(config)
     assert len(str(caught.value)) < 300
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    key=st.sampled_from([*INTERNLM2, "llm_config", "rope_parameters", "layer_types"]), value=JSON
+)
+def test_any_value_is_read_or_refused_in_one_line(key, value):
+    try:
+        shape, depth, vocabulary, tied = shape_of(INTERNLM2 | {key: value})
+    except InputError as error:
+        assert len(str(error)) < 300
+    else:
+        assert shape.length() > 0 < depth and vocabulary > 0 and tied in (True, False)
 
 
 def test_several_reasons_are_one_line():

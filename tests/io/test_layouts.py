@@ -9,6 +9,8 @@ import pytest
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxdistill.errors import Diverged, InputError
 from jaxdistill.io import decoders, layouts
@@ -435,6 +437,34 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match=r"model\.safetensors is damaged .*; copy it again"):
         decoders.load_decoder(tmp_path, "auto", QWEN2, DEPTH)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damage_is_told_or_is_in_the_numbers_alone(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("layouts")
+    tensors = checkpoint("internlm2")
+    sharded(folder, tensors)
+    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    content = bytearray(path.read_bytes())
+    kind = data.draw(st.sampled_from(["cut", "flip", "replace"]))
+    # Most of a file are numbers, and its header comes first.
+    place = data.draw(st.integers(0, min(len(content), 1000) - 1))
+    if kind == "cut":
+        path.write_bytes(content[:place])
+    elif kind == "flip":
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(content)
+    else:
+        path.write_bytes(data.draw(st.binary(max_size=200)))
+    try:
+        params, _ = decoders.load_decoder(folder, "internlm2", INTERNLM2, DEPTH)
+    except InputError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+    else:
+        assert kind == "flip"
+        whole, _ = loaded(tensors, "internlm2", INTERNLM2)
+        assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, whole)
 
 
 def test_types_that_numpy_does_not_have_are_refused(tmp_path):
