@@ -96,7 +96,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
 
 - `qwen2`: Qwen2 and Qwen2.5, and Qwen2-VL and Qwen2.5-VL as they were published.
 - `qwen2_in_internvl`: the same names behind `language_model.`, as in InternVL2.5 of 1B and 4B.
-- `qwen2_in_vlm`: behind `model.language_model.`, as newer files of Qwen2-VL have them.
+- `qwen2_in_vlm`: behind `model.language_model.`, as the modules of Qwen2-VL are named today.
 - `internlm2`: InternLM2 and InternLM2.5.
 - `internlm2_in_internvl`: behind `language_model.`, as in InternVL2.5 of 8B.
 """

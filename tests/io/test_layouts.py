@@ -203,6 +203,63 @@ def test_layouts_become_one_another(tmp_path):
     np.testing.assert_array_equal(np.concatenate(pieces), fused)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("multimodal", [False, True])
+def test_the_models_of_transformers_are_read_and_read_what_is_written(tmp_path, multimodal, tied):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers", minversion="5")
+    text = {
+        "hidden_size": WIDTH * 2,
+        "intermediate_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV,
+        "num_hidden_layers": DEPTH,
+        "vocab_size": VOCABULARY,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+        "tie_word_embeddings": tied,
+    }
+    if multimodal:
+        text["rope_parameters"]["mrope_section"] = [1, 1, 0]
+        eyes = {"depth": 1, "embed_dim": 16, "hidden_size": WIDTH * 2, "num_heads": 2}
+        config = transformers.Qwen2VLConfig(
+            text_config=text, vision_config=eyes, tie_word_embeddings=tied
+        )
+        kind = transformers.Qwen2VLForConditionalGeneration
+    else:
+        config, kind = transformers.Qwen2Config(**text), transformers.Qwen2ForCausalLM
+    torch.manual_seed(0)
+    theirs = kind(config).float().eval()
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, 9)
+
+    @torch.no_grad()
+    def logits_of(model):
+        return model.float().eval()(input_ids=torch.tensor(tokens)[None]).logits[0].numpy()
+
+    with torch.no_grad():
+        for name, x in theirs.named_parameters():
+            x.copy_(torch.randn_like(x) / 3 + ("norm" in name))
+    theirs.tie_weights()
+    wanted = logits_of(theirs)
+    # By the names that were published, and by those of the modules.
+    for original, layout in ((True, "qwen2"), (False, ("qwen2", "qwen2_in_vlm")[multimodal])):
+        folder = tmp_path / str(original)
+        theirs.save_pretrained(folder, save_original_format=original)
+        shape, depth, vocabulary, said = decoders.decoder_shape(folder)
+        assert (depth, vocabulary, said) == (DEPTH, VOCABULARY, tied)
+        assert layouts.recognized(read(folder / "model.safetensors")) == layout
+        params, left = decoders.load_decoder(folder, "auto", shape, depth, tied=tied)
+        assert all("visual." in name for name in left) and bool(left) == multimodal
+        made = our_logits(params, shape, tokens)
+        np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-4)
+    if not multimodal:
+        for limit in (10**9, 3000):
+            folder = tmp_path / f"{limit}"
+            decoders.save_decoder(folder, params, "qwen2", shape, shard_bytes=limit)
+            config.save_pretrained(folder)
+            np.testing.assert_array_equal(logits_of(kind.from_pretrained(folder)), wanted)
+
+
 # -------------------------------------------------------------------------------------- shards
 
 
