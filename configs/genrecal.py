@@ -16,8 +16,9 @@ Arguments, joined by commas behind the colon:
 
 The teacher reads byte pairs, which `pip install "jaxdistill[vlm]"` brings, and small patches, the
 student characters and large ones; both are trained here first. Rows: `genrecal` in three stages,
-`sft` as many steps of fine-tuning alone, `blind` the same without images; the others are
-fine-tuned with the loss of that name beside the cross-entropy.
+`sft` as many steps of fine-tuning alone, `blind` the same from nothing and without images; the
+others are fine-tuned with the loss of that name beside the cross-entropy. As the method they are
+rows called by their module: `supervised`, `across`, `logits`.
 
     config                           hardware
     genrecal:dataset=digits          2 CPU cores, not run here to its end
@@ -27,6 +28,7 @@ fine-tuned with the loss of that name beside the cross-entropy.
 import ml_collections
 
 from jaxdistill.config import parse_argument
+from jaxdistill.errors import InputError
 
 # Sides of patches: a student's is as large as an image of the grid.
 _RECIPES = {
@@ -42,6 +44,7 @@ _DIVERGENCES = (
     "skew_reverse_kl",
     "total_variation",
 )
+_START = 1000  # steps of what all students but the blind start from
 _STAGES = {"align": 700, "distil": 1300, "tune": 700}
 
 
@@ -73,6 +76,9 @@ def get_config(argument=None, dataset=None, method=None):
     config.teacher.tokenizer = "bytes" if arg["smoke"] else "bpe:420"
     config.student = ml_collections.ConfigDict()
     config.student.patch = recipe["student_patch"]
+    if arg["tokenizers"] not in ("", "one", "two"):
+        raise InputError(f"tokenizers={arg['tokenizers']}: give one or two")
+    config.student.steps = _START
     single = method in (*_DIVERGENCES, "gkd", "logits")
     if (arg["tokenizers"] or ("one" if single else "two")) == "one":
         config.student.tokenizer = config.teacher.tokenizer
@@ -85,7 +91,7 @@ def get_config(argument=None, dataset=None, method=None):
     rows = {
         "genrecal": {"name": "genrecal", **_STAGES},
         "sft": {"name": "supervised", "steps": steps},
-        "blind": {"name": "supervised", "steps": steps, "blind": True},
+        "blind": {"name": "supervised", "steps": steps + _START, "blind": True},
         **{loss: {"name": "across", "steps": steps, "loss": loss} for loss in _LOSSES},
         **{d: {"name": "logits", "steps": steps, "divergence": d} for d in _DIVERGENCES},
         # Half of the answers are the student's own, as its authors' default is.

@@ -84,7 +84,7 @@ def _is_writable(workdir: Path) -> bool:
 
 def _prepare(workdir: Path, config: Mapping[str, Any]) -> None:
     for part in (workdir, *workdir.glob("baselines/*")):
-        for name in ("", "artifacts", "teacher", "judge", "generated"):
+        for name in ("", "artifacts", "teacher", "start", "judge", "generated"):
             remove_leftovers(part / name)
     write_files(
         {

@@ -1,5 +1,6 @@
 """Students of any family, ready for use without the config that made them."""
 
+import inspect
 import os
 from typing import Any
 
@@ -32,9 +33,13 @@ def load_student(
     if card is None:
         raise InputError(f"{place} holds no student.json; give the folder that a run wrote")
     said = read_json(card)
-    name = said.get("config", {}).get("family") if isinstance(said, dict) else None
+    config = said.get("config") if isinstance(said, dict) else None
+    name = config.get("family") if isinstance(config, dict) else None
     family = settings.family(name or "flow")
     if not hasattr(family, "load_student"):
         raise InputError(f"{card} is of the family {name}, which has no students")
-    more = {} if teacher is None else {"teacher": teacher}
-    return family.load_student(folder, **more)
+    if teacher is None:
+        return family.load_student(folder)
+    if "teacher" not in inspect.signature(family.load_student).parameters:
+        raise InputError(f"the student in {card.parent} stands on no teacher; leave it out")
+    return family.load_student(folder, teacher)

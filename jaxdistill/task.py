@@ -109,7 +109,9 @@ class FlowTask(NamedTuple):
 class Language(NamedTuple):
     """A vision-language model as functions of its parameters.
 
-    A model of another library is one once it is given so; nothing else of it is asked for.
+    A model of another library is one once it is given so. Losses ask for `encode` and `head`
+    alone; GenRecal builds its Recalibrator like a `block` of the student, and trains parameters by
+    what `part` says of them.
 
     Attributes:
         init: `key -> params`.
@@ -121,7 +123,8 @@ class Language(NamedTuple):
         image_tokens: Places that an image takes, before the text.
         width: Length of a hidden state.
         vocabulary: Number of tokens.
-        block: What a decoder block is like, for what is built like one.
+        block: A `jaxdistill.nn.decoder.BlockShape`: what a decoder block is like.
+        part: `path of a parameter -> vision`, `projector`, `embedding` or `body`.
     """
 
     init: Callable[[Array], PyTree]
@@ -132,6 +135,7 @@ class Language(NamedTuple):
     width: int
     vocabulary: int
     block: Any
+    part: Callable[[tuple[Any, ...]], str]
 
 
 class VLMTask(NamedTuple):
@@ -150,6 +154,7 @@ class VLMTask(NamedTuple):
         pieces: By side, `teacher` or `student`: the bytes of each of its tokens, or the name of a
             special one.
         encode: By side: `bytes -> ids`.
+        tokenizer_sha256: By side: equal ones read texts alike.
         specs: `(tree, mesh) -> PyTree`: how large trees are laid out on the devices.
     """
 
@@ -164,6 +169,7 @@ class VLMTask(NamedTuple):
     answer_length: tuple[int, int]
     pieces: Mapping[str, tuple[bytes | str, ...]]
     encode: Mapping[str, Callable[[bytes], list[int]]]
+    tokenizer_sha256: Mapping[str, str]
     specs: Callable[[PyTree, Any], PyTree]
 
 

@@ -39,7 +39,7 @@ class Tokenizer(NamedTuple):
     name: str
     pieces: tuple[bytes, ...]
     split: Callable[[str], list[int]]
-    stored: str = ""
+    stored: str = "{}"
 
     @property
     def size(self) -> int:
@@ -47,8 +47,12 @@ class Tokenizer(NamedTuple):
         return len(self.pieces)
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 over the pieces: ids of equal fingerprints mean the same."""
-        return hashlib.sha256(json.dumps([p.hex() for p in self.pieces]).encode()).hexdigest()
+        """Hex SHA-256 over the pieces and the rules by which texts are split into them."""
+        said = json.loads(self.stored)
+        model = said.get("model", {})
+        rules = [said.get("normalizer"), said.get("pre_tokenizer"), model.get("merges")]
+        known = json.dumps([[piece.hex() for piece in self.pieces], rules], sort_keys=True)
+        return hashlib.sha256(known.encode()).hexdigest()
 
     def text(self, ids: Iterable[int]) -> str:
         """The text of some ids; what is no whole character is shown as a mark of that."""
@@ -193,6 +197,8 @@ def _read(path: Path) -> Tokenizer:
 
 def _wrapped(name: str, made: Any) -> Tokenizer:
     """A tokenizer of the library, its ids behind ours."""
+    made.no_padding()
+    made.no_truncation()
     by_id = {i: piece for piece, i in made.get_vocab().items()}
     pieces = []
     for i in range(max(by_id) + 1):
@@ -204,7 +210,10 @@ def _wrapped(name: str, made: Any) -> Tokenizer:
         _OURS + i for i in made.encode(text, add_special_tokens=False).ids
     ]
     whole = "The 3 é"
-    if b"".join(pieces[i - _OURS] for i in split(whole)).strip() != whole.encode():
+    spelt = b"".join(pieces[i - _OURS] for i in split(whole))
+    if spelt == b" " + whole.encode():
+        raise InputError(f"{name} puts a space before a text; set its add_prefix_space to false")
+    if spelt != whole.encode():
         raise InputError(f"{name} has other pieces than byte-level ones; give such a tokenizer")
     return Tokenizer(name, (*_nothing(), *pieces), split, made.to_str())
 

@@ -75,11 +75,12 @@ class Questions(NamedTuple):
     answers: tuple[str, ...]
     kinds: np.ndarray
 
-    def fingerprint(self) -> str:
-        """Hex SHA-256 over images and texts."""
+    def fingerprint(self, kinds: Sequence[str]) -> str:
+        """Hex SHA-256 over images, texts and the names of the kinds, of which `kinds` are all."""
         digest = hashlib.sha256(repr(self.images.shape).encode())
         digest.update(np.ascontiguousarray(self.images))
-        digest.update(json.dumps([self.questions, self.answers]).encode())
+        named = [kinds[i] for i in self.kinds.tolist()]
+        digest.update(json.dumps([self.questions, self.answers, named]).encode())
         return digest.hexdigest()
 
 
@@ -182,8 +183,8 @@ def folder(
 
     A line is `{"image": "shelf.png", "question": "how many jars?", "answer": "three"}`, the image
     being a file in the folder or below it, and may have a `kind`, by which accuracies are told
-    apart. Questions of validation are those of `validation.jsonl`, or the last of the training file
-    behind those that are trained on.
+    apart. Questions of validation are those of `validation.jsonl`, or those about the last images
+    of the training file, which are then trained on no more.
 
     Args:
         path: The folder; its name becomes that of the questions.
@@ -201,8 +202,7 @@ def folder(
     if held.is_file():
         rows["validation"] = _lines(held, root)
     else:
-        cut = len(rows["train"]) - min(validation, max(len(rows["train"]) // _VALIDATION, 1))
-        rows["train"], rows["validation"] = rows["train"][:cut], rows["train"][cut:]
+        rows["train"], rows["validation"] = _held_out(rows["train"], validation)
     most = {"train": train, "validation": validation, "test": test}
     rows = {name: own[: most[name]] for name, own in rows.items()}
     empty = [name for name, own in rows.items() if not own]
@@ -227,6 +227,17 @@ def folder(
     return VQA(root.name, split("train"), split("validation"), split("test"), kinds)
 
 
+def _held_out(rows: list["_Row"], count: int) -> tuple[list["_Row"], list["_Row"]]:
+    """Questions to be trained on, and about so many of others about the last images."""
+    count = min(count, max(len(rows) // _VALIDATION, 1))
+    held: set[Path] = set()
+    for image in reversed(list(dict.fromkeys(row.image for row in rows))):
+        if sum(row.image in held for row in rows) >= count:
+            break
+        held.add(image)
+    return [r for r in rows if r.image not in held], [r for r in rows if r.image in held]
+
+
 class _Row(NamedTuple):
     """A line of a file of questions."""
 
@@ -240,12 +251,19 @@ def _lines(path: Path, root: Path) -> list[_Row]:
     if not path.is_file():
         raise InputError(f"{path} is missing: questions stand in train.jsonl and test.jsonl")
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # and at no other sign that ends a line
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text ({one_line(error)})") from error
     return [
         _row(line, f"{path}, line {n}", root) for n, line in enumerate(lines, 1) if line.strip()
     ]
+
+
+def _encodes(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _row(line: str, where: str, root: Path) -> _Row:
@@ -258,6 +276,8 @@ def _row(line: str, where: str, root: Path) -> _Row:
     for name in ("image", "question", "answer"):
         if not isinstance(said.get(name), str) or not said[name]:
             raise InputError(f"{where} has no {name}; each line needs image, question and answer")
+        if not _encodes(said[name]):
+            raise InputError(f"{where}: the {name} has half a character; write it whole")
     kind = said.get("kind", _ONE_KIND)
     if not isinstance(kind, str):
         raise InputError(f"{where}: kind is {kind!r}; it must be a text")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.data import text, vqa
-from jaxdistill.errors import Interrupted
+from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import results
 from jaxdistill.eval.bench import Bench
 from jaxdistill.eval.results import Cell
@@ -15,10 +15,22 @@ from jaxdistill.io.writers import Progress
 from jaxdistill.keywords import Between
 from jaxdistill.parallel import processes
 from jaxdistill.settings import digest
+from jaxdistill.task import VLMTask
 
 FAMILY = "vlm"
 
 _WHOLE = "exact match"
+
+
+def check(task: VLMTask, data: Any, **others: Any) -> None:
+    """Refuses a kind of question that is called as the column of all kinds.
+
+    Raises:
+        InputError: In this case.
+    """
+    del task, others
+    if _WHOLE in data.kinds:
+        raise InputError(f"a kind of question is called {_WHOLE!r}, as all are together; rename it")
 
 
 def evaluate(
@@ -83,13 +95,13 @@ def _right(bench: Bench, row: str, batch_size: int) -> np.ndarray:
     side = "teacher" if row == "teacher" else "student"
     length = task.answer_length[side == "student"]
     if row == "teacher":
-        params, frozen = task.teacher.load()["teacher"], ()
+        params, frozen = jax.device_put(task.teacher.load()["teacher"]), ()
 
         def sample(params, frozen, *args):
             return task.teacher_model.generate(params, *args, length=length)
     else:
         made = bench.rows[row]
-        params, frozen = made.output(), made.frozen()
+        params, frozen = jax.device_put((made.output(), made.frozen()))
 
         def sample(params, frozen, *args):
             return made.recipe.sample(params, frozen, *args, length=length)

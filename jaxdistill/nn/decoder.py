@@ -5,6 +5,7 @@ positions count these alone, so that padding may stand anywhere and changes noth
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,6 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdistill.errors import InputError
 
 _FAR = -1e9  # what a masked pair of tokens is worth; finite, for a row may be masked as a whole
+
+
+def _anywhere(x: Array) -> Array:
+    return x
 
 
 class BlockShape(NamedTuple):
@@ -34,6 +39,8 @@ class BlockShape(NamedTuple):
         dtype: Type of the computation, None for float32.
         param_dtype: Type of the parameters.
         remat: Whether blocks are computed again in the backward pass instead of being kept.
+        place: Applied to what is computed in the blocks, whose first axis is the batch: says on
+            which devices it lies where that must not be left to the compiler.
     """
 
     width: int
@@ -47,6 +54,7 @@ class BlockShape(NamedTuple):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
+    place: Callable[[Array], Array] = _anywhere
 
     def length(self) -> int:
         """The length of a head.
@@ -100,6 +108,11 @@ def causal_mask(
 def positions_of(there: Bool[Array, "b t"]) -> Int[Array, "b t"]:
     """The place of each token among those that are there; 0 for padding before the first."""
     return jnp.maximum(jnp.cumsum(there, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def last_of(there: Bool[Array, "b t"]) -> Int[Array, " b"]:
+    """Where the last token stands that is no padding."""
+    return there.shape[1] - 1 - jnp.argmax(there[:, ::-1], axis=1)
 
 
 def rotated(
@@ -195,6 +208,7 @@ class Block(nn.Module):
         def dense(features, name, *, bias=False):
             return nn.Dense(features, use_bias=bias, kernel_init=init, name=name, **types)
 
+        x = s.place(x)
         y = RMSNorm(s.epsilon, s.param_dtype, name="attention_norm")(x)
         names = (("q", s.heads), ("k", s.kv_heads), ("v", s.kv_heads))
         q, k, v = (
@@ -207,10 +221,10 @@ class Block(nn.Module):
                 old, new.astype(old.dtype), at, 1
             )
             k, v = cache = write(cache[0], k), write(cache[1], v)
-        x = x + dense(s.width, "o")(grouped_attention(q, k, v, mask))
+        x = s.place(x + dense(s.width, "o")(grouped_attention(q, k, v, mask)))
         y = RMSNorm(s.epsilon, s.param_dtype, name="mlp_norm")(x)
-        y = nn.silu(dense(s.hidden, "gate")(y)) * dense(s.hidden, "up")(y)
-        return x + dense(s.width, "down")(y), cache
+        y = s.place(nn.silu(dense(s.hidden, "gate")(y)) * dense(s.hidden, "up")(y))
+        return s.place(x + dense(s.width, "down")(y)), cache
 
 
 class Blocks(nn.Module):

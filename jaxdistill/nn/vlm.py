@@ -1,7 +1,10 @@
 """A compact vision-language model: patches, a projector and a decoder."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.errors import InputError
@@ -14,6 +17,19 @@ from jaxdistill.nn.decoder import (
     positions_of,
 )
 from jaxdistill.nn.patches import patchify
+
+_PARTS = {
+    "vision": ("vision", "places"),
+    "projector": ("projector_0", "projector_1"),
+    "embedding": ("embedding", "output"),
+    "body": ("body", "norm"),
+}
+
+
+def _sums_in_float32(left, right, dimensions, precision=None, **others):
+    """A product whose sums have float32, and stay so."""
+    del others
+    return lax.dot_general(left, right, dimensions, precision, preferred_element_type=jnp.float32)
 
 
 class VLM(nn.Module):
@@ -54,7 +70,10 @@ class VLM(nn.Module):
         self.body = Blocks(self.block, self.depth)
         self.norm = RMSNorm(self.block.epsilon, self.block.param_dtype)
         if not self.tied:
-            self.output = nn.Dense(self.vocabulary, use_bias=False, kernel_init=init, **types)
+            sums = {"dot_general": _sums_in_float32}
+            self.output = nn.Dense(
+                self.vocabulary, use_bias=False, kernel_init=init, **sums, **types
+            )
 
     @property
     def image_tokens(self) -> int:
@@ -121,9 +140,11 @@ class VLM(nn.Module):
         return self.norm(x)[:, 0], cache
 
     def head(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
-        """Logits, float32."""
-        logits = self.embedding.attend(hidden) if self.tied else self.output(hidden)
-        return logits.astype(jnp.float32)
+        """Logits, float32, of sums in float32 whatever is multiplied."""
+        if not self.tied:
+            return self.output(hidden).astype(jnp.float32)
+        table = self.embedding.embedding.astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def __call__(
         self,
@@ -138,3 +159,19 @@ class VLM(nn.Module):
         x = jnp.concatenate([self.look(images), self.embedding(tokens)], axis=1)
         image = jnp.ones((tokens.shape[0], self.image_tokens), bool)
         return x, jnp.concatenate([image, there], axis=1)
+
+
+def part_of(path: tuple[Any, ...]) -> str:
+    """What a parameter of a `VLM` belongs to: `vision`, `projector`, `embedding` or `body`.
+
+    Args:
+        path: As `jax.tree_util` gives it.
+
+    Raises:
+        InputError: If it is none of a `VLM`'s.
+    """
+    name = str(getattr(path[0], "key", path[0]))
+    for part, names in _PARTS.items():
+        if name in names:
+            return part
+    raise InputError(f"no part of a vision-language model is called {name}")

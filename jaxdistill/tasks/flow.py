@@ -35,6 +35,7 @@ from jaxdistill.settings import Data, Experiment, Parallel, Row, Run, resolve
 from jaxdistill.task import FlowTask, Part
 from jaxdistill.tasks import (
     Loaded,
+    check_settings,
     image_facts,
     load_images,
     placed,
@@ -412,7 +413,7 @@ def _teacher(experiment, task, source, workdir, should_stop) -> tuple[PyTree, st
     params, card = weights.load(folder, "teacher")
     path = f"{folder / 'teacher.safetensors'}"
     weights.check_shapes(path, params, task.teacher.shapes["teacher"])
-    _check_teacher(experiment, folder, card)
+    check_settings(experiment, folder, "teacher", card, _OF_A_TEACHER)
     return params, card["sha256"]
 
 
@@ -423,24 +424,6 @@ def _identity(experiment: Experiment, source: dict) -> tuple[dict, dict]:
     defaults = {n: keywords.defaults(type(g)) for n, g in groups.items()}
     identity = {"family": "flow", "seed": experiment.seed, **own, **source}
     return json.loads(json.dumps(identity)), json.loads(json.dumps(defaults))
-
-
-def _check_teacher(experiment: Experiment, folder: Path, card: dict) -> None:
-    """Refuses a teacher of other data or times: its parameters may fit all the same."""
-    for group, name in _OF_A_TEACHER:
-        try:
-            known = card["config"][group][name]
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{folder / 'teacher.json'} does not say how it was trained; train it with this "
-                "version, or add its settings to the card as config"
-            ) from error
-        own = getattr(getattr(experiment.groups, group), name)
-        if own != known:
-            raise InputError(
-                f"the teacher in {folder} was trained with {group}.{name}={known}, this run has "
-                f"{own}; use the same, or another teacher"
-            )
 
 
 # ---------------------------------------------------------------------------- a student alone

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdistill import keywords, run_folder, stage
+from jaxdistill import collective, keywords, run_folder, stage
 from jaxdistill.data import device, sources, text, vqa
 from jaxdistill.data.text import ANSWER, EOS, Tokenizer
 from jaxdistill.errors import InputError
@@ -25,12 +25,12 @@ from jaxdistill.io.versions import versions
 from jaxdistill.keywords import Between, Count, Dtype, Folder, Natural, Rate
 from jaxdistill.method import BatchSpec, replicated
 from jaxdistill.nn.decoder import BlockShape
-from jaxdistill.nn.vlm import VLM
+from jaxdistill.nn.vlm import VLM, part_of
 from jaxdistill.parallel import processes
 from jaxdistill.parallel.mesh import fully_sharded, make_mesh
-from jaxdistill.settings import Experiment, Parallel, Row, Run, resolve
+from jaxdistill.settings import Experiment, Parallel, Row, Run
 from jaxdistill.task import Language, Part, VLMTask
-from jaxdistill.tasks import Loaded
+from jaxdistill.tasks import Loaded, check_settings
 from jaxdistill.vlm import supervised
 from jaxdistill.vlm.align import align
 from jaxdistill.vlm.decoding import generate
@@ -42,7 +42,14 @@ ARTEFACT = "student.safetensors"
 
 _SIDES = ("teacher", "student")
 _TOKENIZER = "tokenizer.json"
-_ROOM = 16  # of whose multiples the tokens of questions are to a student alone
+_MULTIPLE = 16  # to which the tokens of questions are padded for a student alone
+# What parameters do not show, and must be as it was when they were trained.
+_OF_A_TEACHER = (
+    ("data", "name"),
+    ("model", "rope_theta"),
+    ("teacher", "heads"),
+    ("teacher", "kv_heads"),
+)
 # Shape of an image, tokens of a question and of an answer, of what no data set here holds.
 _SHAPES = {"pairs_448": ((448, 448, 3), 256, 256)}
 
@@ -61,7 +68,8 @@ class Data(NamedTuple):
         validation: Questions that settings are chosen on.
         test: Questions that models are measured on.
         seed: Decides the questions about grids.
-        judge_by_validation: Whether models are measured on the validation split instead.
+        judge_by_validation: Whether models are measured on the validation split instead, for
+            choosing settings.
     """
 
     name: str
@@ -89,7 +97,7 @@ class Teacher(NamedTuple):
         heads: Heads of queries.
         kv_heads: Heads of keys and values.
         hidden: Width inside a block's SwiGLU.
-        steps: Length of its training; that of the student that all students start from.
+        steps: Length of its training.
         batch_size: Questions a step.
         learning_rate: AdamW's learning rate.
     """
@@ -191,12 +199,13 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
         raise InputError(f"{settings.name} is a shape without data: use --mode=compile")
     data, named, lengths = _texts(experiment.groups)
     judged = data.validation if settings.judge_by_validation else data.test
-    seen = {"teacher": data.train, "student": _first(data.train, settings.train)}
-    examples = {side: _examples(_arrays(own, named, lengths)) for side, own in seen.items()}
+    whole = _arrays(data.train, named, lengths)
+    few = {name: array[: settings.train] for name, array in whole.items()}
+    examples = {"teacher": _examples(whole), "student": _examples(few)}
     task = _task(experiment.groups, data.name, named, lengths, examples["student"])
     source = {
-        "source_sha256": data.train.fingerprint(),
-        "test_sha256": judged.fingerprint(),
+        "source_sha256": data.train.fingerprint(data.kinds),
+        "test_sha256": judged.fingerprint(data.kinds),
         "tokenizers": {side: by.fingerprint() for side, by in named.items()},
     }
     read = functools.cache(
@@ -207,7 +216,8 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
         start=task.start._replace(load=lambda: read()[0]),
     )
     pair = _pair_of(_arrays(judged, named, lengths))
-    asked = Asked(judged, seen["student"], data.kinds, pair, named)
+    known = vqa.Questions(*(x[: settings.train] for x in data.train))
+    asked = Asked(judged, known, data.kinds, pair, named)
     return Loaded(task, asked, source, lambda: read()[1])
 
 
@@ -236,8 +246,9 @@ def shapes(experiment: Experiment) -> VLMTask:
         examples = Part(device.resident_shapes(one, 1, count, count, labelled=False))
         return _task(groups, groups.data.name, named, lengths, examples)
     data, named, lengths = _texts(groups)
-    arrays = _arrays(_first(data.train, groups.data.train), named, lengths)
-    return _task(groups, data.name, named, lengths, _examples(arrays))
+    arrays = _arrays(data.train, named, lengths)
+    few = {name: array[: groups.data.train] for name, array in arrays.items()}
+    return _task(groups, data.name, named, lengths, _examples(few))
 
 
 def mesh(
@@ -302,6 +313,9 @@ def _texts(groups: Settings) -> _Texts:
     }
     own = expanded(settings.name)
     if (own / "train.jsonl").is_file():
+        for name in ("kinds", "seed", "data_dir"):
+            if getattr(settings, name) != Data._field_defaults[name]:
+                raise InputError(f"data.{name} means nothing for questions of a folder; leave it")
         data = vqa.folder(own, **numbers, image_size=settings.image_size)
     else:
         images = sources.load(
@@ -310,7 +324,7 @@ def _texts(groups: Settings) -> _Texts:
         data = vqa.grid(images, **numbers, seed=settings.seed, kinds=settings.kinds)
     corpus = sorted({*data.train.questions, *data.train.answers})
     named = {side: text.tokenizer(getattr(groups, side).tokenizer, corpus) for side in _SIDES}
-    return _Texts(data, named, {side: _lengths(by, data.train) for side, by in named.items()})
+    return _Texts(data, named, {side: _lengths(by, data) for side, by in named.items()})
 
 
 def _unknown(kind: str) -> Tokenizer:
@@ -324,18 +338,15 @@ def _unknown(kind: str) -> Tokenizer:
     return Tokenizer(kind, (b"",) * int(size), lambda text: [])
 
 
-def _lengths(by: Tokenizer, known: vqa.Questions) -> tuple[int, int]:
-    """Tokens of a question and of an answer, with room for some longer than those known."""
-    longest = (
-        text.tokens(by, sorted(set(texts)), end).ids.shape[1]
-        for texts, end in ((known.questions, ANSWER), (known.answers, EOS))
+def _lengths(by: Tokenizer, data: vqa.VQA) -> tuple[int, int]:
+    """Tokens of the longest question and of the longest answer of all splits."""
+    splits = data.train, data.validation, data.test
+    texts = ({x for s in splits for x in s.questions}, {x for s in splits for x in s.answers})
+    question, answer = (
+        text.tokens(by, sorted(own), end).ids.shape[1]
+        for own, end in zip(texts, (ANSWER, EOS), strict=True)
     )
-    question, answer = (length + length // 4 for length in longest)
     return question, answer
-
-
-def _first(known: vqa.Questions, count: int) -> vqa.Questions:
-    return vqa.Questions(*(x[:count] for x in known))
 
 
 def _arrays(asked: vqa.Questions, named: dict, lengths: dict) -> dict[str, np.ndarray]:
@@ -415,6 +426,7 @@ def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_sha
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
+        place=collective.by_example,
     )
     block.length()
     net = VLM(vocabulary, block, sizes.depth, sizes.patch, tuple(image_shape))
@@ -441,6 +453,7 @@ def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_sha
         sizes.width,
         vocabulary,
         block,
+        part_of,
     )
 
 
@@ -464,6 +477,7 @@ def _task(groups, name, named, lengths, examples: Part) -> VLMTask:
         (lengths["teacher"][1], lengths["student"][1]),
         {side: _pieces(named[side]) for side in _SIDES},
         {side: functools.partial(_encode, named[side]) for side in _SIDES},
+        {side: named[side].fingerprint() for side in _SIDES},
         fully_sharded if groups.parallel.fully_sharded else replicated,
     )
 
@@ -489,7 +503,6 @@ def _models(experiment, task, examples, source, workdir, should_stop) -> tuple[P
 def _model(experiment, side, folder, given, examples, task, source, should_stop):
     groups = experiment.groups
     sizes = getattr(groups, side)
-    model = getattr(task, f"{side}_model")
     done = (folder / f"{side}.safetensors").is_file()
     processes.wait(f"the {side} is looked for")
     if given and not done:
@@ -497,11 +510,8 @@ def _model(experiment, side, folder, given, examples, task, source, should_stop)
     if not given:
         identity = run_folder.claim(folder, *_identity(experiment, side, source))
     if not done:
-        if groups.model.param_dtype != "float32":
-            raise InputError(
-                f"the {side} is trained with model.param_dtype=float32; give the folder of a "
-                "trained one, or that type"
-            )
+        # In float32, whatever type what is frozen has later.
+        model = _language(groups.model._replace(param_dtype="float32"), sizes, *_built(task, side))
         training = supervised.Training(sizes.steps, sizes.batch_size, sizes.learning_rate)
 
         def build(rate_factor):
@@ -545,7 +555,11 @@ def _model(experiment, side, folder, given, examples, task, source, should_stop)
             weights.save(folder, side, output, card)
         processes.wait(f"the {side} is trained")
     params, card = weights.load(folder, side)
-    weights.check_shapes(f"{folder / side}.safetensors", params, task.start.shapes[side])
+    shapes = task.start.shapes[side]
+    weights.check_shapes(f"{folder / side}.safetensors", params, shapes)
+    if given:
+        check_settings(experiment, folder, side, card, _OF_A_TEACHER)
+    params = jax.tree.map(lambda x, shape: x.astype(shape.dtype), params, shapes)
     if card.get("tokenizer_sha256") != source["tokenizers"][side]:
         raise InputError(
             f"the {side} in {folder} reads by another tokenizer than {sizes.tokenizer} of these "
@@ -554,11 +568,19 @@ def _model(experiment, side, folder, given, examples, task, source, should_stop)
     return params, card["sha256"]
 
 
+def _built(task: VLMTask, side: str) -> tuple[int, tuple[int, ...]]:
+    """What a model is built for: the size of its vocabulary, and the shape of images."""
+    resident = task.examples.shapes
+    images = dict(zip(sorted(resident.examples), resident.shapes, strict=True))["images"]
+    return len(task.pieces[side]), images
+
+
 def _identity(experiment: Experiment, side: str, source: dict) -> tuple[dict, dict]:
     """What decides what a model is, and the defaults of its settings; see `run_folder.claim`."""
     groups = {n: getattr(experiment.groups, n) for n in ("data", "model", side)}
     own = {n: keywords.identifying(type(g), g._asdict()) for n, g in groups.items()}
     defaults = {n: keywords.defaults(type(g)) for n, g in groups.items()}
+    del own["model"]["param_dtype"]  # it is trained in float32
     read = {"tokenizer_sha256": source["tokenizers"][side]}
     data = {name: source[name] for name in ("source_sha256",)}
     identity = {"family": "vlm", "seed": experiment.seed, **own, **data, **read}
@@ -597,21 +619,24 @@ def load_student(folder: str | os.PathLike[str]) -> Trained:
     folder = inner if (inner / ARTEFACT).is_file() else folder
     params, card = weights.load(folder, "student")
     try:
-        groups = resolve(card["config"]).groups
+        model, sizes = (
+            kind(**keywords.resolve(kind, card["config"][name], name))
+            for name, kind in (("model", Model), ("student", Student))
+        )
         shape, length = tuple(card["image_shape"]), card["answer_length"]
         by = text.tokenizer(str(folder / _TOKENIZER), ())
         if by.fingerprint() != card["tokenizer_sha256"]:
             raise InputError(f"{folder / _TOKENIZER} is not the student's tokenizer")
-        model = _language(groups.model, groups.student, by.size, shape)
+        language = _language(model, sizes, by.size, shape)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{folder / 'student.json'} is not the card of a student of this version "
             f"({one_line(error)}); train it again, or use the version that made it"
         ) from error
     weights.check_shapes(
-        f"{folder / ARTEFACT}", params, jax.eval_shape(model.init, jax.random.key(0))
+        f"{folder / ARTEFACT}", params, jax.eval_shape(language.init, jax.random.key(0))
     )
-    write = jax.jit(functools.partial(model.generate, length=length))
+    write = jax.jit(functools.partial(language.generate, length=length))
     params = jax.device_put(params)
 
     def answer(images, questions):
@@ -623,8 +648,10 @@ def load_student(folder: str | os.PathLike[str]) -> Trained:
             )
         asked = text.tokens(by, questions, ANSWER)
         # A program serves questions of similar lengths.
-        room = -asked.ids.shape[1] % _ROOM
+        room = -asked.ids.shape[1] % _MULTIPLE
         ids, there = (np.pad(x, ((0, 0), (0, room))) for x in asked)
+        if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+            raise InputError(f"images are uint8, or numbers in [0, 1], not {images.dtype}")
         images = _normalized(images if images.dtype == np.uint8 else 255.0 * images)
         images = images * np.float32(not card.get("blind"))
         written = write(params, images, ids, there)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxdistill.nn.decoder import empty_cache
+from jaxdistill.nn.decoder import empty_cache, last_of
 from jaxdistill.nn.vlm import VLM
 
 
@@ -79,13 +79,8 @@ def generate(
         )
         return (hidden, cache, seen, ended | (token == eos)), (token, ~ended, log_prob)
 
-    last = jnp.take_along_axis(hidden, (_last(there) + model.image_tokens)[:, None, None], 1)[:, 0]
+    last = jnp.take_along_axis(hidden, (last_of(there) + model.image_tokens)[:, None, None], 1)
+    last = last[:, 0]
     carry = last, cache, seen, jnp.zeros(b, bool)
     _, (tokens, written, log_probs) = lax.scan(step, carry, jnp.arange(length))
     return Written(tokens.T, written.T, jnp.where(written, log_probs, 0.0).T)
-
-
-def _last(there: Bool[Array, "b t"]) -> Int[Array, " b"]:
-    """Where the last token stands that is no padding."""
-    size = there.shape[1]
-    return size - 1 - jnp.argmax(there[:, ::-1], axis=1)

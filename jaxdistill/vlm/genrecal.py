@@ -6,7 +6,7 @@ of the answer; a small network brings both to where the teacher's frozen head ca
 logits are held against the answer and against the teacher's own. Labels and logits are the
 teacher's, so the tokenizers never have to be brought together.
 
-What the paper leaves open is a setting with its default, called A1 to A9 in `docs/genrecal.md`.
+What the paper leaves open is a setting with its default, or decided; `docs/genrecal.md` says which.
 """
 
 from collections.abc import Callable
@@ -44,8 +44,8 @@ class Recalibration(NamedTuple):
             (`include`), or nothing does (`exclude`) (A4). It alone has to come from the student.
         regularizer: What else is learned while the Recalibrator is alone; see `Regularizer`.
         regularize_later: Whether that goes on while the student is trained (A8).
-        ce: Weight of the cross-entropy of the recalibrated logits.
-        kl: Weight of their divergence from the teacher's.
+        ce: Weight of the cross-entropy of the recalibrated logits, in the regularizer too.
+        kl: Weight of their divergence from the teacher's, in the regularizer too.
         sft: Weight of the student's own cross-entropy in the second stage.
         train_recalibrator: Whether the Recalibrator is trained in the second stage too (A6).
         train_embedding: Whether the student's embeddings and head are, in the second stage (A7).
@@ -76,11 +76,11 @@ class Stages(NamedTuple):
         distil: Steps in which the student is trained through it.
         tune: Steps in which the student is trained without it.
         batch_size: Questions a step.
-        learning_rate: AdamW's learning rate in the second stage.
+        learning_rate: Adam's learning rate in the second stage.
         align_rate_scale: That of the first stage over it.
         tune_rate_scale: That of the third stage over it.
         learning_rate_decay: The last learning rate of a stage over its first, by a straight line.
-        warmup: Part of a stage in which the rate rises (A9).
+        warmup_fraction: Part of a stage in which the rate rises (A9).
         clip: Global norm that gradients are clipped to (A9).
     """
 
@@ -92,7 +92,7 @@ class Stages(NamedTuple):
     align_rate_scale: Rate = 2.0
     tune_rate_scale: Rate = 0.5
     learning_rate_decay: Fraction = 0.1
-    warmup: Fraction = 0.03
+    warmup_fraction: Fraction = 0.03
     clip: Annotated[float, Between(1e-6, 1e12)] = 1.0
 
 
@@ -206,23 +206,19 @@ def genrecal(
         pair: What is made of a batch.
 
     Raises:
-        InputError: If all stages are empty.
+        InputError: If all stages are empty, or nothing is learned of the teacher.
     """
     r, lengths = recalibration, (stages.align, stages.distil, stages.tune)
     if not sum(lengths):
         raise InputError("method.align, distil and tune are all 0; give a stage some steps")
+    if lengths[0] + lengths[1] and not (r.ce or r.kl):
+        raise InputError("method.ce and method.kl are both 0; give one of them, or take supervised")
     ends = jnp.cumsum(jnp.array(lengths))
     tx = optax.chain(optax.clip_by_global_norm(stages.clip), optax.scale_by_adam(b1=0.9, b2=0.95))
-    trained_parts = (
-        (),
-        (
-            "body",
-            *(["embedding"] if r.train_embedding else []),
-            *(["projector"] if r.train_projector else []),
-            *(["vision"] if r.train_vision else []),
-        ),
-        ("body", "embedding", "projector", *(["vision"] if r.train_vision else [])),
-    )
+    later = [name for name in ("embedding", "projector", "vision") if getattr(r, f"train_{name}")]
+    tuned = ("body", "embedding", "projector", *(["vision"] if r.train_vision else []))
+    trained_parts = ((), ("body", *later), tuned)
+    with_recalibrator = (True, r.train_recalibrator, False)
 
     def make(key, frozen, batch):
         params = init(key, frozen, pair(batch))
@@ -240,38 +236,38 @@ def genrecal(
         begun = ends[stage] - jnp.array(lengths)[stage]
         fresh = state.step == begun
         opt = jax.tree.map(lambda old, new: jnp.where(fresh, new, old), state.opt, tx.init(params))
-        masks = _masks(params, stage)
-        grads = jax.tree.map(jnp.multiply, grads, masks)
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt = tx.update(grads, opt, params)
         rate = _rate(stage, state.step - begun)
-        params = jax.tree.map(lambda p, u, m: p - rate * m * u, params, updates, masks)
+        # What a stage leaves alone has no gradient, and moments of 0: its updates are 0.
+        params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
         return GenRecalState(*params, opt, state.step + 1), metrics
 
     def _rate(stage, done):
         scale = jnp.array([stages.align_rate_scale, 1.0, stages.tune_rate_scale])[stage]
         length = jnp.maximum(jnp.array(lengths)[stage], 1)
         part = done / length
-        rising = jnp.minimum((done + 1) / jnp.maximum(stages.warmup * length, 1.0), 1.0)
+        rising = jnp.minimum((done + 1) / jnp.maximum(stages.warmup_fraction * length, 1.0), 1.0)
         return stages.learning_rate * scale * rising * (1 - (1 - stages.learning_rate_decay) * part)
 
-    def _masks(params, stage):
-        """Zero or one for every leaf: what this stage trains."""
-        said = parts(params[0])
-        flags = jax.tree.map(
-            lambda part: jnp.array([float(part in own) for own in trained_parts])[stage], said
+    def _held(number, params):
+        """The same parameters; no gradient goes into those that the stage leaves alone."""
+        small, recalibrator = params
+        small = jax.tree.map(
+            lambda x, part: x if part in trained_parts[number] else jax.lax.stop_gradient(x),
+            small,
+            parts(small),
         )
-        whole = jnp.array([1.0, float(r.train_recalibrator), 0.0])[stage]
-        return flags, jax.tree.map(lambda _: whole, params[1])
+        if not with_recalibrator[number]:
+            recalibrator = jax.lax.stop_gradient(recalibrator)
+        return small, recalibrator
 
     def _stage(number, frozen, examples):
         def loss(params):
-            small, recalibrator = params
+            small, recalibrator = _held(number, params)
             metrics = dict.fromkeys(("ce", "kl", "sft", "regularizer"), jnp.float32(0))
             value = jnp.float32(0)
             own = states(student, small, examples.images, examples.student)
-            if number == 0:
-                own = jax.lax.stop_gradient(own)
             if number > 0:
                 predicted = predicting(own.prefix, own.prefix_there, own.answer)
                 logits = student.head(small, predicted)
@@ -301,12 +297,12 @@ def genrecal(
                 if r.regularizer != "none" and (number == 0 or r.regularize_later):
                     more = of(True)
                     terms = {
-                        "both": (more.ce, more.kl),
-                        "ce": (more.ce,),
-                        "kl": (more.kl,),
-                        "mse": (more.mse,),
+                        "both": (r.ce * mean(more.ce), r.kl * mean(more.kl)),
+                        "ce": (r.ce * mean(more.ce),),
+                        "kl": (r.kl * mean(more.kl),),
+                        "mse": (mean(more.mse),),
                     }[r.regularizer]
-                    metrics["regularizer"] = sum(mean(term) for term in terms)
+                    metrics["regularizer"] = sum(terms)
                     value += metrics["regularizer"]
             metrics["loss"] = value
             return value, metrics
@@ -314,16 +310,6 @@ def genrecal(
         return jax.grad(loss, has_aux=True)
 
     return Method(make, step, lambda state: state.student, batches)
-
-
-def part_of(path: tuple[Any, ...]) -> str:
-    """What a parameter of `jaxdistill.nn.vlm.VLM` belongs to, by its path."""
-    name = str(getattr(path[0], "key", path[0]))
-    if name in ("vision", "places"):
-        return "vision"
-    if name.startswith("projector"):
-        return "projector"
-    return "embedding" if name in ("embedding", "output") else "body"
 
 
 def recipe(task: VLMTask, **rest: Annotated[Any, Recalibration, Stages]) -> Recipe:
@@ -340,6 +326,14 @@ def recipe(task: VLMTask, **rest: Annotated[Any, Recalibration, Stages]) -> Reci
     student, teacher = task.student_model, task.teacher_model
     module = Recalibrator(student.block, teacher.width, recalibration.depth, recalibration.norm)
 
+    stacked = jax.tree.leaves(task.start.shapes["student"].get("body", {}))
+    there = min((x.shape[0] for x in stacked), default=0)
+    if recalibration.start == "last" and there < module.depth:
+        raise InputError(
+            f"method.start=last copies the student's last {module.depth} blocks, and it has "
+            f"{there}; set method.depth lower, or method.start=fresh"
+        )
+
     def recalibrate(params, *args, **options):
         return module.apply({"params": params}, *args, **options)
 
@@ -355,7 +349,7 @@ def recipe(task: VLMTask, **rest: Annotated[Any, Recalibration, Stages]) -> Reci
         return small, jax.tree.map(lambda x: x.astype(jnp.float32), made)
 
     def parts(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: part_of(path), params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: student.part(path), params)
 
     method = genrecal(
         student,

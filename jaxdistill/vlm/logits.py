@@ -60,7 +60,7 @@ def recipe(
         InputError: If the tokenizers are two, or both weights are 0.
     """
     (training,) = grouped(rest, Training)
-    if task.pieces["teacher"] != task.pieces["student"]:
+    if task.tokenizer_sha256["teacher"] != task.tokenizer_sha256["student"]:
         raise InputError(
             f"method.divergence={divergence} compares token by token, and teacher and student read "
             "by two tokenizers, under which one id is two things; give student.tokenizer the "

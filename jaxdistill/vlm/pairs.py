@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxdistill.nn.decoder import last_of
 from jaxdistill.task import Language
 from jaxdistill.vlm.groups import Groups
 
@@ -82,9 +83,7 @@ def predicting(
     The first token is predicted by the last state of the question, which is all that the prefix has
     to say alone.
     """
-    size = prefix_there.shape[1]
-    last = size - 1 - jnp.argmax(prefix_there[:, ::-1], axis=1)
-    first = jnp.take_along_axis(prefix, last[:, None, None], axis=1)
+    first = jnp.take_along_axis(prefix, last_of(prefix_there)[:, None, None], axis=1)
     return jnp.concatenate([first, answer[:, :-1]], axis=1)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int32, PRNGKeyArray, PyTree
 from jaxdistill import collective
 from jaxdistill.keywords import Between, Count, Fraction, Natural, Rate, grouped
 from jaxdistill.method import Batch, BatchSpec, Frozen, Method
-from jaxdistill.task import Language, Recipe, VLMTask
+from jaxdistill.task import Language, Part, Recipe, VLMTask
 from jaxdistill.vlm.losses import cross_entropy
 from jaxdistill.vlm.pairs import TokenisedPair, answer_logits
 
@@ -141,41 +141,46 @@ def begun(frozen: Frozen) -> PyTree:
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), frozen["student"])
 
 
-def student_recipe(task: VLMTask, loss: Loss, training: Training) -> Recipe:
-    """The recipe of a student that is trained by a loss from where all of them start.
+def student_recipe(
+    task: VLMTask, loss: Loss, training: Training, *, frozen: Part | None = None, init: Any = None
+) -> Recipe:
+    """The recipe of a student that is trained by a loss.
 
     Args:
         task: What it is for.
         loss: What is made small; its `frozen` has the teacher's parameters as `teacher`.
         training: The settings.
+        frozen: What the steps are given, by default the start of all students and the teacher.
+        init: `(key, frozen) -> params`, by default the start of all students.
     """
     method = trained(
-        lambda key, frozen: begun(frozen),
+        init or (lambda key, frozen: begun(frozen)),
         loss,
         optimizer(training),
         batches=task.batches(training.batch_size),
         pair=task.pair,
     )
-    return made(task, method, training.steps)
+    return made(task, method, training.steps, frozen)
 
 
-def made(task: VLMTask, method: Method, steps: int) -> Recipe:
+def made(task: VLMTask, method: Method, steps: int, frozen: Part | None = None) -> Recipe:
     """The recipe of a method whose output are the student's parameters.
 
     Args:
         task: What it is for.
-        method: The method; its frozen are the parameters that students start from, and the
-            teacher's.
+        method: The method.
         steps: Length of the run.
+        frozen: What it is given, by default the parameters that students start from, and the
+            teacher's.
     """
+    given = task.start if frozen is None else frozen
 
     def sample(output, frozen, images, question, there, *, length):
         del frozen
         return task.student_model.generate(output, images, question, there, length=length)
 
-    return Recipe(
-        method._replace(specs=task.specs, frozen_specs=task.specs), steps, task.start, sample=sample
-    )
+    specs = method._replace(specs=task.specs, frozen_specs=task.specs)
+    return Recipe(specs, steps, given, sample=sample)
 
 
 def recipe(task: VLMTask, *, blind: bool = False, **rest: Annotated[Any, Training]) -> Recipe:
@@ -183,18 +188,30 @@ def recipe(task: VLMTask, *, blind: bool = False, **rest: Annotated[Any, Trainin
 
     Args:
         task: What it is for.
-        blind: Whether it never sees an image, in training and in use: what questions give away.
+        blind: Whether it never sees an image, in training and in use: what questions give away. It
+            starts from nothing.
         **rest: Settings of `Training`.
     """
     (training,) = grouped(rest, Training)
     loss = supervised_loss(task.student_model, "student")
     if not blind:
-        return student_recipe(task, loss, training)
+        alone = Part(
+            {"student": task.start.shapes["student"]},
+            lambda: {"student": task.start.load()["student"]},
+        )
+        return student_recipe(task, loss, training, frozen=alone)
 
     def unseen(params, frozen, pair):
         return loss(params, frozen, pair._replace(images=jnp.zeros_like(pair.images)))
 
-    recipe = student_recipe(task, unseen, training)
+    # From nothing: the start of the others has seen images.
+    recipe = student_recipe(
+        task,
+        unseen,
+        training,
+        frozen=Part(),
+        init=lambda key, frozen: task.student_model.init(key),
+    )
 
     def sample(output, frozen, images, *question, length):
         return recipe.sample(output, frozen, jnp.zeros_like(images), *question, length=length)

@@ -19,10 +19,13 @@ from jaxdistill.data import sources, text, vqa
 from jaxdistill.data.device import draw
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.io import weights
+from jaxdistill.nn.vlm import part_of
 from jaxdistill.vlm import across, logits, losses
-from jaxdistill.vlm.genrecal import part_of, recalibrated_losses
+from jaxdistill.vlm.genrecal import recalibrated_losses
 from jaxdistill.vlm.groups import Groups
 from jaxdistill.vlm.pairs import TokenisedPair, answer_logits, predicting, states
+from tests.test_backends import differences, run_on
+from tests.test_method_contract import together
 
 SMOKE = "genrecal:smoke"
 WORDS = ["café ou thé?", "no", "yes, 😀", "where is the bag?"]
@@ -79,7 +82,8 @@ def test_texts_come_back_and_lie_in_bytes(kind, tmp_path):
     for again in (text.tokenizer(kind, WORDS), text.tokenizer(f"{tmp_path}/tokenizer.json", [])):
         assert again.fingerprint() == by.fingerprint()
         assert [again.split(words) for words in WORDS] == [by.split(words) for words in WORDS]
-    assert text.tokenizer("bytes", []).fingerprint() != text.tokenizer("characters", WORDS)
+    others = {"characters", "bytes", "bpe:262"} - {kind}
+    assert by.fingerprint() not in {text.tokenizer(k, WORDS).fingerprint() for k in others}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +97,30 @@ def test_texts_come_back_and_lie_in_bytes(kind, tmp_path):
 def test_tokenizers_that_are_none(kind, said):
     with pytest.raises(InputError, match=said):
         text.tokenizer(kind, WORDS)
+
+
+def test_tokenizers_of_one_vocabulary_and_other_rules_are_two(tmp_path):
+    made = json.loads(text.tokenizer("bpe:264", WORDS * 3).stored)
+    prints = set()
+    for change in ("nothing", "merges", "space", "padding"):
+        said = json.loads(json.dumps(made))
+        if change == "merges":
+            said["model"]["merges"].reverse()
+        if change == "space":
+            said["pre_tokenizer"]["add_prefix_space"] = True
+        if change == "padding":
+            said["padding"] = {
+                "strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None,
+                "pad_id": 0, "pad_type_id": 0, "pad_token": "!",
+            }  # fmt: skip
+        path = tmp_path / f"{change}.json"
+        path.write_text(json.dumps(said))
+        if change == "space":
+            with pytest.raises(InputError, match="puts a space before a text"):
+                text.tokenizer(str(path), [])
+            continue
+        prints.add(text.tokenizer(str(path), []).fingerprint())
+    assert len(prints) == 2  # padding says nothing of how a text is split
 
 
 def test_texts_that_do_not_fit():
@@ -158,8 +186,9 @@ def test_no_image_is_in_two_splits_and_a_seed_says_all(questions):
     longer, other = make(train=320), make(train=300, seed=1)
     for one, two in zip(longer.train, questions.train, strict=True):
         np.testing.assert_array_equal(one[:300], two)
-    assert longer.test.fingerprint() == questions.test.fingerprint()
-    assert other.test.fingerprint() != questions.test.fingerprint()
+    assert longer.test.fingerprint(vqa.KINDS) == questions.test.fingerprint(vqa.KINDS)
+    assert other.test.fingerprint(vqa.KINDS) != questions.test.fingerprint(vqa.KINDS)
+    assert questions.test.fingerprint(vqa.KINDS[::-1]) != questions.test.fingerprint(vqa.KINDS)
     guessed = vqa.majority(questions.train, questions.test)
     assert 0.05 < guessed.mean() < 0.4  # asked evenly, and no more can be guessed
 
@@ -183,7 +212,9 @@ def own(tmp_path):
 def test_questions_of_ones_own(own):
     data = vqa.folder(own, train=100, validation=100, test=100)
     assert data.name == "shelves" and data.kinds == ("questions",)
-    assert [len(x.answers) for x in (data.train, data.validation, data.test)] == [5, 1, 1]
+    # Both questions about the last picture are held out.
+    assert [len(x.answers) for x in (data.train, data.validation, data.test)] == [4, 2, 1]
+    np.testing.assert_array_equal(data.validation.images[0], np.asarray(Image.open(own / "c.png")))
     first = np.asarray(Image.open(own / "a.png"))
     np.testing.assert_array_equal(data.train.images[1], first)
     assert data.train.questions[:2] == ("how many jars?", "how many cups?")
@@ -208,6 +239,7 @@ def test_questions_of_ones_own(own):
         ('{"image": "no.png", "question": "?", "answer": "x"}', "line 2: 'no.png' is no file in"),
         ('{"image": "../a.png", "question": "?", "answer": "x"}', "'../a.png' is no file in"),
         ('{"image": "a.png", "question": "?", "answer": "x", "kind": 3}', "kind is 3; it must be"),
+        ('{"image": "a.png", "question": "\\ud83d", "answer": "x"}', "the question has half a"),
     ],
 )
 def test_lines_that_are_no_questions(own, line, said):
@@ -216,6 +248,13 @@ def test_lines_that_are_no_questions(own, line, said):
     with pytest.raises(InputError, match=re.escape(said)) as error:
         vqa.folder(own, train=9, validation=1, test=9)
     assert "\n" not in str(error.value)
+
+
+def test_signs_that_end_no_line(own):
+    line = '{"image": "a.png", "question": "how\u2028many?", "answer": "two"}'
+    (own / "test.jsonl").write_text("\ufeff" + line + "\r\n", "utf-8")
+    data = vqa.folder(own, train=9, validation=1, test=9)
+    assert data.test.questions == ("how\u2028many?",)
 
 
 def test_folders_that_lack_something(own):
@@ -280,8 +319,35 @@ def test_the_first_token_is_read_from_the_student_alone(ready):
 
 def test_each_stage_trains_what_it_should_and_nothing_else(ready):
     *_, frozen, batch, method = ready
+    _trains(method, frozen, batch, [set(), {"body"}, {"body", "embedding", "projector"}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "wanted", "moves"),
+    [
+        (
+            {"train_embedding": True, "train_vision": True, "regularize_later": True},
+            [set(), {"body", "embedding", "vision"}, {"body", "embedding", "projector", "vision"}],
+            (True, True, False),
+        ),
+        (
+            {"train_projector": True, "train_recalibrator": False, "start": "last", "depth": 1},
+            [set(), {"body", "projector"}, {"body", "embedding", "projector"}],
+            (True, False, False),
+        ),
+    ],
+)
+def test_what_else_may_be_trained(ready, flags, wanted, moves):
+    row = ready.resolved.rows["genrecal"]
+    method = row.module.recipe(ready.task, **row.settings | flags).method
+    method = method._replace(init=jax.jit(method.init), step=jax.jit(method.step))
+    _trains(method, ready.frozen, ready.batch, wanted, moves, flags.get("regularize_later", False))
+
+
+def _trains(method, frozen, batch, wanted, moves=(True, True, False), later=False):
+    """Six steps, two of each stage: what moves and what does not."""
     state = method.init(jax.random.key(0), frozen, batch)
-    wanted = [set(), {"body"}, {"body", "embedding", "projector"}]
     for number in range(6):
         after, metrics = method.step(state, frozen, batch, jax.random.key(number))
         changed = jax.tree_util.tree_map_with_path(
@@ -296,7 +362,7 @@ def test_each_stage_trains_what_it_should_and_nothing_else(ready):
         )
         assert all(jax.tree.leaves(moved)) == any(jax.tree.leaves(moved)) == (stage < 2)
         assert (metrics["kl"] > 0) == (stage < 2) and (metrics["sft"] > 0) == (stage > 0)
-        assert (metrics["regularizer"] > 0) == (stage == 0)
+        assert (metrics["regularizer"] > 0) == (stage == 0 or (later and stage == 1))
         # Moments start anew with a stage.
         assert int(after.opt[1].count) == number % 2 + 1
         state = after
@@ -330,6 +396,14 @@ def test_stages_that_are_none(ready):
     empty = dict(resolved.rows["genrecal"].settings, align=0, distil=0, tune=0)
     with pytest.raises(InputError, match="all 0; give a stage some steps"):
         resolved.rows["genrecal"].module.recipe(task, **empty)
+    for wrong, said in (
+        ({"start": "last", "depth": 2}, "copies the student's last 2 blocks, and it has 1"),
+        ({"ce": 0.0, "kl": 0.0}, "are both 0; give one of them, or take supervised"),
+    ):
+        with pytest.raises(InputError, match=said):
+            resolved.rows["genrecal"].module.recipe(
+                task, **resolved.rows["genrecal"].settings | wrong
+            )
 
 
 def test_states_of_padding_are_never_seen(ready):
@@ -390,7 +464,7 @@ def _single(ready, **given):
     """A step of divergences between the teacher and itself, and its first state."""
     task = ready.task._replace(
         student_model=ready.task.teacher_model,
-        pieces={side: ready.task.pieces["teacher"] for side in ready.task.pieces},
+        tokenizer_sha256=dict.fromkeys(("teacher", "student"), "one"),
         pair=lambda batch: ready.pair._replace(student=ready.pair.teacher),
     )
     recipe = logits.recipe(task, **keywords.defaults(logits.recipe) | {"steps": 4} | given)
@@ -443,6 +517,31 @@ def test_answers_are_aligned_by_their_bytes(ready):
             ]
             assert spelt[0] == spelt[1] != b""
         assert (own.groups.teacher >= 0).sum() == own.teacher.answer_there.sum()
+
+
+@pytest.mark.slow
+def test_eight_devices_do_what_one_does(ready):
+    """Answers differ in length, so means of means over the devices would be another loss."""
+    resolved, task, _, frozen, *_ = ready
+    settings_of = {"batch_size": 8, "clip": 1e-6}  # so small that Adam is linear in what it gets
+    stages = {"align": 1, "distil": 1, "tune": 1}
+    genrecal = resolved.rows["genrecal"]
+    rows = {
+        "genrecal": genrecal.module.recipe(task, **genrecal.settings | settings_of | stages),
+    }
+    plain = keywords.defaults(across.recipe) | settings_of
+    rows |= {loss: across.recipe(task, **plain | {"loss": loss}) for loss in ("uld", "alm")}
+    tested = together({name: made.method for name, made in rows.items()})
+    given = dict.fromkeys(rows, frozen)
+    data = task.examples.load()
+    records, state = run_on(1, "jit", tested, data, given, 3)
+    for backend in ("jit", "pmap"):
+        others, other = run_on(8, backend, tested, data, given, 3)
+        wrong = {
+            **differences([v for _, v in others], [v for _, v in records], 2e-4),
+            **differences(other, state, 2e-4),
+        }
+        assert not wrong, f"{backend}: {wrong}"
 
 
 # ---------------------------------------------------------------------------- a run
