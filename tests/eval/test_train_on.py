@@ -172,8 +172,13 @@ def test_accuracy_counts_a_ragged_last_chunk(microbatch):
     # The first image fills up the last microbatch: it must count once, right or wrong.
     labels[[0, 5, 10]] = (labels[[0, 5, 10]] + 1) % CLASSES
     labels = jnp.asarray(labels, jnp.int32)
-    measured = accuracy(LINEAR, start(), images, labels, normalize=NORMALIZE, microbatch=microbatch)
-    assert measured == 8 / 11
+    options = {"normalize": NORMALIZE, "microbatch": microbatch}
+    # One class more than there are images of.
+    measured = accuracy(LINEAR, start(), images, labels, num_classes=CLASSES + 1, **options)
+    assert measured.value == 8 / 11
+    right = guesses.argmax(1) == np.asarray(labels)
+    own = [right[np.asarray(labels) == c] for c in range(CLASSES + 1)]
+    assert measured.classes == tuple(r.mean() if len(r) else None for r in own)
 
 
 def test_a_linear_model_learns_the_digits():
@@ -188,4 +193,5 @@ def test_a_linear_model_learns_the_digits():
         protocol=Protocol(epochs=30, rate=0.05, strategy="none"),
     )
     images, labels = (jnp.asarray(x) for x in data.test)
-    assert accuracy(network, params, images, labels, normalize=normalize) > 0.85
+    options = {"num_classes": data.num_classes, "normalize": normalize}
+    assert accuracy(network, params, images, labels, **options).value > 0.85
