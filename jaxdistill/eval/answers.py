@@ -83,7 +83,7 @@ def evaluate(
         print(
             f"{bench.task.name}: {len(asked.questions.answers)} questions, right to the letter, %"
         )
-        print(results.table(records, results.percent))
+        print(results.table(records, lambda values: f"{100 * values[0]:.1f}"))
     return records
 
 
