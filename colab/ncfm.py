@@ -178,6 +178,11 @@ test = jaxdistill.load_data(
     pad_to=config.data.pad_to,
 ).test
 accuracy = train_on.accuracy(
-    network, params, jnp.asarray(test.images), jnp.asarray(test.labels), normalize=normalize
+    network,
+    params,
+    jnp.asarray(test.images),
+    jnp.asarray(test.labels),
+    num_classes=len(card["class_names"]),
+    normalize=normalize,
 )
-print(f"{100 * accuracy:.1f} % of {len(test.labels)} test images, from {len(labels)} images")
+print(f"{100 * accuracy.value:.1f} % of {len(test.labels)} test images, from {len(labels)} images")
