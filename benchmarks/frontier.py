@@ -36,6 +36,7 @@ import jaxdistill
 from jaxdistill.condense.decode import decode
 from jaxdistill.condense.labels import soft_labels
 from jaxdistill.data import dataset, sources
+from jaxdistill.data.augment import normalizer
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.eval import classify, results, train_on
 from jaxdistill.io import versions, weights
@@ -376,8 +377,7 @@ class _Bench:
         self.held = dataset.holdout(whole, _HOLDOUT, seed=0)
         # Both are trained on the same images; they differ in what is measured with.
         self.data = self.held if tuning else replace(self.held, test=whole.test)
-        mean, std = (np.float32(x) for x in (self.held.mean, self.held.std))
-        self.normalize = lambda x: (_scaled(x) - mean) / std
+        self.normalize = normalizer(self.held.mean, self.held.std)
         self.judge = _convnet(_WIDTH)
 
     def trained(self) -> Any:
@@ -389,12 +389,8 @@ class _Bench:
         return weights.load(path, "judge")[0]
 
 
-def _scaled(x):
-    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
-
-
-def _sent(bench: _Bench, arm: str, budget: int, seed: int) -> bytes | None:
-    """What an arm sends; None if nothing of it fits."""
+def _sent(bench: _Bench, arm: str, budget: int, seed: int) -> bytes:
+    """What an arm sends."""
     if arm.startswith("real"):
         return _fitting(_real(bench.held, seed), budget, *_CONTAINERS[arm])
     if arm == "RDED, 4 bits":
@@ -406,19 +402,11 @@ def _sent(bench: _Bench, arm: str, budget: int, seed: int) -> bytes | None:
     room = 2 * _CLASSES * len(made.images) * _FACTOR**2
     plain = _most_bits(made, budget - room)
     softened = _softened(plain, bench.judge.logits, _one(bench.trained()), bench.normalize)
-    return _labelled(softened, plain)
+    return pack(softened, "bits", _HEADER.unpack_from(plain)[2])
 
 
 def _one(params: Any) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x)[None], params)
-
-
-def _labelled(packed: Packed, plain: bytes) -> bytes:
-    """The bytes of a set with its soft labels put in."""
-    head = list(_HEADER.unpack_from(plain))
-    head[4] = True
-    soft = packed.soft.astype("<f2").tobytes()
-    return _HEADER.pack(*head) + soft + plain[_HEADER.size :]
 
 
 def _measure(bench: _Bench, arm: str, budget: int, seed: int, rate: float) -> dict | None:

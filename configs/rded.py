@@ -17,7 +17,7 @@ image, and under the observer's labels of every view; see `jaxdistill.eval.relab
 
     config                              hardware
     rded:dataset=digits                 2 CPU cores
-    rded:dataset=fashion_mnist,ipc=10   2 CPU cores, not run here to its end
+    rded:dataset=fashion_mnist,ipc=10   2 CPU cores; tables in docs/rded.md
     every other data set                accelerator, not run here
 """
 

@@ -219,7 +219,9 @@ def test_the_runner_takes_any_method():
 def test_nothing_above_the_families_names_a_method():
     """A method is found by its name; only a family knows mathematics of its own room."""
     where = inside("experiment", "compile", "config", "main", "settings", "stage", "run_folder")
-    assert not breaches(where=where, forbidden=[*METHODS, *inside("tasks.condense", "tasks.flow")])
+    where += inside("students", "tasks.pretrained")
+    families = inside("tasks.condense", "tasks.flow", "tasks.vlm")
+    assert not breaches(where=where, forbidden=[*METHODS, *families])
 
 
 def test_programs_are_looked_at_without_being_run():
@@ -229,9 +231,10 @@ def test_programs_are_looked_at_without_being_run():
 
 
 def test_families_do_not_know_each_other():
-    condensation, flows = inside("tasks.condense", "condense"), inside("tasks.flow", "flow")
-    assert not breaches(where=condensation, forbidden=flows)
-    assert not breaches(where=flows, forbidden=condensation)
+    families = [inside(f"tasks.{name}", name) for name in ("condense", "flow", "vlm")]
+    for family in families:
+        others = [name for other in families if other is not family for name in other]
+        assert not breaches(where=family, forbidden=others)
 
 
 def test_flags_and_configs_stay_at_the_edge():

@@ -7,7 +7,6 @@ does not look is as good as a guess.
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,21 +100,6 @@ class VQA:
     validation: Questions
     test: Questions
     kinds: tuple[str, ...]
-
-
-def majority(known: Questions, asked: Questions) -> np.ndarray:
-    """Which questions the most frequent answer of their kind answers, bool (n,).
-
-    Args:
-        known: Where answers are counted.
-        asked: What is to be answered.
-    """
-    counted: dict[int, Counter] = {}
-    for kind, answer in zip(known.kinds.tolist(), known.answers, strict=True):
-        counted.setdefault(kind, Counter())[answer] += 1
-    best = {kind: min(c, key=lambda text, c=c: (-c[text], text)) for kind, c in counted.items()}
-    pairs = zip(asked.kinds.tolist(), asked.answers, strict=True)
-    return np.array([best.get(kind) == answer for kind, answer in pairs])
 
 
 def grid(

@@ -1,5 +1,6 @@
 """Answers to questions about images, against those that are right to the letter."""
 
+from collections import Counter
 from typing import Annotated, Any
 
 import jax
@@ -87,11 +88,26 @@ def evaluate(
     return records
 
 
+def majority(known: vqa.Questions, asked: vqa.Questions) -> np.ndarray:
+    """Which questions the most frequent answer of their kind answers, bool (n,).
+
+    Args:
+        known: Where answers are counted.
+        asked: What is to be answered.
+    """
+    counted: dict[int, Counter] = {}
+    for kind, answer in zip(known.kinds.tolist(), known.answers, strict=True):
+        counted.setdefault(kind, Counter())[answer] += 1
+    best = {kind: min(c, key=lambda text, c=c: (-c[text], text)) for kind, c in counted.items()}
+    pairs = zip(asked.kinds.tolist(), asked.answers, strict=True)
+    return np.array([best.get(kind) == answer for kind, answer in pairs])
+
+
 def _right(bench: Bench, row: str, batch_size: int) -> np.ndarray:
     """Which questions a row answers, bool (n,)."""
     asked, task = bench.data, bench.task
     if row == "majority":
-        return vqa.majority(asked.train, asked.questions)
+        return majority(asked.train, asked.questions)
     side = "teacher" if row == "teacher" else "student"
     length = task.answer_length[side == "student"]
     if row == "teacher":

@@ -90,19 +90,14 @@ def empty_cache(shape: BlockShape, depth: int, batch: int, length: int) -> Cache
     return Cache(zeros, zeros)
 
 
-def causal_mask(
-    there: Bool[Array, "b s"], queries: int | None = None, first: Int[Array, ""] | int = 0
-) -> Bool[Array, "b t s"]:
+def causal_mask(there: Bool[Array, "b s"]) -> Bool[Array, "b s s"]:
     """Which token may look at which: at those before it and itself that are there.
 
     Args:
         there: Which tokens are no padding.
-        queries: How many of them look; all by default.
-        first: Where the first of those stands.
     """
     size = there.shape[1]
-    rows = first + jnp.arange(size if queries is None else queries)
-    return (jnp.arange(size) <= rows[:, None]) & there[:, None, :]
+    return jnp.tri(size, dtype=bool) & there[:, None, :]
 
 
 def positions_of(there: Bool[Array, "b t"]) -> Int[Array, "b t"]:
@@ -258,12 +253,3 @@ class Blocks(nn.Module):
         )(self.shape, name="stack")
         x, made = stack(x, None if cache is None else tuple(cache), positions, mask, at)
         return x, None if cache is None else Cache(*made)
-
-
-def block_parameters(shape: BlockShape) -> int:
-    """The number of parameters of one block."""
-    d = shape.length()
-    heads = shape.heads + 2 * shape.kv_heads
-    attention = shape.width * d * heads + shape.heads * d * shape.width
-    bias = d * heads if shape.qkv_bias else 0
-    return attention + bias + 3 * shape.width * shape.hidden + 2 * shape.width

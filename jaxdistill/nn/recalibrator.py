@@ -8,7 +8,6 @@ from jaxdistill.nn.decoder import (
     Blocks,
     BlockShape,
     RMSNorm,
-    block_parameters,
     causal_mask,
     positions_of,
 )
@@ -68,8 +67,3 @@ class Recalibrator(nn.Module):
         elif self.norm == "rms":
             x = RMSNorm(block.epsilon, name="norm")(x)
         return x[:, : prefix.shape[1]], x[:, prefix.shape[1] :]
-
-
-def recalibrator_parameters(block: BlockShape, teacher_width: int, depth: int = 2) -> int:
-    """The number of parameters, without the last norm."""
-    return depth * block_parameters(block) + 2 * block.width * teacher_width

@@ -12,15 +12,13 @@ runs the stages that stand before a method, and saves and reads what a method pu
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxdistill.data import dataset, device, sources, stream
-from jaxdistill.errors import InputError
 from jaxdistill.settings import Data
 from jaxdistill.task import Part
 
@@ -39,37 +37,6 @@ class Loaded(NamedTuple):
     data: Any
     source: dict[str, Any]
     made: Callable[[], dict[str, Any]] = dict
-
-
-def check_settings(
-    experiment: Any, folder: Path, name: str, card: dict[str, Any], decisive: Sequence[tuple]
-) -> None:
-    """Refuses what was trained with other settings: its parameters may fit all the same.
-
-    Args:
-        experiment: The run that wants it.
-        folder: Where it lies.
-        name: What it is: `teacher`.
-        card: What it says of itself; its config is in it.
-        decisive: Group and name of each setting that must be the same.
-
-    Raises:
-        InputError: If one is not, or the card does not say it.
-    """
-    for group, setting in decisive:
-        try:
-            known = card["config"][group][setting]
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{folder / name}.json does not say how it was trained; train it with this "
-                "version, or add its settings to the card as config"
-            ) from error
-        own = getattr(getattr(experiment.groups, group), setting)
-        if own != known:
-            raise InputError(
-                f"the {name} in {folder} was trained with {group}.{setting}={known}, this run has "
-                f"{own}; use the same, or another {name}"
-            )
 
 
 def load_images(data: Data) -> dataset.Dataset:

@@ -1,7 +1,6 @@
 """The family that distils a flow teacher: many-step velocities in, students of a few steps out."""
 
 import functools
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from jaxdistill import collective, keywords, run_folder, stage
+from jaxdistill import collective, keywords
 from jaxdistill.errors import InputError
 from jaxdistill.flow import adapt
 from jaxdistill.flow.matching import examples_of, flow_matching
@@ -23,25 +22,23 @@ from jaxdistill.interrupt import ShouldStop
 from jaxdistill.io import weights
 from jaxdistill.io.files import expanded
 from jaxdistill.io.reading import one_line
-from jaxdistill.io.versions import versions
 from jaxdistill.keywords import Between, Count, Dtype, Folder, Fraction, Rate
 from jaxdistill.method import Batch, BatchSpec, Method, replicated
 from jaxdistill.nn.dit import DiT
 from jaxdistill.nn.flow_mlp import FlowMLP
 from jaxdistill.nn.unet import UNet
-from jaxdistill.parallel import processes
 from jaxdistill.parallel.mesh import fully_sharded, make_mesh
 from jaxdistill.settings import Data, Experiment, Parallel, Row, Run, resolve
 from jaxdistill.task import FlowTask, Part
 from jaxdistill.tasks import (
     Loaded,
-    check_settings,
     image_facts,
     load_images,
     placed,
     placed_shapes,
     source_of,
 )
+from jaxdistill.tasks.pretrained import Wanted, identity, pretrained
 
 ROOM = "jaxdistill.flow"
 ARTEFACT = "student.safetensors"
@@ -369,61 +366,32 @@ def teacher_method(groups: Settings, task: FlowTask, rate_factor: float = 1.0) -
 def _teacher(experiment, task, source, workdir, should_stop) -> tuple[PyTree, str]:
     """The teacher's parameters, read or trained first, and their checksum."""
     groups = experiment.groups
-    folder = expanded(groups.teacher.dir) if groups.teacher.dir else workdir / "teacher"
-    done = (folder / "teacher.safetensors").is_file()
-    processes.wait("the teacher is looked for")
-    if groups.teacher.dir and not done:
-        raise InputError(f"{folder} holds no teacher.safetensors; leave teacher.dir out to train")
-    if not groups.teacher.dir:
-        identity = run_folder.claim(folder, *_identity(experiment, source))
-    if not done:
+
+    def build(rate_factor):
         if groups.model.param_dtype != "float32":
             raise InputError(
                 "a teacher is trained with model.param_dtype=float32, or its moving average would "
                 "stand still; give the folder of a trained one as teacher.dir"
             )
-        ended = stage.run(
-            "teacher",
-            functools.partial(teacher_method, groups, task),
-            seed=experiment.seed,
-            run=groups.run,
-            backend=groups.parallel.backend,
-            folder=folder,
-            identity=identity,
-            examples=task.examples,
-            frozen=(),
-            steps=groups.teacher.steps,
-            mesh=mesh(experiment, task),
-            should_stop=should_stop,
-        )
-        params = jax.tree.map(processes.whole, ended.method.output(ended.state))
-        if processes.is_first():
-            card = {
-                "dataset": task.name,
-                "method": "teacher",
-                "config_hash": identity,
-                "seed": experiment.seed,
-                "cost": ended.cost,
-                "rate_factor": ended.rate_factor,
-                "provenance": source | {"versions": versions()},
-                "config": experiment.stated(),
-            }
-            weights.save(folder, "teacher", params, card)
-        processes.wait("the teacher is trained")
-    params, card = weights.load(folder, "teacher")
-    path = f"{folder / 'teacher.safetensors'}"
-    weights.check_shapes(path, params, task.teacher.shapes["teacher"])
-    check_settings(experiment, folder, "teacher", card, _OF_A_TEACHER)
+        return teacher_method(groups, task, rate_factor)
+
+    wanted = Wanted(
+        "teacher",
+        "teacher",
+        groups.teacher.dir,
+        workdir / "teacher",
+        identity(experiment, ("data", "path", "model", "teacher"), **source),
+        build,
+        groups.teacher.steps,
+        task.examples,
+        mesh(experiment, task),
+        task.teacher.shapes["teacher"],
+        _OF_A_TEACHER,
+        task.name,
+        source,
+    )
+    params, card = pretrained(experiment, wanted, should_stop)
     return params, card["sha256"]
-
-
-def _identity(experiment: Experiment, source: dict) -> tuple[dict, dict]:
-    """What decides what a teacher is, and the defaults of its settings; see `run_folder.claim`."""
-    groups = {n: getattr(experiment.groups, n) for n in ("data", "path", "model", "teacher")}
-    own = {n: keywords.identifying(type(g), g._asdict()) for n, g in groups.items()}
-    defaults = {n: keywords.defaults(type(g)) for n, g in groups.items()}
-    identity = {"family": "flow", "seed": experiment.seed, **own, **source}
-    return json.loads(json.dumps(identity)), json.loads(json.dumps(defaults))
 
 
 # ---------------------------------------------------------------------------- a student alone

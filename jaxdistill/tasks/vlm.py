@@ -1,7 +1,6 @@
 """The family that distils vision-language models: a large one's answers into a small one."""
 
 import functools
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdistill import collective, keywords, run_folder, stage
+from jaxdistill import collective, keywords
 from jaxdistill.data import device, sources, text, vqa
 from jaxdistill.data.text import ANSWER, EOS, Tokenizer
 from jaxdistill.errors import InputError
@@ -21,16 +20,15 @@ from jaxdistill.interrupt import ShouldStop
 from jaxdistill.io import weights
 from jaxdistill.io.files import expanded, write_files
 from jaxdistill.io.reading import one_line
-from jaxdistill.io.versions import versions
 from jaxdistill.keywords import Between, Count, Dtype, Folder, Natural, Rate
 from jaxdistill.method import BatchSpec, replicated
 from jaxdistill.nn.decoder import BlockShape
 from jaxdistill.nn.vlm import VLM, part_of
-from jaxdistill.parallel import processes
 from jaxdistill.parallel.mesh import fully_sharded, make_mesh
 from jaxdistill.settings import Experiment, Parallel, Row, Run
 from jaxdistill.task import Language, Part, VLMTask
-from jaxdistill.tasks import Loaded, check_settings
+from jaxdistill.tasks import Loaded
+from jaxdistill.tasks.pretrained import Wanted, identity, pretrained
 from jaxdistill.vlm import supervised
 from jaxdistill.vlm.align import align
 from jaxdistill.vlm.decoding import generate
@@ -398,6 +396,12 @@ def _examples(arrays: dict[str, np.ndarray]) -> Part:
     return Part(shapes, functools.cache(lambda: device.resident(arrays)))
 
 
+def _image_shape(examples: Part) -> tuple[int, int, int]:
+    """(h, w, c) of the images of examples."""
+    resident = examples.shapes
+    return dict(zip(sorted(resident.examples), resident.shapes, strict=True))["images"]
+
+
 def _normalized(images: Any) -> Any:
     """Pixels of 0 to 255 as models see them."""
     return images.astype("float32") / 255 - 0.3
@@ -458,8 +462,7 @@ def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_sha
 
 
 def _task(groups, name, named, lengths, examples: Part) -> VLMTask:
-    resident = examples.shapes
-    image_shape = dict(zip(sorted(resident.examples), resident.shapes, strict=True))["images"]
+    image_shape = _image_shape(examples)
     models = {
         side: _language(groups.model, getattr(groups, side), named[side].size, image_shape)
         for side in _SIDES
@@ -487,104 +490,61 @@ def _task(groups, name, named, lengths, examples: Part) -> VLMTask:
 
 def _models(experiment, task, examples, source, workdir, should_stop) -> tuple[PyTree, dict]:
     """Teacher and start of the students, read or trained first, and their checksums."""
-    rest = task, source, should_stop
-    given = experiment.groups.teacher.dir
-    places = {
-        "teacher": expanded(given) if given else workdir / "teacher",
-        "student": workdir / "start",
-    }
     params, sums = {}, {}
-    for side, folder in places.items():
-        own = bool(given) and side == "teacher"
-        params[side], sums[side] = _model(experiment, side, folder, own, examples[side], *rest)
+    for side in _SIDES:
+        wanted = _wanted(experiment, side, examples[side], task, source, workdir)
+        made, card = pretrained(experiment, wanted, should_stop)
+        if card.get("tokenizer_sha256") != source["tokenizers"][side]:
+            raise InputError(
+                f"the {side} reads by another tokenizer than {side}.tokenizer of these questions; "
+                "give the questions that it was trained on"
+            )
+        shapes = task.start.shapes[side]
+        params[side] = jax.tree.map(lambda x, shape: x.astype(shape.dtype), made, shapes)
+        sums[side] = card["sha256"]
     return params, {"teacher_sha256": sums["teacher"], "start_sha256": sums["student"]}
 
 
-def _model(experiment, side, folder, given, examples, task, source, should_stop):
+def _wanted(experiment, side, examples, task, source, workdir) -> Wanted:
+    """One of both models, fine-tuned on the answers, in float32 whatever is frozen later."""
     groups = experiment.groups
-    sizes = getattr(groups, side)
-    done = (folder / f"{side}.safetensors").is_file()
-    processes.wait(f"the {side} is looked for")
-    if given and not done:
-        raise InputError(f"{folder} holds no {side}.safetensors; leave {side}.dir out to train")
-    if not given:
-        identity = run_folder.claim(folder, *_identity(experiment, side, source))
-    if not done:
-        # In float32, whatever type what is frozen has later.
-        model = _language(groups.model._replace(param_dtype="float32"), sizes, *_built(task, side))
-        training = supervised.Training(sizes.steps, sizes.batch_size, sizes.learning_rate)
+    sizes, read = getattr(groups, side), source["tokenizers"][side]
+    image_shape = _image_shape(task.examples)
+    model = _language(
+        groups.model._replace(param_dtype="float32"), sizes, len(task.pieces[side]), image_shape
+    )
+    training = supervised.Training(sizes.steps, sizes.batch_size, sizes.learning_rate)
 
-        def build(rate_factor):
-            rate = training.learning_rate * rate_factor
-            return supervised.trained(
-                lambda key, frozen: model.init(key),
-                supervised.supervised_loss(model, side),
-                supervised.optimizer(training._replace(learning_rate=rate)),
-                batches=task.batches(sizes.batch_size),
-                pair=task.pair,
-            )._replace(specs=task.specs)
+    def build(rate_factor):
+        rate = training.learning_rate * rate_factor
+        return supervised.trained(
+            lambda key, frozen: model.init(key),
+            supervised.supervised_loss(model, side),
+            supervised.optimizer(training._replace(learning_rate=rate)),
+            batches=task.batches(sizes.batch_size),
+            pair=task.pair,
+        )._replace(specs=task.specs)
 
-        name = "teacher" if side == "teacher" else "start of the students"
-        ended = stage.run(
-            name,
-            build,
-            seed=experiment.seed,
-            run=groups.run,
-            backend=groups.parallel.backend,
-            folder=folder,
-            identity=identity,
-            examples=examples,
-            frozen=(),
-            steps=sizes.steps,
-            mesh=mesh(experiment, task),
-            should_stop=should_stop,
-        )
-        output = jax.tree.map(processes.whole, ended.method.output(ended.state))
-        if processes.is_first():
-            card = {
-                "dataset": task.name,
-                "method": side,
-                "config_hash": identity,
-                "seed": experiment.seed,
-                "cost": ended.cost,
-                "rate_factor": ended.rate_factor,
-                "tokenizer_sha256": source["tokenizers"][side],
-                "provenance": source | {"versions": versions()},
-                "config": experiment.stated(),
-            }
-            weights.save(folder, side, output, card)
-        processes.wait(f"the {side} is trained")
-    params, card = weights.load(folder, side)
-    shapes = task.start.shapes[side]
-    weights.check_shapes(f"{folder / side}.safetensors", params, shapes)
-    if given:
-        check_settings(experiment, folder, side, card, _OF_A_TEACHER)
-    params = jax.tree.map(lambda x, shape: x.astype(shape.dtype), params, shapes)
-    if card.get("tokenizer_sha256") != source["tokenizers"][side]:
-        raise InputError(
-            f"the {side} in {folder} reads by another tokenizer than {sizes.tokenizer} of these "
-            "questions; give the questions that it was trained on"
-        )
-    return params, card["sha256"]
-
-
-def _built(task: VLMTask, side: str) -> tuple[int, tuple[int, ...]]:
-    """What a model is built for: the size of its vocabulary, and the shape of images."""
-    resident = task.examples.shapes
-    images = dict(zip(sorted(resident.examples), resident.shapes, strict=True))["images"]
-    return len(task.pieces[side]), images
-
-
-def _identity(experiment: Experiment, side: str, source: dict) -> tuple[dict, dict]:
-    """What decides what a model is, and the defaults of its settings; see `run_folder.claim`."""
-    groups = {n: getattr(experiment.groups, n) for n in ("data", "model", side)}
-    own = {n: keywords.identifying(type(g), g._asdict()) for n, g in groups.items()}
-    defaults = {n: keywords.defaults(type(g)) for n, g in groups.items()}
-    del own["model"]["param_dtype"]  # it is trained in float32
-    read = {"tokenizer_sha256": source["tokenizers"][side]}
-    data = {name: source[name] for name in ("source_sha256",)}
-    identity = {"family": "vlm", "seed": experiment.seed, **own, **data, **read}
-    return json.loads(json.dumps(identity)), json.loads(json.dumps(defaults))
+    known = {"source_sha256": source["source_sha256"], "tokenizer_sha256": read}
+    decided, defaults = identity(experiment, ("data", "model", side), **known)
+    del decided["model"]["param_dtype"]
+    teacher = side == "teacher"
+    return Wanted(
+        side,
+        "teacher" if teacher else "start of the students",
+        groups.teacher.dir if teacher else None,
+        workdir / ("teacher" if teacher else "start"),
+        (decided, defaults),
+        build,
+        sizes.steps,
+        examples,
+        mesh(experiment, task),
+        task.start.shapes[side],
+        _OF_A_TEACHER if teacher else (),
+        task.name,
+        source,
+        {"tokenizer_sha256": read},
+    )
 
 
 # ---------------------------------------------------------------------------- a student alone

@@ -11,13 +11,12 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.errors import InputError
-from jaxdistill.keywords import Between, Weight, grouped
+from jaxdistill.keywords import grouped
 from jaxdistill.task import Recipe, VLMTask
 from jaxdistill.vlm import losses
 from jaxdistill.vlm.pairs import answer_logits
 from jaxdistill.vlm.same_vocabulary import Total
-from jaxdistill.vlm.supervised import Training, mean, student_recipe
+from jaxdistill.vlm.supervised import Beside, Training, both, check_weights, student_recipe
 
 Name = Literal["uld", "multilevel_ot", "gold", "gold_hybrid", "pkl", "alm"]
 """`uld` and `multilevel_ot` sort; `gold` merges tokens and sorts, `gold_hybrid` compares those that
@@ -82,39 +81,28 @@ def recipe(
     task: VLMTask,
     *,
     loss: Name = "alm",
-    weight: Weight = 1.0,
-    sft: Weight = 1.0,
-    temperature: Annotated[float, Between(1e-3, 1e3)] = 1.0,
-    **rest: Annotated[Any, Training],
+    **rest: Annotated[Any, Beside, Training],
 ) -> Recipe:
     """A student that is held against a teacher with another tokenizer.
 
     Args:
         task: What it is for.
         loss: Which loss; see `Name`.
-        weight: Its weight.
-        sft: The weight of the cross-entropy of the answers, in the student's own tokens.
-        temperature: By which logits are divided, where the loss has one.
-        **rest: Settings of `Training`.
+        **rest: Settings of `Beside` and `Training`.
 
     Raises:
         InputError: If both weights are 0, or the vocabularies do not go with the loss.
     """
-    (training,) = grouped(rest, Training)
-    if not weight and not sft:
-        raise InputError("method.weight and method.sft are both 0; give one of them")
-    one = text_loss(task, loss, temperature)
+    beside, training = grouped(rest, Beside, Training)
+    check_weights(beside)
+    one = text_loss(task, loss, beside.temperature)
 
     def of(params, frozen, pair):
         base = jax.lax.stop_gradient(frozen["teacher"])
         said = answer_logits(task.teacher_model, base, pair.images, pair.teacher)
         own = answer_logits(task.student_model, params, pair.images, pair.student)
         sums, counts = jax.vmap(one)(jax.lax.stop_gradient(said), own, pair)
-        metrics = {
-            loss: mean((sums.sum(), counts.sum())),
-            "sft": mean(losses.cross_entropy(pair.student.answer, own, pair.student.answer_there)),
-        }
-        metrics["loss"] = weight * metrics[loss] + sft * metrics["sft"]
-        return metrics["loss"], metrics
+        sft = losses.cross_entropy(pair.student.answer, own, pair.student.answer_there)
+        return both(beside, loss, (sums.sum(), counts.sum()), sft)
 
     return student_recipe(task, of, training)

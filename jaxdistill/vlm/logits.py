@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from jaxdistill.errors import InputError
-from jaxdistill.keywords import Between, Fraction, Weight, grouped
+from jaxdistill.keywords import Between, Fraction, grouped
 from jaxdistill.task import Recipe, VLMTask
 from jaxdistill.vlm import losses
 from jaxdistill.vlm.pairs import Side, TokenisedPair, answer_logits
-from jaxdistill.vlm.supervised import Training, mean, student_recipe
+from jaxdistill.vlm.supervised import Beside, Training, both, check_weights, student_recipe
 
 _WRITING = 0x77726974  # a number that splitting an example's key does not fold into it
 
@@ -32,45 +32,40 @@ def recipe(
     task: VLMTask,
     *,
     divergence: Divergence = "forward_kl",
-    weight: Weight = 1.0,
-    sft: Weight = 1.0,
-    temperature: Annotated[float, Between(1e-3, 1e3)] = 1.0,
     beta: Annotated[float, Between(1e-6, 1 - 1e-6)] = 0.5,
     alpha: Annotated[float, Between(0, 0.999)] = 0.1,
     on_policy: Fraction = 0.0,
     sampling_temperature: Annotated[float, Between(1e-3, 1e3)] = 1.0,
-    **rest: Annotated[Any, Training],
+    **rest: Annotated[Any, Beside, Training],
 ) -> Recipe:
     """A student that is held against a teacher with the same tokenizer.
 
     Args:
         task: What it is for.
         divergence: Which loss; see `Divergence`.
-        weight: Its weight.
-        sft: The weight of the cross-entropy of the answers.
-        temperature: By which both models' logits are divided.
         beta: Weight of the teacher in the mixture of the JSD.
         alpha: The part of the other distribution in the skew divergences.
         on_policy: Part of the examples whose answers the student writes anew at each step. No
             gradient goes through what it writes, and the cross-entropy leaves them out.
         sampling_temperature: By which the student's logits are divided when it writes.
-        **rest: Settings of `Training`.
+        **rest: Settings of `Beside` and `Training`.
 
     Raises:
         InputError: If the tokenizers are two, or both weights are 0.
     """
-    (training,) = grouped(rest, Training)
+    beside, training = grouped(rest, Beside, Training)
     if task.tokenizer_sha256["teacher"] != task.tokenizer_sha256["student"]:
         raise InputError(
             f"method.divergence={divergence} compares token by token, and teacher and student read "
             "by two tokenizers, under which one id is two things; give student.tokenizer the "
             "teacher's, or take a loss of the method across, or genrecal"
         )
-    if not weight and not sft:
-        raise InputError("method.weight and method.sft are both 0; give one of them")
+    check_weights(beside)
     more = {"jsd": {"beta": beta}, "skew_kl": {"alpha": alpha}, "skew_reverse_kl": {"alpha": alpha}}
     far = functools.partial(
-        getattr(losses, divergence), temperature=temperature, **more.get(divergence, {})
+        getattr(losses, divergence),
+        temperature=beside.temperature,
+        **more.get(divergence, {}),
     )
 
     def of(params, frozen, pair) -> tuple[Array, dict[str, Any]]:
@@ -81,12 +76,9 @@ def recipe(
         base = jax.lax.stop_gradient(frozen["teacher"])
         said = answer_logits(task.teacher_model, base, pair.images, side)
         own = answer_logits(task.student_model, params, pair.images, side)
-        metrics = {
-            divergence: mean(far(jax.lax.stop_gradient(said), own, side.answer_there)),
-            "sft": mean(losses.cross_entropy(given.answer, own, given.answer_there)),
-        }
-        metrics["loss"] = weight * metrics[divergence] + sft * metrics["sft"]
-        return metrics["loss"], metrics
+        apart = far(jax.lax.stop_gradient(said), own, side.answer_there)
+        sft = losses.cross_entropy(given.answer, own, given.answer_there)
+        return both(beside, divergence, apart, sft)
 
     return student_recipe(task, of, training)
 

@@ -6,10 +6,11 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int32, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdistill import collective
-from jaxdistill.keywords import Between, Count, Fraction, Natural, Rate, grouped
+from jaxdistill.errors import InputError
+from jaxdistill.keywords import Between, Count, Fraction, Natural, Rate, Weight, grouped
 from jaxdistill.method import Batch, BatchSpec, Frozen, Method
 from jaxdistill.task import Language, Part, Recipe, VLMTask
 from jaxdistill.vlm.losses import cross_entropy
@@ -41,18 +42,30 @@ class Training(NamedTuple):
     clip: Annotated[float, Between(1e-6, 1e12)] = 1.0
 
 
+class Beside(NamedTuple):
+    """The settings of a loss that stands beside the cross-entropy of the answers.
+
+    Attributes:
+        weight: Its weight.
+        sft: The weight of the cross-entropy, in the student's own tokens.
+        temperature: By which logits are divided, where the loss has one.
+    """
+
+    weight: Weight = 1.0
+    sft: Weight = 1.0
+    temperature: Annotated[float, Between(1e-3, 1e3)] = 1.0
+
+
 class TrainedState(NamedTuple):
     """What changes while a student is trained.
 
     Attributes:
         params: The student's parameters.
         opt: The optimizer's state.
-        step: Steps done.
     """
 
     params: PyTree
     opt: PyTree
-    step: Int32[Array, ""]
 
 
 def optimizer(training: Training) -> optax.GradientTransformation:
@@ -103,7 +116,7 @@ def trained(
     def make(key, frozen, batch):
         del batch
         params = init(key, frozen)
-        return TrainedState(params, tx.init(params), jnp.int32(0))
+        return TrainedState(params, tx.init(params))
 
     def step(state, frozen, batch, key):
         del key
@@ -113,7 +126,7 @@ def trained(
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainedState(params, opt, state.step + 1), metrics
+        return TrainedState(params, opt), metrics
 
     return Method(make, step, lambda state: state.params, batches)
 
@@ -134,6 +147,32 @@ def supervised_loss(model: Language, side: str) -> Loss:
         return value, {"loss": value}
 
     return loss
+
+
+def both(
+    beside: Beside, name: str, far: tuple[Array, Array], sft: tuple[Array, Array]
+) -> tuple[Array, dict[str, Any]]:
+    """A loss and the cross-entropy, weighed, and all three as metrics.
+
+    Args:
+        beside: The weights.
+        name: What the loss is called.
+        far: The loss, as a sum and a number.
+        sft: The cross-entropy, likewise.
+    """
+    metrics = {name: mean(far), "sft": mean(sft)}
+    metrics["loss"] = beside.weight * metrics[name] + beside.sft * metrics["sft"]
+    return metrics["loss"], metrics
+
+
+def check_weights(beside: Beside) -> None:
+    """Refuses a loss of nothing.
+
+    Raises:
+        InputError: If both weights are 0.
+    """
+    if not beside.weight and not beside.sft:
+        raise InputError("method.weight and method.sft are both 0; give one of them")
 
 
 def begun(frozen: Frozen) -> PyTree:

@@ -18,6 +18,7 @@ from jaxdistill import keywords, settings
 from jaxdistill.data import sources, text, vqa
 from jaxdistill.data.device import draw
 from jaxdistill.errors import InputError, Interrupted
+from jaxdistill.eval import answers
 from jaxdistill.io import weights
 from jaxdistill.nn.vlm import part_of
 from jaxdistill.vlm import across, logits, losses
@@ -189,7 +190,7 @@ def test_no_image_is_in_two_splits_and_a_seed_says_all(questions):
     assert longer.test.fingerprint(vqa.KINDS) == questions.test.fingerprint(vqa.KINDS)
     assert other.test.fingerprint(vqa.KINDS) != questions.test.fingerprint(vqa.KINDS)
     assert questions.test.fingerprint(vqa.KINDS[::-1]) != questions.test.fingerprint(vqa.KINDS)
-    guessed = vqa.majority(questions.train, questions.test)
+    guessed = answers.majority(questions.train, questions.test)
     assert 0.05 < guessed.mean() < 0.4  # asked evenly, and no more can be guessed
 
 
