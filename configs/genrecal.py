@@ -6,9 +6,9 @@ Arguments, joined by commas behind the colon:
 
     dataset=    digits (default), fashion_mnist or another labelled set, whose images stand in
                 grids of four that questions are asked about
-    method=     genrecal (default), sft, blind; a loss between tokenizers: uld, multilevel_ot,
-                gold, gold_hybrid, pkl, alm; or one of a single tokenizer: forward_kl, reverse_kl,
-                jsd, skew_kl, skew_reverse_kl, total_variation, gkd
+    method=     genrecal (default), sft, blind, sequence_kd; a loss between tokenizers: uld,
+                multilevel_ot, gold, gold_hybrid, pkl, alm; or one of a single tokenizer:
+                forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, gkd
     baselines=  rows beside it, joined by +: sft (default); empty for none
     tokenizers= two (default), or one: the student reads as the teacher does. With a method of a
                 single tokenizer it is one
@@ -16,7 +16,8 @@ Arguments, joined by commas behind the colon:
 
 The teacher reads byte pairs, which `pip install "jaxdistill[vlm]"` brings, and small patches, the
 student characters and large ones; both are trained here first. Rows: `genrecal` in three stages,
-`sft` as many steps of fine-tuning alone, `blind` the same from nothing and without images; the
+`sft` as many steps of fine-tuning alone, `blind` the same from nothing and without images,
+`sequence_kd` on the teacher's answers in place of those of the data; the
 others are fine-tuned with the loss of that name beside the cross-entropy. As the method they are
 rows called by their module: `supervised`, `across`, `logits`.
 
@@ -91,6 +92,7 @@ def get_config(argument=None, dataset=None, method=None):
     rows = {
         "genrecal": {"name": "genrecal", **_STAGES},
         "sft": {"name": "supervised", "steps": steps},
+        "sequence_kd": {"name": "supervised", "steps": steps, "answers": "teacher"},
         "blind": {"name": "supervised", "steps": steps + _START, "blind": True},
         **{loss: {"name": "across", "steps": steps, "loss": loss} for loss in _LOSSES},
         **{d: {"name": "logits", "steps": steps, "divergence": d} for d in _DIVERGENCES},
@@ -109,6 +111,8 @@ def get_config(argument=None, dataset=None, method=None):
 
     config.evals = ml_collections.ConfigDict()
     config.evals.answers = ml_collections.ConfigDict({"name": "answers"})
+    if "genrecal" in (method, *config.baselines):
+        config.evals.recalibration = ml_collections.ConfigDict({"name": "recalibration"})
 
     if arg["smoke"]:
         config.data.train, config.data.teacher_train = 64, 128
@@ -121,5 +125,6 @@ def get_config(argument=None, dataset=None, method=None):
         for row in (config.method, *config.baselines.values()):
             row.batch_size = 8
             row.update(stages if row.name == "genrecal" else {"steps": 6})
-        config.evals.answers.batch_size = 20
+        for evaluation in config.evals.values():
+            evaluation.batch_size = 20
     return config

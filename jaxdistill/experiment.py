@@ -15,12 +15,15 @@ from jaxdistill.errors import Diverged, InputError
 from jaxdistill.eval import results
 from jaxdistill.eval.bench import Bench, Made
 from jaxdistill.interrupt import ShouldStop, never
+from jaxdistill.io import weights
 from jaxdistill.io.files import expanded
 from jaxdistill.io.versions import versions
 from jaxdistill.parallel import processes
 from jaxdistill.settings import Config, Experiment, Row
 from jaxdistill.task import Recipe
 from jaxdistill.tasks import Loaded
+
+_ASIDE = "aside"  # the name of what a method keeps beside its artefact
 
 
 @jax.enable_x64(False)  # a run is one of 32 bits, whatever the program around it computes in
@@ -169,7 +172,8 @@ def _make(ready: Ready, row: Row) -> Made:
         experiment.identity(row) | loaded.source | loaded.made(),
         experiment.default_identity(row),
     )
-    shapes = stage.output_shapes(made, loaded.task.examples)
+    examples = made.examples or loaded.task.examples
+    shapes = stage.output_shapes(made, examples)
     if not done:
         if made.note and processes.is_first():
             print(f"{row.name}: {made.note}")
@@ -182,7 +186,7 @@ def _make(ready: Ready, row: Row) -> Made:
             backend=experiment.groups.parallel.backend,
             folder=folder,
             identity=identity,
-            examples=loaded.task.examples,
+            examples=examples,
             frozen=frozen,
             steps=made.steps,
             mesh=family.mesh(experiment, loaded.task),
@@ -200,7 +204,11 @@ def _make(ready: Ready, row: Row) -> Made:
             "settings": run_folder.identity(folder),
             **made.card,
         }
+        aside = made.aside and jax.tree.map(processes.whole, made.aside.keep(ended.state))
         if processes.is_first():
+            # Before the artefact: where that is, all is.
+            if aside is not None:
+                weights.save(folder / "artifacts", _ASIDE, aside, {"config_hash": identity})
             family.save(folder / "artifacts", experiment, loaded, row, output, card)
         processes.wait(f"{row.name} is made")
     try:
@@ -221,6 +229,7 @@ def _make(ready: Ready, row: Row) -> Made:
         made,
         lambda: family.read(folder / "artifacts", shapes)[0],
         made.frozen.load,
+        lambda: weights.load(folder / "artifacts", _ASIDE)[0],
     )
 
 

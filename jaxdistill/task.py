@@ -150,6 +150,7 @@ class VLMTask(NamedTuple):
         teacher: `{"teacher": params}`.
         start: `{"teacher": params, "student": params}`, where students start from.
         examples: What the steps' batches are drawn from.
+        answered: The same with the teacher's answers in the place of those of the data.
         answer_length: Tokens of the longest answer: the teacher's, the student's.
         pieces: By side, `teacher` or `student`: the bytes of each of its tokens, or the name of a
             special one.
@@ -166,6 +167,7 @@ class VLMTask(NamedTuple):
     teacher: Part
     start: Part
     examples: Part
+    answered: Part
     answer_length: tuple[int, int]
     pieces: Mapping[str, tuple[bytes | str, ...]]
     encode: Mapping[str, Callable[[bytes], list[int]]]
@@ -182,6 +184,18 @@ TraceFn = Callable[..., Array]
 way, some in each segment."""
 
 
+class Aside(NamedTuple):
+    """What a method leaves beside its output, for evaluations that look into how it was made.
+
+    Attributes:
+        keep: `state -> PyTree`: what is written beside the artefact, a tree of arrays.
+        use: What an evaluation of the method's own calls with it.
+    """
+
+    keep: Callable[[State], PyTree]
+    use: Callable[..., Any]
+
+
 class Recipe(NamedTuple):
     """What a method's module makes of a task and of the method's settings.
 
@@ -195,6 +209,8 @@ class Recipe(NamedTuple):
         note: A line that is printed before the run.
         sample: How a student makes examples; see `SampleFn`.
         trace: The states on a student's way; see `TraceFn`.
+        examples: What the steps' batches are drawn from, where it is not the task's `examples`.
+        aside: What is kept beside the output; see `Aside`.
     """
 
     method: Method
@@ -206,3 +222,5 @@ class Recipe(NamedTuple):
     note: str = ""
     sample: SampleFn | None = None
     trace: TraceFn | None = None
+    examples: Part | None = None
+    aside: Aside | None = None

@@ -26,6 +26,7 @@ class Made(NamedTuple):
         recipe: What it was made by.
         output: Reads its artefact: a `Distilled` set, or the parameters of a student.
         frozen: Reads what its method was given.
+        aside: Reads what its method keeps beside the output, where it keeps something.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Made(NamedTuple):
     recipe: Recipe
     output: Callable[[], Any]
     frozen: Callable[[], PyTree]
+    aside: Callable[[], PyTree]
 
 
 class Bench(NamedTuple):

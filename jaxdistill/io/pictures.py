@@ -1,4 +1,4 @@
-"""Pictures: images in rows by class; points in the plane, clouds and ways side by side."""
+"""Pictures: images in rows by class; points in the plane; a matrix of cosines."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,7 @@ _ASPECT = 1.25  # width over height aimed at
 # Of points.
 _SIDE, _MARGIN, _TITLE = 260, 12, 22
 _INK, _START, _END = (40, 40, 40), (150, 150, 150), (200, 60, 40)
+_CELL = 40  # of a matrix
 _SCALE = 3  # drawn larger and reduced, for smooth lines
 
 
@@ -164,6 +165,35 @@ def curves(ways: Mapping[str, Float[np.ndarray, "t n 2"]]) -> UInt8[np.ndarray, 
                 canvas.ellipse((x - 6, y - 6, x + 6, y + 6), fill=color)
 
     return _panels(ways, draw)
+
+
+def matrix(
+    cosines: Float[np.ndarray, "n m"], rows: str, columns: str
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Draws numbers of -1 to 1 as squares, blue below zero and red above, each with its value.
+
+    Args:
+        cosines: The numbers.
+        rows: What rows are, written above with an arrow downwards.
+        columns: What columns are.
+    """
+    count, across = cosines.shape
+    size = (across * _CELL + 2 * _MARGIN, count * _CELL + _TITLE + 2 * _MARGIN)
+    wide = max(size[0], _SIDE + 2 * _MARGIN)
+    canvas = Image.new("RGB", (wide * _SCALE, size[1] * _SCALE), "white")
+    pen = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(size=13 * _SCALE)
+    title = f"rows: {rows}; columns: {columns}"
+    pen.text((_MARGIN * _SCALE, _MARGIN * _SCALE), title, fill=_INK, font=font)
+    for (i, j), value in np.ndenumerate(cosines):
+        left = (_MARGIN + j * _CELL) * _SCALE
+        top = (_MARGIN + _TITLE + i * _CELL) * _SCALE
+        far = np.array(_END if value > 0 else (50, 90, 190))
+        colour = tuple(np.rint(255 + (far - 255) * min(abs(value), 1)).astype(int).tolist())
+        pen.rectangle((left, top, left + _CELL * _SCALE, top + _CELL * _SCALE), fill=colour)
+        middle = left + _CELL * _SCALE / 2, top + _CELL * _SCALE / 2
+        pen.text(middle, f"{value:.2f}", fill=_INK, font=font, anchor="mm")
+    return np.asarray(canvas.resize((wide, size[1]), Image.Resampling.LANCZOS))
 
 
 def _panels(items, draw):

@@ -20,26 +20,28 @@ from jaxdistill.interrupt import ShouldStop
 from jaxdistill.io import weights
 from jaxdistill.io.files import expanded, write_files
 from jaxdistill.io.reading import one_line
-from jaxdistill.keywords import Between, Count, Dtype, Folder, Natural, Rate
+from jaxdistill.keywords import ASIDE, Between, Count, Dtype, Folder, Natural, Rate
 from jaxdistill.method import BatchSpec, replicated
 from jaxdistill.nn.decoder import BlockShape
 from jaxdistill.nn.vlm import VLM, part_of
+from jaxdistill.parallel import processes
 from jaxdistill.parallel.mesh import fully_sharded, make_mesh
 from jaxdistill.settings import Experiment, Parallel, Row, Run
 from jaxdistill.task import Language, Part, VLMTask
-from jaxdistill.tasks import Loaded
+from jaxdistill.tasks import Loaded, readings
 from jaxdistill.tasks.pretrained import Wanted, identity, pretrained
 from jaxdistill.vlm import supervised
 from jaxdistill.vlm.align import align
 from jaxdistill.vlm.decoding import generate
 from jaxdistill.vlm.groups import Groups
-from jaxdistill.vlm.pairs import Side, TokenisedPair
+from jaxdistill.vlm.pairs import Side, TokenisedPair, encoded
 
 ROOM = "jaxdistill.vlm"
 ARTEFACT = "student.safetensors"
 
 _SIDES = ("teacher", "student")
 _TOKENIZER = "tokenizer.json"
+_AT_A_TIME = 250  # examples that the teacher reads or answers
 _MULTIPLE = 16  # to which the tokens of questions are padded for a student alone
 # What parameters do not show, and must be as it was when they were trained.
 _OF_A_TEACHER = (
@@ -98,6 +100,8 @@ class Teacher(NamedTuple):
         steps: Length of its training.
         batch_size: Questions a step.
         learning_rate: AdamW's learning rate.
+        cache: Whether what it makes of the students' examples is computed once and kept in the
+            workdir. It takes a state for each token, and a step is spared the teacher.
     """
 
     dir: Folder = None
@@ -111,6 +115,7 @@ class Teacher(NamedTuple):
     steps: Count = 8000
     batch_size: Annotated[int, Between(1, 10**6)] = 64
     learning_rate: Rate = 2e-3
+    cache: Annotated[bool, ASIDE] = False
 
 
 class Student(NamedTuple):
@@ -192,31 +197,42 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
     Raises:
         InputError: If the data cannot be read, or the settings do not fit them.
     """
-    settings = experiment.groups.data
+    groups, settings = experiment.groups, experiment.groups.data
     if settings.name in _SHAPES:
         raise InputError(f"{settings.name} is a shape without data: use --mode=compile")
-    data, named, lengths = _texts(experiment.groups)
+    data, named, lengths = _texts(groups)
     judged = data.validation if settings.judge_by_validation else data.test
+    known = vqa.Questions(*(x[: settings.train] for x in data.train))
     whole = _arrays(data.train, named, lengths)
     few = {name: array[: settings.train] for name, array in whole.items()}
-    examples = {"teacher": _examples(whole), "student": _examples(few)}
-    task = _task(experiment.groups, data.name, named, lengths, examples["student"])
+    task = _task(groups, data.name, named, lengths, _one(few), settings.train)
     source = {
         "source_sha256": data.train.fingerprint(data.kinds),
         "test_sha256": judged.fingerprint(data.kinds),
         "tokenizers": {side: by.fingerprint() for side, by in named.items()},
     }
+    examples = {"teacher": _resident(whole), "student": _resident(few)}
     read = functools.cache(
         lambda: _models(experiment, task, examples, source, workdir, should_stop)
     )
-    task = task._replace(
+    reading = _Reading(experiment, task, few, source, read, workdir / "readings", should_stop)
+
+    def with_hidden():
+        return device.resident(few | {"hidden": _hidden(reading)})
+
+    def answered():
+        return device.resident(_arrays(_answered(reading, known, named), named, lengths))
+
+    fed = functools.cache(with_hidden) if groups.teacher.cache else examples["student"].load
+    taught = task._replace(
         teacher=task.teacher._replace(load=lambda: {"teacher": read()[0]["teacher"]}),
         start=task.start._replace(load=lambda: read()[0]),
+        examples=task.examples._replace(load=fed),
+        answered=task.answered._replace(load=functools.cache(answered)),
     )
     pair = _pair_of(_arrays(judged, named, lengths))
-    known = vqa.Questions(*(x[: settings.train] for x in data.train))
     asked = Asked(judged, known, data.kinds, pair, named)
-    return Loaded(task, asked, source, lambda: read()[1])
+    return Loaded(taught, asked, source, lambda: read()[1])
 
 
 def shapes(experiment: Experiment) -> VLMTask:
@@ -240,13 +256,12 @@ def shapes(experiment: Experiment) -> VLMTask:
                 f"{side}_{part}": jax.ShapeDtypeStruct((length,), jnp.int32)
                 for part, length in parts.items()
             }
-        count = groups.data.train
-        examples = Part(device.resident_shapes(one, 1, count, count, labelled=False))
-        return _task(groups, groups.data.name, named, lengths, examples)
+        return _task(groups, groups.data.name, named, lengths, one, groups.data.train)
     data, named, lengths = _texts(groups)
-    arrays = _arrays(data.train, named, lengths)
-    few = {name: array[: groups.data.train] for name, array in arrays.items()}
-    return _task(groups, data.name, named, lengths, _examples(few))
+    # Of one question: all have its shapes.
+    first = vqa.Questions(*(x[:1] for x in data.train))
+    one = _one(_arrays(first, named, lengths))
+    return _task(groups, data.name, named, lengths, one, groups.data.train)
 
 
 def mesh(
@@ -388,12 +403,20 @@ def _aligned(pieces: Sequence[tuple[bytes | str, ...]], ids: Sequence[np.ndarray
     )
 
 
-def _examples(arrays: dict[str, np.ndarray]) -> Part:
+def _one(arrays: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of one example."""
+    return {n: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for n, x in arrays.items()}
+
+
+def _examples(one: dict[str, jax.ShapeDtypeStruct], count: int) -> Part:
+    """Examples that steps draw from, by their shapes."""
+    return Part(device.resident_shapes(one, 1, count, count, labelled=False))
+
+
+def _resident(arrays: dict[str, np.ndarray]) -> Part:
     """Examples that steps draw from."""
-    count = len(arrays["images"])
-    one = {n: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for n, x in arrays.items()}
-    shapes = device.resident_shapes(one, 1, count, count, labelled=False)
-    return Part(shapes, functools.cache(lambda: device.resident(arrays)))
+    part = _examples(_one(arrays), len(arrays["images"]))
+    return part._replace(load=functools.cache(lambda: device.resident(arrays)))
 
 
 def _image_shape(examples: Part) -> tuple[int, int, int]:
@@ -416,7 +439,8 @@ def _pair_of(arrays: dict[str, Any]) -> TokenisedPair:
 
     images = _normalized(arrays["images"])
     groups = Groups(arrays["teacher_groups"], arrays["student_groups"])
-    return TokenisedPair(images, side("teacher"), side("student"), groups, arrays.get("keys"))
+    aside = arrays.get("keys"), arrays.get("hidden")
+    return TokenisedPair(images, side("teacher"), side("student"), groups, *aside)
 
 
 def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_shape) -> Language:
@@ -461,13 +485,18 @@ def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_sha
     )
 
 
-def _task(groups, name, named, lengths, examples: Part) -> VLMTask:
-    image_shape = _image_shape(examples)
+def _task(groups, name, named, lengths, one, count: int) -> VLMTask:
+    """The task for some examples of these shapes, nothing of which is there yet."""
+    image_shape = one["images"].shape
     models = {
         side: _language(groups.model, getattr(groups, side), named[side].size, image_shape)
         for side in _SIDES
     }
     made = {side: jax.eval_shape(models[side].init, jax.random.key(0)) for side in _SIDES}
+    fed = dict(one)
+    if groups.teacher.cache:
+        shape = (models["teacher"].image_tokens + sum(lengths["teacher"]), groups.teacher.width)
+        fed["hidden"] = jax.ShapeDtypeStruct(shape, jnp.dtype(groups.model.dtype))
     return VLMTask(
         name,
         models["teacher"],
@@ -476,7 +505,8 @@ def _task(groups, name, named, lengths, examples: Part) -> VLMTask:
         functools.partial(BatchSpec, "uniform"),
         Part({"teacher": made["teacher"]}),
         Part(made),
-        examples,
+        _examples(fed, count),
+        _examples(one, count),
         (lengths["teacher"][1], lengths["student"][1]),
         {side: _pieces(named[side]) for side in _SIDES},
         {side: functools.partial(_encode, named[side]) for side in _SIDES},
@@ -545,6 +575,95 @@ def _wanted(experiment, side, examples, task, source, workdir) -> Wanted:
         source,
         {"tokenizer_sha256": read},
     )
+
+
+# ---------------------------------------------------------------------------- what a teacher reads
+
+
+class _Reading(NamedTuple):
+    """What it takes to have the teacher read the students' examples once."""
+
+    experiment: Experiment
+    task: VLMTask
+    arrays: dict[str, np.ndarray]
+    source: dict[str, Any]
+    models: Callable[[], tuple[PyTree, dict]]
+    folder: Path
+    should_stop: ShouldStop
+
+    def kept(self, name: str, program: Callable[[PyTree, Any], Any], title: str) -> np.ndarray:
+        """What a program makes of teacher and examples."""
+        params, sums = self.models()
+        model = self.experiment.groups.model
+        identity = {
+            "teacher_sha256": sums["teacher_sha256"],
+            "source_sha256": self.source["source_sha256"],
+            "examples": len(self.arrays["images"]),
+            "model": model._asdict(),
+        }
+
+        def make():
+            return readings.passed(
+                program,
+                jax.device_put(params["teacher"]),
+                self.arrays,
+                batch_size=_AT_A_TIME,
+                title=title,
+                should_stop=self.should_stop,
+            )
+
+        return readings.kept(self.folder, name, identity, make)
+
+
+def _hidden(reading: _Reading) -> np.ndarray:
+    """The teacher's hidden states of all examples."""
+    task = reading.task
+
+    def program(params, batch):
+        pair = _pair_of(batch)
+        return encoded(task.teacher_model, params, pair.images, pair.teacher)
+
+    return reading.kept("hidden", program, "the teacher reads")
+
+
+def _answered(
+    reading: _Reading, known: vqa.Questions, named: dict[str, Tokenizer]
+) -> vqa.Questions:
+    """The questions with the teacher's answers, where both models can write them."""
+    task = reading.task
+
+    def program(params, batch):
+        pair = _pair_of(batch)
+        side = pair.teacher
+        return task.teacher_model.generate(
+            params, pair.images, side.question, side.question_there, length=task.answer_length[0]
+        ).tokens
+
+    rows = reading.kept("answers", program, "the teacher answers")
+    # Answers come again and again.
+    room = dict(zip(_SIDES, task.answer_length, strict=True))
+
+    @functools.cache
+    def writable(answer: str) -> bool:
+        if "\ufffd" in answer:  # bytes that are no character
+            return False
+        try:
+            return all(len(named[side].split(answer)) < room[side] for side in _SIDES)
+        except InputError:
+            return False
+
+    answers, left = [], 0
+    for row, given in zip(rows, known.answers, strict=True):
+        said = text.answer_text(named["teacher"], row)
+        fits = text.EOS in row and writable(said)
+        answers.append(said if fits else given)
+        left += not fits
+    if left and processes.is_first():
+        print(
+            f"{left} of {len(answers)} answers of the teacher have no end, or the student cannot "
+            "write them: those of the data stay"
+        )
+    return known._replace(answers=tuple(answers))
 
 
 # ---------------------------------------------------------------------------- a student alone

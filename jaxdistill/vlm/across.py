@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxdistill.keywords import grouped
 from jaxdistill.task import Recipe, VLMTask
 from jaxdistill.vlm import losses
-from jaxdistill.vlm.pairs import answer_logits
+from jaxdistill.vlm.pairs import answer_logits, teacher_logits
 from jaxdistill.vlm.same_vocabulary import Total
 from jaxdistill.vlm.supervised import Beside, Training, both, check_weights, student_recipe
 
@@ -98,10 +98,9 @@ def recipe(
     one = text_loss(task, loss, beside.temperature)
 
     def of(params, frozen, pair):
-        base = jax.lax.stop_gradient(frozen["teacher"])
-        said = answer_logits(task.teacher_model, base, pair.images, pair.teacher)
+        said = teacher_logits(task.teacher_model, frozen["teacher"], pair)
         own = answer_logits(task.student_model, params, pair.images, pair.student)
-        sums, counts = jax.vmap(one)(jax.lax.stop_gradient(said), own, pair)
+        sums, counts = jax.vmap(one)(said, own, pair)
         sft = losses.cross_entropy(pair.student.answer, own, pair.student.answer_there)
         return both(beside, loss, (sums.sum(), counts.sum()), sft)
 

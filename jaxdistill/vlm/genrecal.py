@@ -9,6 +9,7 @@ teacher's, so the tokenizers never have to be brought together.
 What the paper leaves open is a setting with its default, or decided; `docs/genrecal.md` says which.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,10 +23,11 @@ from jaxdistill.errors import InputError
 from jaxdistill.keywords import Between, Fraction, Natural, Rate, Weight, grouped
 from jaxdistill.method import Batch, BatchSpec, Frozen, Method
 from jaxdistill.nn.recalibrator import Recalibrator
-from jaxdistill.task import Language, Recipe, VLMTask
+from jaxdistill.task import Aside, Language, Recipe, VLMTask
 from jaxdistill.vlm import supervised
+from jaxdistill.vlm.diagnosis import diagnosis
 from jaxdistill.vlm.losses import cross_entropy, forward_kl
-from jaxdistill.vlm.pairs import States, TokenisedPair, predicting, states
+from jaxdistill.vlm.pairs import States, TokenisedPair, predicting, states, teacher_states
 from jaxdistill.vlm.supervised import mean
 
 Regularizer = Literal["both", "none", "kl", "ce", "mse"]
@@ -263,21 +265,21 @@ def genrecal(
         return small, recalibrator
 
     def _stage(number, frozen, examples):
-        def loss(params):
+        def loss(params, nudge):
             small, recalibrator = _held(number, params)
             metrics = dict.fromkeys(("ce", "kl", "sft", "regularizer"), jnp.float32(0))
             value = jnp.float32(0)
             own = states(student, small, examples.images, examples.student)
             if number > 0:
                 predicted = predicting(own.prefix, own.prefix_there, own.answer)
-                logits = student.head(small, predicted)
+                logits = student.head(small, predicted + nudge.answer)
                 side = examples.student
                 metrics["sft"] = mean(cross_entropy(side.answer, logits, side.answer_there))
                 value += metrics["sft"] * (r.sft if number == 1 else 1.0)
             if number < 2:
                 base = jax.lax.stop_gradient(frozen["teacher"])
-                theirs = states(teacher, base, examples.images, examples.teacher)
-                theirs = jax.lax.stop_gradient(theirs)
+                theirs = teacher_states(teacher, base, examples)
+                own = own._replace(prefix=own.prefix + nudge.prefix)
 
                 def of(own_prefix):
                     return recalibrated_losses(
@@ -307,9 +309,32 @@ def genrecal(
             metrics["loss"] = value
             return value, metrics
 
-        return jax.grad(loss, has_aux=True)
+        def of(params):
+            grads, metrics = jax.grad(loss, (0, 1), has_aux=True)(params, still)
+            reaches = dict(zip(("student_grad", "sft_grad"), map(_norm, grads[1]), strict=True))
+            return grads[0], metrics | reaches
+
+        # Zeros at the student's states, to see what gradient comes to them.
+        side, width = examples.student, student.width
+        length = student.image_tokens + side.question.shape[1]
+        shapes = (len(side.answer), length, width), (*side.answer.shape, width)
+        still = _Nudge(*map(jnp.zeros, shapes))
+        return of
 
     return Method(make, step, lambda state: state.student, batches)
+
+
+class _Nudge(NamedTuple):
+    """What is added to the student's states: where the Recalibrator reads them, and its head."""
+
+    prefix: Array
+    answer: Array
+
+
+def _norm(grads: Array) -> Array:
+    """The norm over the examples of all devices; see `supervised.mean` for its scale on each."""
+    devices = collective.sum(jnp.float32(1))
+    return jnp.sqrt(collective.sum(jnp.square(grads).sum())) / devices
 
 
 def recipe(task: VLMTask, **rest: Annotated[Any, Recalibration, Stages]) -> Recipe:
@@ -362,4 +387,16 @@ def recipe(task: VLMTask, **rest: Annotated[Any, Recalibration, Stages]) -> Reci
         batches=task.batches(stages.batch_size),
         pair=task.pair,
     )
-    return supervised.made(task, method, stages.align + stages.distil + stages.tune)
+
+    def diagnose(output, recalibrator, frozen, pair):
+        own = states(student, output, pair.images, pair.student)
+        return diagnosis(
+            functools.partial(recalibrate, recalibrator),
+            functools.partial(teacher.head, frozen["teacher"]),
+            own,
+            teacher_states(teacher, frozen["teacher"], pair),
+            pair.teacher.answer,
+        )
+
+    made = supervised.made(task, method, stages.align + stages.distil + stages.tune)
+    return made._replace(aside=Aside(lambda state: state.recalibrator, diagnose))

@@ -17,7 +17,7 @@ from jaxdistill.errors import InputError
 from jaxdistill.keywords import Between, Fraction, grouped
 from jaxdistill.task import Recipe, VLMTask
 from jaxdistill.vlm import losses
-from jaxdistill.vlm.pairs import Side, TokenisedPair, answer_logits
+from jaxdistill.vlm.pairs import Side, TokenisedPair, answer_logits, teacher_logits
 from jaxdistill.vlm.supervised import Beside, Training, both, check_weights, student_recipe
 
 _WRITING = 0x77726974  # a number that splitting an example's key does not fold into it
@@ -73,10 +73,10 @@ def recipe(
         if on_policy:
             side, own_text = _written(task, params, pair, on_policy, sampling_temperature)
             given = side._replace(answer_there=side.answer_there & ~own_text[:, None])
-        base = jax.lax.stop_gradient(frozen["teacher"])
-        said = answer_logits(task.teacher_model, base, pair.images, side)
+            pair = pair._replace(teacher=side, hidden=None)
+        said = teacher_logits(task.teacher_model, frozen["teacher"], pair)
         own = answer_logits(task.student_model, params, pair.images, side)
-        apart = far(jax.lax.stop_gradient(said), own, side.answer_there)
+        apart = far(said, own, side.answer_there)
         sft = losses.cross_entropy(given.answer, own, given.answer_there)
         return both(beside, divergence, apart, sft)
 

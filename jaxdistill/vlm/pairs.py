@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
@@ -39,6 +40,7 @@ class TokenisedPair(NamedTuple):
         student: The same texts under the student's.
         groups: Which tokens of the answers spell the same bytes (b, a) on both sides.
         keys: A key for each example, for what is drawn for it; None where nothing is.
+        hidden: What the teacher makes of it (b, n + q + a, width), where that is known already.
     """
 
     images: Float[Array, "b h w c"]
@@ -46,6 +48,7 @@ class TokenisedPair(NamedTuple):
     student: Side
     groups: Groups
     keys: Key[Array, " b"] | None = None
+    hidden: Float[Array, "b s d"] | None = None
 
 
 class States(NamedTuple):
@@ -64,13 +67,37 @@ class States(NamedTuple):
     answer_there: Bool[Array, "b a"]
 
 
-def states(model: Language, params: PyTree, images: Float[Array, "b h w c"], side: Side) -> States:
-    """What a model makes of image, question and answer."""
+def encoded(
+    model: Language, params: PyTree, images: Float[Array, "b h w c"], side: Side
+) -> Float[Array, "b s d"]:
+    """What a model makes of image, question and answer (b, n + q + a, width)."""
     tokens = jnp.concatenate([side.question, side.answer], axis=1)
     there = jnp.concatenate([side.question_there, side.answer_there], axis=1)
-    hidden = model.encode(params, images, tokens, there)
+    return model.encode(params, images, tokens, there)
+
+
+def states(model: Language, params: PyTree, images: Float[Array, "b h w c"], side: Side) -> States:
+    """What a model makes of image and question, and of the answer."""
+    return _parted(model, encoded(model, params, images, side), side)
+
+
+def teacher_states(model: Language, params: PyTree, pair: TokenisedPair) -> States:
+    """What the teacher makes of the texts of the data; nothing is computed where that is known.
+
+    Args:
+        model: The teacher.
+        params: Its parameters. No gradient goes into them.
+        pair: The examples.
+    """
+    hidden = pair.hidden
+    if hidden is None:
+        hidden = encoded(model, jax.lax.stop_gradient(params), pair.images, pair.teacher)
+    return _parted(model, hidden, pair.teacher)
+
+
+def _parted(model: Language, hidden: Float[Array, "b s d"], side: Side) -> States:
     cut = model.image_tokens + side.question.shape[1]
-    image = jnp.ones((images.shape[0], model.image_tokens), bool)
+    image = jnp.ones((hidden.shape[0], model.image_tokens), bool)
     prefix_there = jnp.concatenate([image, side.question_there], axis=1)
     return States(hidden[:, :cut], prefix_there, hidden[:, cut:], side.answer_there)
 
@@ -91,5 +118,15 @@ def answer_logits(
     model: Language, params: PyTree, images: Float[Array, "b h w c"], side: Side
 ) -> Float[Array, "b a v"]:
     """The logits of each token of an answer that is known up to there."""
-    made = states(model, params, images, side)
+    return head_logits(model, params, states(model, params, images, side))
+
+
+def head_logits(model: Language, params: PyTree, made: States) -> Float[Array, "b a v"]:
+    """The logits of each token of an answer, of the states before it."""
     return model.head(params, predicting(made.prefix, made.prefix_there, made.answer))
+
+
+def teacher_logits(model: Language, params: PyTree, pair: TokenisedPair) -> Float[Array, "b a v"]:
+    """The teacher's logits of each token of the answers of the data, without gradient."""
+    made = head_logits(model, params, teacher_states(model, params, pair))
+    return jax.lax.stop_gradient(made)

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the cross-entropy of answers. Teachers and students start from it."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +181,13 @@ def begun(frozen: Frozen) -> PyTree:
 
 
 def student_recipe(
-    task: VLMTask, loss: Loss, training: Training, *, frozen: Part | None = None, init: Any = None
+    task: VLMTask,
+    loss: Loss,
+    training: Training,
+    *,
+    frozen: Part | None = None,
+    init: Any = None,
+    examples: Part | None = None,
 ) -> Recipe:
     """The recipe of a student that is trained by a loss.
 
@@ -191,6 +197,7 @@ def student_recipe(
         training: The settings.
         frozen: What the steps are given, by default the start of all students and the teacher.
         init: `(key, frozen) -> params`, by default the start of all students.
+        examples: What batches are drawn from, by default the task's.
     """
     method = trained(
         init or (lambda key, frozen: begun(frozen)),
@@ -199,7 +206,7 @@ def student_recipe(
         batches=task.batches(training.batch_size),
         pair=task.pair,
     )
-    return made(task, method, training.steps, frozen)
+    return made(task, method, training.steps, frozen)._replace(examples=examples)
 
 
 def made(task: VLMTask, method: Method, steps: int, frozen: Part | None = None) -> Recipe:
@@ -222,23 +229,32 @@ def made(task: VLMTask, method: Method, steps: int, frozen: Part | None = None) 
     return Recipe(specs, steps, given, sample=sample)
 
 
-def recipe(task: VLMTask, *, blind: bool = False, **rest: Annotated[Any, Training]) -> Recipe:
-    """Fine-tuning of the student on the answers, by its own tokenizer.
+def recipe(
+    task: VLMTask,
+    *,
+    answers: Literal["data", "teacher"] = "data",
+    blind: bool = False,
+    **rest: Annotated[Any, Training],
+) -> Recipe:
+    """Fine-tuning of the student on answers, by its own tokenizer.
 
     Args:
         task: What it is for.
+        answers: Those of the `data`, or what the `teacher` answers in their place, greedily: the
+            sequence-level distillation of Kim and Rush (arXiv 1606.07947).
         blind: Whether it never sees an image, in training and in use: what questions give away. It
             starts from nothing.
         **rest: Settings of `Training`.
     """
     (training,) = grouped(rest, Training)
+    examples = task.answered if answers == "teacher" else None
     loss = supervised_loss(task.student_model, "student")
     if not blind:
         alone = Part(
             {"student": task.start.shapes["student"]},
             lambda: {"student": task.start.load()["student"]},
         )
-        return student_recipe(task, loss, training, frozen=alone)
+        return student_recipe(task, loss, training, frozen=alone, examples=examples)
 
     def unseen(params, frozen, pair):
         return loss(params, frozen, pair._replace(images=jnp.zeros_like(pair.images)))
@@ -250,6 +266,7 @@ def recipe(task: VLMTask, *, blind: bool = False, **rest: Annotated[Any, Trainin
         training,
         frozen=Part(),
         init=lambda key, frozen: task.student_model.init(key),
+        examples=examples,
     )
 
     def sample(output, frozen, images, *question, length):

@@ -21,10 +21,19 @@ from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import answers
 from jaxdistill.io import weights
 from jaxdistill.nn.vlm import part_of
+from jaxdistill.tasks import vlm
 from jaxdistill.vlm import across, logits, losses
+from jaxdistill.vlm.decoding import Written
+from jaxdistill.vlm.diagnosis import diagnosis
 from jaxdistill.vlm.genrecal import recalibrated_losses
 from jaxdistill.vlm.groups import Groups
-from jaxdistill.vlm.pairs import TokenisedPair, answer_logits, predicting, states
+from jaxdistill.vlm.pairs import (
+    TokenisedPair,
+    answer_logits,
+    predicting,
+    states,
+    teacher_states,
+)
 from tests.test_backends import differences, run_on
 from tests.test_method_contract import together
 
@@ -545,18 +554,103 @@ def test_eight_devices_do_what_one_does(ready):
         assert not wrong, f"{backend}: {wrong}"
 
 
+def test_answers_of_the_teacher_take_the_place_of_those_of_the_data(ready, tmp_path, capsys):
+    resolved, task, *_, frozen, _, _ = ready
+    config = configs.load(SMOKE)
+    config.data.train = 4
+    loaded = resolved.family.load(settings.resolve(config), tmp_path, lambda: False)
+    known, named = loaded.data.train, loaded.data.tokenizers
+    arrays = vlm._arrays(known, named, dict.fromkeys(named, (60, 60)))
+    end = [text.EOS] * 60
+    by = named["teacher"]
+    said = [
+        [*by.split("yes"), *end],
+        by.split("yes") * 60,  # no end
+        [by.pieces.index(b"\xff"), *end],  # no whole character
+        [*by.split("no" * 31), *end],  # longer than the student writes
+    ]
+    rows = jnp.array([row[:60] for row in said], jnp.int32)
+    writes = task.teacher_model._replace(
+        generate=lambda *args, **others: Written(rows, rows >= 0, 0.0 * rows)
+    )
+    reading = vlm._Reading(
+        resolved,
+        task._replace(teacher_model=writes, answer_length=(60, 60)),
+        arrays,
+        loaded.source,
+        lambda: (frozen, {"teacher_sha256": "its"}),
+        tmp_path / "readings",
+        lambda: False,
+    )
+    made = vlm._answered(reading, known, named)
+    assert made.answers == ("yes", *known.answers[1:])
+    assert "3 of 4 answers of the teacher have no end" in capsys.readouterr().out
+    # What is kept is read again, and nothing is made.
+    again = reading._replace(task=task, models=lambda: ({}, {"teacher_sha256": "its"}))
+    assert vlm._answered(again, known, named).answers == made.answers
+    with pytest.raises(Interrupted, match="stopped while the teacher answers"):
+        vlm._answered(reading._replace(arrays=arrays | {}, should_stop=lambda: True,
+                      folder=tmp_path / "others"), known, named)  # fmt: skip
+
+
+def test_a_diagnosis_tells_a_reader_from_a_copier(ready):
+    """One Recalibrator passes on the teacher's states, the other the student's alone."""
+    _, task, pair, frozen, *_ = ready
+    theirs = teacher_states(task.teacher_model, frozen["teacher"], pair)
+    # A student whose states are the teacher's own.
+    head = functools.partial(task.teacher_model.head, frozen["teacher"])
+
+    def copier(prefix, prefix_there, answer, answer_there, *, prefix_from_teacher):
+        return prefix, answer
+
+    def reader(prefix, prefix_there, answer, answer_there, *, prefix_from_teacher):
+        last = predicting(prefix, prefix_there, answer)[:, :1]
+        return prefix, jnp.broadcast_to(last, answer.shape)
+
+    for recalibrate, reads in ((copier, False), (reader, True)):
+        said = diagnosis(recalibrate, head, theirs, theirs, pair.teacher.answer)
+        later = said.there.at[:, 0].set(False)
+        # The first token comes of the prefix in both.
+        assert (said.recalibrated != said.swapped)[:, 0].all()
+        assert (said.recalibrated != said.swapped)[later].any() == reads
+        np.testing.assert_array_equal(said.recalibrated, said.regularized)
+        np.testing.assert_array_equal(said.student_mean, said.teacher_mean)
+    said = diagnosis(copier, head, theirs, theirs, pair.teacher.answer)
+    np.testing.assert_array_equal(said.recalibrated, said.teacher)
+    logits = answer_logits(task.teacher_model, frozen["teacher"], pair.images, pair.teacher)
+    total, _ = losses.cross_entropy(pair.teacher.answer, logits, pair.teacher.answer_there)
+    np.testing.assert_allclose(jnp.where(said.there, said.teacher, 0).sum(), total, rtol=1e-5)
+
+
+def test_the_gradient_that_reaches_the_student(ready):
+    """Its norm at the student's states, against differences of the loss along it."""
+    _, task, _, frozen, batch, method = ready
+    resolved = ready.resolved
+    row = resolved.rows["genrecal"]
+    state = method.init(jax.random.key(0), frozen, batch)._replace(step=jnp.int32(2))
+    _, said = method.step(state, frozen, batch, jax.random.key(0))
+    assert said["student_grad"] > 0 and said["sft_grad"] > 0
+    # Without the teacher's losses nothing comes from there; without SFT nothing from it.
+    alone = row.module.recipe(task, **row.settings | {"sft": 0.0}).method
+    _, less = jax.jit(alone.step)(state, frozen, batch, jax.random.key(0))
+    assert less["sft_grad"] == 0
+    np.testing.assert_allclose(less["student_grad"], said["student_grad"], rtol=1e-5)
+
+
 # ---------------------------------------------------------------------------- a run
 
 
 @pytest.mark.slow
 def test_a_run_stopped_anywhere_ends_with_the_same_bits(quickly, tmp_path, capsys):
-    config = configs.load(SMOKE + ",baselines=sft+blind+alm")
+    config = configs.load(SMOKE + ",baselines=sft+blind+sequence_kd+alm")
+    config.teacher.cache = True
     records = jaxdistill.train(config, tmp_path / "once")
-    rows = {r["row"] for r in records}
-    assert rows == {"majority", "teacher", "genrecal", "sft", "blind", "alm"}
-    overall = {r["row"]: r for r in records if r["metric"] == "exact match"}
+    answered = [r for r in records if r["evaluation"] == "answers"]
+    rows = {r["row"] for r in answered}
+    assert rows == {"majority", "teacher", "genrecal", "sft", "blind", "sequence_kd", "alm"}
+    overall = {r["row"]: r for r in answered if r["metric"] == "exact match"}
     for row, record in overall.items():
-        own = [r for r in records if r["row"] == row and r["metric"] != "exact match"]
+        own = [r for r in answered if r["row"] == row and r["metric"] != "exact match"]
         mean = sum(r["value"] * r["questions"] for r in own) / record["questions"]
         assert mean == pytest.approx(record["value"])
     rng = np.random.default_rng(0)
@@ -573,6 +667,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(quickly, tmp_path, capsy
         name = {"teacher": "teacher"}.get(folder, "student")
         one, two = (weights.load(tmp_path / w / folder, name)[0] for w in ("once", "stopped"))
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), one, two))
+    _as_online(tmp_path / "once", config)
     # The student alone is left: neither teacher nor Recalibrator.
     student, card = weights.load(tmp_path / "once" / "artifacts", "student")
     start, _ = weights.load(tmp_path / "once" / "start", "student")
@@ -581,6 +676,19 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(quickly, tmp_path, capsy
     out = capsys.readouterr().out
     assert "right to the letter" in out and "majority" in out
     _answers_alone(tmp_path / "once", config)
+
+
+def _as_online(workdir, config):
+    """A teacher that reads at each step leads to the same students, but for rounding."""
+    online = config.copy_and_resolve_references().unlock()
+    online.teacher.cache, online.teacher.dir = False, str(workdir / "teacher")
+    online.evals, online.baselines = {}, {"alm": online.baselines.alm}
+    jaxdistill.train(online, workdir.parent / "online")
+    for folder in ("artifacts", "baselines/alm/artifacts"):
+        one, two = (
+            weights.load(w / folder, "student")[0] for w in (workdir, workdir.parent / "online")
+        )
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), one, two)
 
 
 def _answers_alone(workdir, config):
