@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from pathlib import Path
 from typing import Any
 
 from jaxdistill import settings
@@ -27,6 +28,33 @@ def load_student(
     Raises:
         InputError: If there is no student, or something that it needs is missing or another's.
     """
+    family, card = _family(folder)
+    if teacher is None:
+        return family.load_student(folder)
+    if "teacher" not in inspect.signature(family.load_student).parameters:
+        raise InputError(f"the student in {card.parent} stands on no teacher; leave it out")
+    return family.load_student(folder, teacher)
+
+
+def export_student(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Writes a student of a run as other libraries have it.
+
+    Args:
+        folder: As of `load_student`.
+        out: Where it goes; made if missing.
+
+    Raises:
+        InputError: If there is no student, other libraries have none of its kind, or it cannot be
+            written.
+    """
+    family, card = _family(folder)
+    if not hasattr(family, "export_student"):
+        raise InputError(f"{card} is of a family whose students stand on their teachers here")
+    family.export_student(folder, out)
+
+
+def _family(folder: str | os.PathLike[str]) -> tuple[Any, Path]:
+    """The family of a student, and its card."""
     place = expanded(folder)
     cards = [where / "student.json" for where in (place / "artifacts", place)]
     card = next((path for path in cards if path.is_file()), None)
@@ -38,8 +66,4 @@ def load_student(
     family = settings.family(name or "flow")
     if not hasattr(family, "load_student"):
         raise InputError(f"{card} is of the family {name}, which has no students")
-    if teacher is None:
-        return family.load_student(folder)
-    if "teacher" not in inspect.signature(family.load_student).parameters:
-        raise InputError(f"the student in {card.parent} stands on no teacher; leave it out")
-    return family.load_student(folder, teacher)
+    return family, card

@@ -1,6 +1,9 @@
 """Answers to questions about images, against those that are right to the letter."""
 
+import functools
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -9,9 +12,12 @@ import numpy as np
 
 from jaxdistill.data import text, vqa
 from jaxdistill.errors import InputError, Interrupted
-from jaxdistill.eval import results
+from jaxdistill.eval import results, sampling
 from jaxdistill.eval.bench import Bench
 from jaxdistill.eval.results import Cell
+from jaxdistill.io import pictures
+from jaxdistill.io.files import dump, write_files
+from jaxdistill.io.reading import read_json
 from jaxdistill.io.writers import Progress
 from jaxdistill.keywords import Between
 from jaxdistill.parallel import processes
@@ -21,6 +27,9 @@ from jaxdistill.task import VLMTask
 FAMILY = "vlm"
 
 _WHOLE = "exact match"
+# Of the picture: questions of a kind, kinds, and lines beside an image.
+_SHOWN, _MOST_KINDS, _LINES = 2, 8, 8
+_NO_END = "(no end)"
 
 
 def check(task: VLMTask, data: Any, **others: Any) -> None:
@@ -40,7 +49,9 @@ def evaluate(
     """Lets every student answer greedily, and prints the table.
 
     An answer is right if its text is that of the one wanted, its end included. Beside the students
-    stand the teacher, and the most frequent answer of each kind of question.
+    stand the teacher, and the most frequent answer of each kind of question. What each row said is
+    in `answers/ROW.json` of the workdir, a list of texts, null for answers without an end;
+    `artifacts/answers.png` shows the first questions of every kind.
 
     Args:
         bench: What is measured.
@@ -67,7 +78,10 @@ def evaluate(
     for done, row in enumerate(todo):
         if bench.should_stop():
             raise Interrupted("stopped while answering; the rows that are done are kept")
-        right = _right(bench, row, batch_size)
+        said = _said(bench, row, batch_size)
+        _file(bench, row).parent.mkdir(exist_ok=True)
+        write_files({_file(bench, row): functools.partial(dump, said)})
+        right = np.array([a == b for a, b in zip(said, asked.questions.answers, strict=True)])
         kinds = asked.questions.kinds
         measured = {}
         for metric in metrics:
@@ -81,6 +95,7 @@ def evaluate(
     bench.results.gather()
     records = bench.results.records(wanted)
     if processes.is_first():
+        _draw(bench, rows)
         print(
             f"{bench.task.name}: {len(asked.questions.answers)} questions, right to the letter, %"
         )
@@ -88,8 +103,30 @@ def evaluate(
     return records
 
 
-def majority(known: vqa.Questions, asked: vqa.Questions) -> np.ndarray:
-    """Which questions the most frequent answer of their kind answers, bool (n,).
+def _file(bench: Bench, row: str) -> Path:
+    return bench.workdir / "answers" / f"{row}.json"
+
+
+def _draw(bench: Bench, rows: Sequence[str]) -> None:
+    """The first questions of every kind, and what each row said, as far as that is there."""
+    asked = bench.data.questions
+    found = [np.flatnonzero(asked.kinds == i)[:_SHOWN] for i in range(len(bench.data.kinds))]
+    index = np.concatenate(found)[: _SHOWN * _MOST_KINDS]
+    known = {row: read_json(_file(bench, row)) for row in rows if _file(bench, row).is_file()}
+    captions = [
+        [
+            asked.questions[i],
+            f"wanted: {asked.answers[i]}",
+            *(f"{row}: {said[i] or _NO_END}" for row, said in known.items() if row != "majority"),
+        ][:_LINES]
+        for i in index
+    ]
+    picture = pictures.captioned(asked.images[index], captions)
+    sampling.write_picture(bench.workdir / "artifacts" / "answers.png", picture)
+
+
+def majority(known: vqa.Questions, asked: vqa.Questions) -> list[str | None]:
+    """The most frequent answer of each question's kind; None where the kind is not known.
 
     Args:
         known: Where answers are counted.
@@ -99,12 +136,11 @@ def majority(known: vqa.Questions, asked: vqa.Questions) -> np.ndarray:
     for kind, answer in zip(known.kinds.tolist(), known.answers, strict=True):
         counted.setdefault(kind, Counter())[answer] += 1
     best = {kind: min(c, key=lambda text, c=c: (-c[text], text)) for kind, c in counted.items()}
-    pairs = zip(asked.kinds.tolist(), asked.answers, strict=True)
-    return np.array([best.get(kind) == answer for kind, answer in pairs])
+    return [best.get(kind) for kind in asked.kinds.tolist()]
 
 
-def _right(bench: Bench, row: str, batch_size: int) -> np.ndarray:
-    """Which questions a row answers, bool (n,)."""
+def _said(bench: Bench, row: str, batch_size: int) -> list[str | None]:
+    """What a row answers; None for an answer without an end."""
     asked, task = bench.data, bench.task
     if row == "majority":
         return majority(asked.train, asked.questions)
@@ -124,7 +160,7 @@ def _right(bench: Bench, row: str, batch_size: int) -> np.ndarray:
 
     answer = jax.jit(sample)
     own, by = getattr(asked.pair, side), asked.tokenizers[side]
-    written: list[str] = []
+    written: list[str | None] = []
     n = len(asked.questions.answers)
     for first in range(0, n, batch_size):
         # The last batch is filled up, so that one program serves all.
@@ -132,5 +168,5 @@ def _right(bench: Bench, row: str, batch_size: int) -> np.ndarray:
         args: Any = (asked.pair.images, own.question, own.question_there)
         made_ids = answer(params, frozen, *(jnp.asarray(x[index]) for x in args)).tokens
         ids = np.asarray(made_ids)[: n - first]
-        written += [text.answer_text(by, row) if text.EOS in row else "" for row in ids]
-    return np.array([a == b for a, b in zip(written, asked.questions.answers, strict=True)])
+        written += [text.answer_text(by, row) if text.EOS in row else None for row in ids]
+    return written

@@ -80,9 +80,7 @@ def evaluate(
         picture = pictures.matrix(cosines, "student's prefix", "teacher's")
         sampling.write_picture(path, picture)
         values = zip(_METRICS, found, strict=True)
-        bench.results.keep(
-            {Cell(bench.name, row, m, 0, protocol): {"value": float(v)} for m, v in values}
-        )
+        bench.results.keep({Cell(bench.name, row, m, 0, protocol): {"value": v} for m, v in values})
         bar.update(done + 1, {})
     if bar is not None:
         bar.close()
@@ -121,4 +119,5 @@ def _looked_into(
     ours, theirs = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in means)
     cosines = ours @ theirs.T
     others = cosines[~np.eye(len(cosines), dtype=bool)]
-    return (*entropies, np.diag(cosines).mean(), others.mean()), cosines
+    found = [*entropies, np.diag(cosines).mean(), others.mean()]
+    return [float(x) for x in found], cosines

@@ -27,6 +27,7 @@ SHARD_BYTES = 5 * 10**9
 
 _QWEN2 = ("qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text")
 _INTERNLM2 = "internlm2"
+_LLAMA = "llama"
 # `mrope` gives texts the positions that they have here, `dynamic` is the default for texts no
 # longer than `max_position_embeddings`.
 _ROPES = ("default", "mrope", "dynamic")
@@ -56,8 +57,8 @@ def decoder_shape(folder: str | os.PathLike[str]) -> tuple[BlockShape, int, int,
 def shape_of(config: Any) -> tuple[BlockShape, int, int, bool]:
     """What a decoder is like, by what its `config.json` holds.
 
-    It may be that of a `qwen2`, `qwen2_vl`, `qwen2_5_vl` or `internlm2`, or have one in it as
-    `llm_config`, as InternVL's does, or as `text_config`.
+    It may be that of a `qwen2`, `qwen2_vl`, `qwen2_5_vl`, `internlm2` or `llama`, or have one in it
+    as `llm_config`, as InternVL's does, or as `text_config`.
 
     The multimodal positions of Qwen2-VL (`mrope`) and the `dynamic` ones of InternLM2 are taken for
     plain ones. They are the same for texts, the latter up to `max_position_embeddings` tokens;
@@ -79,10 +80,10 @@ def shape_of(config: Any) -> tuple[BlockShape, int, int, bool]:
         raise InputError("it is no dictionary")
     inner = next((config[key] for key in ("llm_config", "text_config") if key in config), config)
     kind = inner.get("model_type") if isinstance(inner, dict) else None
-    if kind not in (*_QWEN2, _INTERNLM2):
+    if kind not in (*_QWEN2, _INTERNLM2, _LLAMA):
         raise InputError(
-            f"its decoder has the model_type {kind!r:.80}; qwen2, qwen2_vl, qwen2_5_vl and "
-            "internlm2 can be read"
+            f"its decoder has the model_type {kind!r:.80}; qwen2, qwen2_vl, qwen2_5_vl, internlm2 "
+            "and llama can be read"
         )
     rope = inner.get("rope_parameters") or inner.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -106,7 +107,10 @@ def shape_of(config: Any) -> tuple[BlockShape, int, int, bool]:
         hidden,
         head_dim=_number(inner, "head_dim", int) if inner.get("head_dim") is not None else None,
         qkv_bias=kind in _QWEN2,
-        rope_theta=_number(inner | rope, "rope_theta", float),
+        # Llama's first configs leave out what was the same for all.
+        rope_theta=_number(
+            ({"rope_theta": 1e4} if kind == _LLAMA else {}) | inner | rope, "rope_theta", float
+        ),
         epsilon=_number(inner, "rms_norm_eps", float),
     )
     shape.length()
@@ -114,6 +118,36 @@ def shape_of(config: Any) -> tuple[BlockShape, int, int, bool]:
     if not isinstance(tied, bool):
         raise InputError(f"tie_word_embeddings is {tied!r:.80}, not true or false")
     return shape, depth, vocabulary, tied
+
+
+def config_of(shape: BlockShape, depth: int, vocabulary: int, *, tied: bool = False) -> dict:
+    """What `config.json` says of a decoder: `shape_of` turned round.
+
+    With biases of queries, keys and values it is a `qwen2`, without them a `llama`; both have the
+    layout `qwen2`.
+
+    Args:
+        shape: What a block is like.
+        depth: Number of blocks.
+        vocabulary: Number of tokens.
+        tied: Whether the head is the table of embeddings.
+    """
+    kind, architecture = ("qwen2", "Qwen2") if shape.qkv_bias else (_LLAMA, "Llama")
+    return {
+        "architectures": [f"{architecture}ForCausalLM"],
+        "model_type": kind,
+        "hidden_size": shape.width,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.length(),
+        "intermediate_size": shape.hidden,
+        "num_hidden_layers": depth,
+        "vocab_size": vocabulary,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.epsilon,
+        "rope_theta": shape.rope_theta,
+        "tie_word_embeddings": tied,
+    }
 
 
 def load_decoder(
@@ -221,7 +255,9 @@ def _check_supported(inner: Mapping[str, Any], kind: str, rope: Mapping[str, Any
         inner.get("layer_types")
     )
     activation = inner.get("hidden_act", "silu")
-    biases = [key for key in _BIASES if inner.get(key, (kind, key) == (_INTERNLM2, "bias"))]
+    # Llama's would have one behind the attention too.
+    keys = (*_BIASES, "attention_bias") if kind == _LLAMA else _BIASES
+    biases = [key for key in keys if inner.get(key, (kind, key) == (_INTERNLM2, "bias"))]
     wrong = {
         f"rotary positions of the kind {scaling!r:.80}": scaling not in _ROPES,
         "rotary positions of a part of a head": rope.get("partial_rotary_factor", 1) != 1,

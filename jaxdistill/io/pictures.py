@@ -1,10 +1,10 @@
-"""Pictures: images in rows by class; points in the plane; a matrix of cosines."""
+"""Pictures: images by class, images with texts, points in the plane, a matrix of cosines."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, Integer, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from jaxdistill.errors import InputError
@@ -21,6 +21,7 @@ _ASPECT = 1.25  # width over height aimed at
 _SIDE, _MARGIN, _TITLE = 260, 12, 22
 _INK, _START, _END = (40, 40, 40), (150, 150, 150), (200, 60, 40)
 _CELL = 40  # of a matrix
+_PHOTO, _TEXT, _LINE = 112, 330, 20  # of images with texts
 _SCALE = 3  # drawn larger and reduced, for smooth lines
 
 
@@ -126,12 +127,12 @@ def _tile(image: np.ndarray, target: int) -> np.ndarray:
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
-def _shorten(name: str, font: ImageFont.FreeTypeFont) -> str:
+def _shorten(name: str, font: ImageFont.FreeTypeFont, width: float = _NAME_WIDTH) -> str:
     name = " ".join(name.split())
-    if font.getlength(name) <= _NAME_WIDTH:
+    if font.getlength(name) <= width:
         return name
     name = name[:60]  # more never fits, and measuring is slow
-    while name and font.getlength(name + "...") > _NAME_WIDTH:
+    while name and font.getlength(name + "...") > width:
         name = name[:-1]
     return name.rstrip(" ,") + "..."
 
@@ -165,6 +166,37 @@ def curves(ways: Mapping[str, Float[np.ndarray, "t n 2"]]) -> UInt8[np.ndarray, 
                 canvas.ellipse((x - 6, y - 6, x + 6, y + 6), fill=color)
 
     return _panels(ways, draw)
+
+
+def captioned(
+    images: Shaped[np.ndarray, "n h w c"], captions: Sequence[Sequence[str]]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Draws images one below the other in two columns, lines of text beside each.
+
+    Args:
+        images: uint8.
+        captions: Lines of text for each image; what is too long is cut.
+    """
+    font = ImageFont.load_default(size=15)
+    height = max(_PHOTO, max(len(lines) for lines in captions) * _LINE)
+    rows = math.ceil(len(images) / 2)
+    size = 2 * (_PHOTO + _TEXT + _EDGE) + _EDGE, rows * (height + _EDGE) + _EDGE
+    canvas = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, (image, lines) in enumerate(zip(images, captions, strict=True)):
+        left = _EDGE + i // rows * (_PHOTO + _TEXT + _EDGE)
+        top = _EDGE + i % rows * (height + _EDGE)
+        pixels = image if image.shape[-1] == 3 else image.mean(-1, keepdims=True).repeat(3, -1)
+        photo = Image.fromarray(pixels.astype(np.uint8))
+        photo.thumbnail((_PHOTO, _PHOTO))
+        if max(photo.size) < _PHOTO:
+            factor = _PHOTO // max(photo.size)
+            photo = photo.resize([factor * side for side in photo.size], Image.Resampling.NEAREST)
+        canvas.paste(photo, (left, top))
+        for line, text in enumerate(lines):
+            shown = _shorten(text, font, _TEXT - 16)
+            pen.text((left + _PHOTO + 10, top + line * _LINE), shown, fill=_INK, font=font)
+    return np.asarray(canvas)
 
 
 def matrix(

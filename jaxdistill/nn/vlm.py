@@ -35,9 +35,10 @@ def _sums_in_float32(left, right, dimensions, precision=None, **others):
 class VLM(nn.Module):
     """Reads an image and then a text, and says which token comes next.
 
-    It is two functions: `encode`, of images and tokens to the last hidden states, normalized, and
-    `head`, of hidden states to logits. What is made of it needs no more, so a model of another
-    library is one that is given as two functions.
+    It is two functions: `encode`, of images and tokens to the last hidden states, and `head`, of
+    hidden states to logits; the final norm belongs to the first, unless it is asked for in the
+    second. What is made of it needs no more, so a model of another library is one that is given as
+    two functions.
 
     Attributes:
         vocabulary: Number of tokens.
@@ -46,6 +47,7 @@ class VLM(nn.Module):
         patch: Side of a square of pixels that becomes a token.
         image_shape: (h, w, c).
         tied: Whether the head is the table of embeddings.
+        norm_in_head: Whether the final norm is the head's.
     """
 
     vocabulary: int
@@ -54,6 +56,7 @@ class VLM(nn.Module):
     patch: int
     image_shape: tuple[int, int, int]
     tied: bool = False
+    norm_in_head: bool = False
 
     def setup(self):
         """Builds the layers."""
@@ -93,7 +96,7 @@ class VLM(nn.Module):
         tokens: Int[Array, "b t"],
         there: Bool[Array, "b t"],
     ) -> Float[Array, "b s d"]:
-        """The last hidden states of image and text, after the final norm.
+        """The last hidden states of image and text.
 
         Args:
             images: float32, of `image_shape`.
@@ -102,7 +105,7 @@ class VLM(nn.Module):
         """
         x, there = self._joined(images, tokens, there)
         x, _ = self.body(x, positions_of(there), causal_mask(there))
-        return self.norm(x)
+        return self._ended(x)
 
     def prefill(
         self,
@@ -116,7 +119,7 @@ class VLM(nn.Module):
         room = cache.keys.shape[2] - there.shape[1]
         mask = jnp.pad(causal_mask(there), ((0, 0), (0, 0), (0, room)))
         x, cache = self.body(x, positions_of(there), mask, cache)
-        return self.norm(x), cache
+        return self._ended(x), cache
 
     def advance(
         self,
@@ -137,10 +140,12 @@ class VLM(nn.Module):
         """
         x = self.embedding(tokens[:, None])
         x, cache = self.body(x, positions[:, None], seen[:, None, :], cache, at)
-        return self.norm(x)[:, 0], cache
+        return self._ended(x)[:, 0], cache
 
     def head(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
         """Logits, float32, of sums in float32 whatever is multiplied."""
+        if self.norm_in_head:
+            hidden = self.norm(hidden)
         if not self.tied:
             return self.output(hidden).astype(jnp.float32)
         table = self.embedding.embedding.astype(hidden.dtype)
@@ -154,6 +159,9 @@ class VLM(nn.Module):
     ) -> Float[Array, "b s v"]:
         """The logits of every place."""
         return self.head(self.encode(images, tokens, there))
+
+    def _ended(self, x):
+        return x if self.norm_in_head else self.norm(x)
 
     def _joined(self, images, tokens, there):
         x = jnp.concatenate([self.look(images), self.embedding(tokens)], axis=1)

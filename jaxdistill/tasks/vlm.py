@@ -1,10 +1,11 @@
 """The family that distils vision-language models: a large one's answers into a small one."""
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ from jaxdistill.data import device, sources, text, vqa
 from jaxdistill.data.text import ANSWER, EOS, Tokenizer
 from jaxdistill.errors import InputError
 from jaxdistill.interrupt import ShouldStop
-from jaxdistill.io import weights
-from jaxdistill.io.files import expanded, write_files
-from jaxdistill.io.reading import one_line
+from jaxdistill.io import decoders, weights
+from jaxdistill.io.files import dump, expanded, write_files
+from jaxdistill.io.reading import one_line, read_json
 from jaxdistill.keywords import ASIDE, Between, Count, Dtype, Folder, Natural, Rate
 from jaxdistill.method import BatchSpec, replicated
 from jaxdistill.nn.decoder import BlockShape
@@ -41,6 +42,7 @@ ARTEFACT = "student.safetensors"
 
 _SIDES = ("teacher", "student")
 _TOKENIZER = "tokenizer.json"
+_VISION = "vision"
 _AT_A_TIME = 250  # examples that the teacher reads or answers
 _MULTIPLE = 16  # to which the tokens of questions are padded for a student alone
 # What parameters do not show, and must be as it was when they were trained.
@@ -151,12 +153,15 @@ class Model(NamedTuple):
 
     Attributes:
         rope_theta: Base of the rotary frequencies.
+        final_norm: Whether hidden states are taken `before` or `after` a decoder's final norm,
+            which is the head's in the first case (GenRecal's A1).
         remat: Whether blocks are computed again for the gradient.
         dtype: The dtype of the activations.
         param_dtype: The dtype of parameters that are frozen; what is trained has float32.
     """
 
     rope_theta: Annotated[float, Between(1, 1e9)] = 10_000.0
+    final_norm: Literal["before", "after"] = "after"
     remat: bool = False
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
@@ -457,7 +462,14 @@ def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_sha
         place=collective.by_example,
     )
     block.length()
-    net = VLM(vocabulary, block, sizes.depth, sizes.patch, tuple(image_shape))
+    net = VLM(
+        vocabulary,
+        block,
+        sizes.depth,
+        sizes.patch,
+        tuple(image_shape),
+        norm_in_head=model.final_norm == "before",
+    )
     if any(side % sizes.patch for side in image_shape[:2]):
         raise InputError(
             f"images of {image_shape[0]}x{image_shape[1]} pixels do not divide into patches of "
@@ -557,7 +569,8 @@ def _wanted(experiment, side, examples, task, source, workdir) -> Wanted:
 
     known = {"source_sha256": source["source_sha256"], "tokenizer_sha256": read}
     decided, defaults = identity(experiment, ("data", "model", side), **known)
-    del decided["model"]["param_dtype"]
+    # What is trained has float32, and is one function wherever its states are taken.
+    del decided["model"]["param_dtype"], decided["model"]["final_norm"]
     teacher = side == "teacher"
     return Wanted(
         side,
@@ -684,25 +697,30 @@ class Trained(NamedTuple):
     card: dict[str, Any]
 
 
-def load_student(folder: str | os.PathLike[str]) -> Trained:
-    """Reads a student that a run has made; it needs neither config, data nor teacher.
+class _Stored(NamedTuple):
+    """A student on disk, checked."""
 
-    Args:
-        folder: A workdir, one of its `baselines/`, or the folder `artifacts` in either.
+    params: PyTree
+    card: dict[str, Any]
+    tokenizer: Tokenizer
+    language: Language
+    depth: int
+    image_shape: tuple[int, int, int]
 
-    Raises:
-        InputError: If there is no student, or its tokenizer is missing or another.
-    """
+
+def _stored(folder: str | os.PathLike[str]) -> _Stored:
+    """What a run or `export_student` has left of a student."""
     folder = expanded(folder)
     inner = folder / "artifacts"
     folder = inner if (inner / ARTEFACT).is_file() else folder
-    params, card = weights.load(folder, "student")
+    exported = not (folder / ARTEFACT).is_file() and (folder / decoders.WEIGHTS).is_file()
+    params, card = _exported(folder) if exported else weights.load(folder, "student")
     try:
         model, sizes = (
             kind(**keywords.resolve(kind, card["config"][name], name))
             for name, kind in (("model", Model), ("student", Student))
         )
-        shape, length = tuple(card["image_shape"]), card["answer_length"]
+        shape, _ = tuple(card["image_shape"]), card["answer_length"]
         by = text.tokenizer(str(folder / _TOKENIZER), ())
         if by.fingerprint() != card["tokenizer_sha256"]:
             raise InputError(f"{folder / _TOKENIZER} is not the student's tokenizer")
@@ -712,11 +730,78 @@ def load_student(folder: str | os.PathLike[str]) -> Trained:
             f"{folder / 'student.json'} is not the card of a student of this version "
             f"({one_line(error)}); train it again, or use the version that made it"
         ) from error
-    weights.check_shapes(
-        f"{folder / ARTEFACT}", params, jax.eval_shape(language.init, jax.random.key(0))
+    wanted = jax.eval_shape(language.init, jax.random.key(0))
+    weights.check_shapes(f"the student in {folder}", params, wanted)
+    return _Stored(params, card, by, language, sizes.depth, shape)
+
+
+def _exported(folder: Path) -> tuple[PyTree, dict]:
+    """The parameters of a student in the files of `export_student`, and its card."""
+    card = read_json(folder / "student.json")
+    vision, own = weights.load(folder, _VISION)
+    path = folder / decoders.WEIGHTS
+    known = card.get("decoder_sha256") if isinstance(card, dict) else None
+    if known is None or own.get("decoder_sha256") != known or _sha256(path) != known:
+        raise InputError(f"{path}, vision.safetensors and student.json are not of one student")
+    shape, depth, _, tied = decoders.decoder_shape(folder)
+    params, _ = decoders.load_decoder(path, "qwen2", shape, depth, tied=tied)
+    return params | vision, card
+
+
+def export_student(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Writes a student in the layout of Hugging Face.
+
+    Its decoder is `model.safetensors` with `config.json`, a Llama's, which other programs read. The
+    layers before it, of the image, are `vision.safetensors`. `tokenizer.json`, whose ids follow
+    three of ours (padding, end, answer), and the card `student.json` go with them, and
+    `load_student` reads all of it.
+
+    Args:
+        folder: As of `load_student`.
+        out: Made if missing.
+
+    Raises:
+        InputError: If there is no student, or `out` cannot be written or holds other weights.
+    """
+    stored, out = _stored(folder), expanded(out)
+    block = stored.language.block
+    if (out / ARTEFACT).is_file():
+        raise InputError(f"{out} holds a student of a run; give another folder")
+    params = jax.tree.map(np.asarray, stored.params)
+    left = decoders.save_decoder(out, params, "qwen2", block)
+    known = _sha256(out / decoders.WEIGHTS)
+    rest = {name: params[name] for name in {path.partition("/")[0] for path in left}}
+    weights.save(out, _VISION, rest, {"decoder_sha256": known})
+    config = decoders.config_of(block, stored.depth, stored.tokenizer.size)
+    write_files(
+        {
+            out / "config.json": functools.partial(dump, config),
+            out / _TOKENIZER: lambda file: file.write(stored.tokenizer.stored.encode()),
+            out / "student.json": functools.partial(dump, stored.card | {"decoder_sha256": known}),
+        }
     )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_student(folder: str | os.PathLike[str]) -> Trained:
+    """Reads a student that a run has made; it needs neither config, data nor teacher.
+
+    Args:
+        folder: A workdir, one of its `baselines/`, the folder `artifacts` in either, or what
+            `export_student` wrote.
+
+    Raises:
+        InputError: If there is no student, or its tokenizer is missing or another.
+    """
+    stored = _stored(folder)
+    language, by, card, shape = stored.language, stored.tokenizer, stored.card, stored.image_shape
+    length = card["answer_length"]
     write = jax.jit(functools.partial(language.generate, length=length))
-    params = jax.device_put(params)
+    params = jax.device_put(stored.params)
 
     def answer(images, questions):
         images = np.asarray(images)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int32, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int32, Key, PRNGKeyArray, PyTree
 
 from jaxdistill import collective
 from jaxdistill.errors import InputError
@@ -30,6 +30,8 @@ from jaxdistill.vlm.losses import cross_entropy, forward_kl
 from jaxdistill.vlm.pairs import States, TokenisedPair, predicting, states, teacher_states
 from jaxdistill.vlm.supervised import mean
 
+_HIDING = 0x68696465  # a number that splitting an example's key does not fold into it
+
 Regularizer = Literal["both", "none", "kl", "ce", "mse"]
 """Cross-entropy and KL of the recalibrated teacher's prefix; nothing; one of the two; or the square
 distance of recalibrated states from the teacher's (the paper's table 13)."""
@@ -42,8 +44,14 @@ class Recalibration(NamedTuple):
         depth: Blocks of the Recalibrator.
         norm: `layer` or `rms`, of what comes out of it, or `none` (A3).
         start: Whether its blocks start `fresh`, or as copies of the student's `last` (A2).
+        positions: Whether states of the answer have `new` positions, behind the prefix that stands
+            there, or have `kept` those that they had behind the teacher's.
         boundary: Whether the last state of the question predicts the first token of the answer
             (`include`), or nothing does (`exclude`) (A4). It alone has to come from the student.
+        first: Weight of that first token over that of each later one.
+        hide: Part of the teacher's states of an answer that the Recalibrator does not see, drawn
+            anew at each step, so that it has to read the prefix.
+        mean: Of losses, over all `tokens` of a batch, or over the means of its `examples` (A5).
         regularizer: What else is learned while the Recalibrator is alone; see `Regularizer`.
         regularize_later: Whether that goes on while the student is trained (A8).
         ce: Weight of the cross-entropy of the recalibrated logits, in the regularizer too.
@@ -58,7 +66,11 @@ class Recalibration(NamedTuple):
     depth: Annotated[int, Between(1, 100)] = 2
     norm: Literal["layer", "rms", "none"] = "layer"
     start: Literal["fresh", "last"] = "fresh"
+    positions: Literal["new", "kept"] = "new"
     boundary: Literal["include", "exclude"] = "include"
+    first: Weight = 1.0
+    hide: Fraction = 0.0
+    mean: Literal["tokens", "examples"] = "tokens"
     regularizer: Regularizer = "both"
     regularize_later: bool = False
     ce: Weight = 1.0
@@ -142,7 +154,8 @@ def recalibrated_losses(
     answer: Any,
     *,
     own_prefix: bool,
-    boundary: str = "include",
+    weights: Float[Array, "b a"] | None = None,
+    **options: Any,
 ) -> Losses:
     """Algorithms 1 to 3 of the paper for one prefix.
 
@@ -154,7 +167,8 @@ def recalibrated_losses(
         teacher: The teacher's.
         answer: Ids of the answer under the teacher's tokenizer (b, a).
         own_prefix: Whether the prefix is the teacher's own, as in the regularizer.
-        boundary: See `Recalibration`.
+        weights: Of each token of the answers; by default all that are there weigh alike.
+        **options: What else `recalibrate` is given.
     """
     source = teacher if own_prefix else student
     prefix, made = recalibrate(
@@ -164,12 +178,17 @@ def recalibrated_losses(
         teacher.answer,
         teacher.answer_there,
         prefix_from_teacher=own_prefix,
+        **options,
     )
     logits = head(predicting(prefix, source.prefix_there, made))
     own = head(predicting(teacher.prefix, teacher.prefix_there, teacher.answer))
     there = teacher.answer_there
-    if boundary == "exclude":
-        there = there.at[:, 0].set(False)
+    weights = there.astype(jnp.float32) if weights is None else weights
+
+    def weighed(loss, target):
+        slots, _ = jax.vmap(jax.vmap(loss))(target, logits, there)
+        return jnp.sum(slots * weights), jnp.sum(weights)
+
     far = jnp.square(made - teacher.answer).mean(-1)
     if own_prefix:
         ends = jnp.square(prefix - teacher.prefix).mean(-1)
@@ -178,7 +197,7 @@ def recalibrated_losses(
     else:
         seen = teacher.answer_there
     square = jnp.sum(jnp.where(seen, far, 0.0)), jnp.sum(seen, dtype=jnp.float32)
-    return Losses(cross_entropy(answer, logits, there), forward_kl(own, logits, there), square)
+    return Losses(weighed(cross_entropy, answer), weighed(forward_kl, own), square)
 
 
 def genrecal(
@@ -290,7 +309,8 @@ def genrecal(
                         theirs,
                         examples.teacher.answer,
                         own_prefix=own_prefix,
-                        boundary=r.boundary,
+                        weights=_weights(theirs.answer_there, r),
+                        **_seen(theirs, examples.keys, r),
                     )
 
                 found = of(False)
@@ -324,6 +344,27 @@ def genrecal(
     return Method(make, step, lambda state: state.student, batches)
 
 
+def _weights(there: Bool[Array, "b a"], r: Recalibration) -> Float[Array, "b a"]:
+    """What each token of the answers weighs."""
+    first = 0.0 if r.boundary == "exclude" else r.first
+    weights = there.astype(jnp.float32).at[:, 0].multiply(first)
+    if r.mean == "examples":
+        weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-6)
+    return weights
+
+
+def _seen(teacher: States, keys: Key[Array, " b"] | None, r: Recalibration) -> dict[str, Any]:
+    """What the Recalibrator is told beside the states."""
+    told = {}
+    if r.positions == "kept":
+        told["answer_starts"] = teacher.prefix_there.sum(1, dtype=jnp.int32)
+    if r.hide:
+        own = jax.vmap(lambda key: jax.random.fold_in(key, _HIDING))(keys)
+        length = teacher.answer_there.shape[1]
+        told["hidden"] = jax.vmap(lambda key: jax.random.bernoulli(key, r.hide, (length,)))(own)
+    return told
+
+
 class _Nudge(NamedTuple):
     """What is added to the student's states: where the Recalibrator reads them, and its head."""
 
@@ -349,7 +390,13 @@ def recipe(task: VLMTask, **rest: Annotated[Any, Recalibration, Stages]) -> Reci
     """
     recalibration, stages = grouped(rest, Recalibration, Stages)
     student, teacher = task.student_model, task.teacher_model
-    module = Recalibrator(student.block, teacher.width, recalibration.depth, recalibration.norm)
+    module = Recalibrator(
+        student.block,
+        teacher.width,
+        recalibration.depth,
+        recalibration.norm,
+        recalibration.hide > 0,
+    )
 
     stacked = jax.tree.leaves(task.start.shapes["student"].get("body", {}))
     there = min((x.shape[0] for x in stacked), default=0)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdistill.errors import InputError
-from jaxdistill.io.decoders import decoder_shape, shape_of
+from jaxdistill.io.decoders import config_of, decoder_shape, shape_of
 from jaxdistill.nn.decoder import BlockShape
 
 # The settings that decide of what the published models are, as their configs state them.
@@ -74,6 +74,26 @@ def without(config, *keys):
     return {key: value for key, value in config.items() if key not in keys}
 
 
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+}
+
+
+@pytest.mark.parametrize("shape", [SMALL, BlockShape(32, 4, 2, 48, head_dim=6)])
+def test_a_config_that_is_written_says_what_was_meant(shape):
+    made = json.loads(json.dumps(config_of(shape, 3, 40, tied=True)))
+    found, *rest = shape_of(made)
+    assert rest == [3, 40, True] and found == shape._replace(head_dim=shape.length())
+    assert made["model_type"] == ("qwen2" if shape.qkv_bias else "llama")
+
+
 @pytest.mark.parametrize(
     ("config", "wanted"),
     [
@@ -101,6 +121,8 @@ def without(config, *keys):
         ),
         (without(QWEN2, "tie_word_embeddings", "use_sliding_window"), (SMALL, 24, 151936, False)),
         (INTERNLM2 | {"rope_scaling": None}, (INTERN, 32, 92553, False)),
+        # Of its first version, which leaves the base of its frequencies out.
+        (LLAMA, (BlockShape(4096, 32, 32, 11008, epsilon=1e-5), 32, 32000, False)),
     ],
 )
 def test_what_configs_say(tmp_path, config, wanted):
@@ -125,7 +147,9 @@ def test_what_configs_say(tmp_path, config, wanted):
         (QWEN2 | {"lm_head_bias": True}, r"biases \(lm_head_bias\)"),
         (INTERNLM2 | {"bias": True}, r"biases \(bias\)"),
         (without(INTERNLM2, "bias"), r"biases \(bias\)"),  # what its code takes then
-        (QWEN2 | {"model_type": "llama"}, r"model_type 'llama'; qwen2, qwen2_vl, .* can be read"),
+        (QWEN2 | {"model_type": "gemma"}, r"model_type 'gemma'; qwen2, qwen2_vl, .* can be read"),
+        (LLAMA | {"attention_bias": True}, r"biases \(attention_bias\)"),
+        (LLAMA | {"rope_scaling": {"rope_type": "llama3"}}, "rotary .* the kind 'llama3'"),
         (INTERNVL | {"llm_config": 3}, "model_type None"),
         ([QWEN2], "no dictionary"),
         (without(QWEN2, "rope_theta"), "rope_theta is None; it must be a positive number"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import InputError
-from jaxdistill.io.pictures import grid
+from jaxdistill.io.pictures import grid, matrix
 from tests.io.test_artifact import _digits
 
 
@@ -91,3 +91,12 @@ def test_grid_of_odd_sizes(shape):
 def test_grid_wants_a_name_for_every_label():
     with pytest.raises(InputError, match="labels hold 2 but class_names are 2"):
         grid(np.zeros((1, 8, 8, 1), np.float32), np.int32([2]), ["a", "b"])
+
+
+def test_a_matrix_is_red_where_it_agrees_and_blue_where_it_does_not():
+    drawn = matrix(np.array([[1.0, 0.0], [-1.0, 0.5]]), "ours", "theirs").astype(int)
+    # Near the corner of a cell, where no digit stands.
+    cells = [[drawn[12 + 22 + 40 * i + 4, 12 + 40 * j + 4] for j in range(2)] for i in range(2)]
+    (one, none), (other, half) = cells
+    assert one[0] > 150 > one[2] and other[2] > 150 > other[0]
+    assert (none >= 250).all() and one[2] < half[2] < none[2]

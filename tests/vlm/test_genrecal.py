@@ -19,10 +19,11 @@ from jaxdistill.data import sources, text, vqa
 from jaxdistill.data.device import draw
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import answers
-from jaxdistill.io import weights
+from jaxdistill.io import decoders, weights
+from jaxdistill.nn.recalibrator import Recalibrator
 from jaxdistill.nn.vlm import part_of
 from jaxdistill.tasks import vlm
-from jaxdistill.vlm import across, logits, losses
+from jaxdistill.vlm import across, genrecal, logits, losses
 from jaxdistill.vlm.decoding import Written
 from jaxdistill.vlm.diagnosis import diagnosis
 from jaxdistill.vlm.genrecal import recalibrated_losses
@@ -200,7 +201,8 @@ def test_no_image_is_in_two_splits_and_a_seed_says_all(questions):
     assert other.test.fingerprint(vqa.KINDS) != questions.test.fingerprint(vqa.KINDS)
     assert questions.test.fingerprint(vqa.KINDS[::-1]) != questions.test.fingerprint(vqa.KINDS)
     guessed = answers.majority(questions.train, questions.test)
-    assert 0.05 < guessed.mean() < 0.4  # asked evenly, and no more can be guessed
+    right = np.array([a == b for a, b in zip(guessed, questions.test.answers, strict=True)])
+    assert 0.05 < right.mean() < 0.4  # asked evenly, and no more can be guessed
 
 
 @pytest.fixture
@@ -311,7 +313,10 @@ def test_the_first_token_is_read_from_the_student_alone(ready):
             found = recalibrated_losses(
                 identity, (), functools.partial(model.head, params),
                 made._replace(prefix=prefix), made, pair.teacher.answer,
-                own_prefix=False, boundary=boundary,
+                own_prefix=False,
+                weights=genrecal._weights(
+                    pair.teacher.answer_there, genrecal.Recalibration(boundary=boundary)
+                ),
             )  # fmt: skip
             return found.ce[0]
 
@@ -325,6 +330,73 @@ def test_the_first_token_is_read_from_the_student_alone(ready):
     first = predicting(made.prefix, made.prefix_there, made.answer)[:, 0]
     written = model.generate(params, pair.images, *pair.teacher[:2], length=1).tokens[:, 0]
     np.testing.assert_array_equal(written, model.head(params, first).argmax(-1))
+
+
+def test_what_tokens_weigh():
+    there = jnp.array([[True, True, True], [True, False, False]])
+    weights = lambda **given: genrecal._weights(there, genrecal.Recalibration(**given))  # noqa: E731
+    np.testing.assert_array_equal(weights(), there)
+    np.testing.assert_array_equal(weights(first=3.0), [[3, 1, 1], [3, 0, 0]])
+    np.testing.assert_array_equal(weights(boundary="exclude", first=3.0), [[0, 1, 1], [0, 0, 0]])
+    np.testing.assert_allclose(weights(mean="examples", first=2.0), [[0.5, 0.25, 0.25], [1, 0, 0]])
+
+
+def test_what_a_recalibrator_is_told(ready):
+    """Positions of the teacher's own sequence, and which states of the answer it does not see."""
+    _, task, pair, frozen, *_ = ready
+    own = states(task.student_model, frozen["student"], pair.images, pair.student)
+    theirs = states(task.teacher_model, frozen["teacher"], pair.images, pair.teacher)
+    module = Recalibrator(task.student_model.block, task.teacher_model.width, 1, hides=True)
+
+    @jax.jit
+    def run(params, answer, told):
+        return module.apply(
+            params, own.prefix, own.prefix_there, answer, theirs.answer_there, **told
+        )[1]
+
+    params = jax.jit(module.init)(
+        jax.random.key(0), own.prefix, own.prefix_there, theirs.answer, theirs.answer_there
+    )
+    # Away from the start, where attention is even and positions hardly matter.
+    params = jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, params)
+    r = genrecal.Recalibration(positions="kept", hide=1.0)
+    told = genrecal._seen(theirs, pair.keys, r)
+    np.testing.assert_array_equal(
+        told["answer_starts"], task.teacher_model.image_tokens + pair.teacher.question_there.sum(1)
+    )
+    assert told["hidden"].all()
+    plain = run(params, theirs.answer, {})
+    there = np.asarray(theirs.answer_there)
+    same = {"answer_starts": own.prefix_there.sum(1, dtype=jnp.int32)}
+    np.testing.assert_allclose(run(params, theirs.answer, same)[there], plain[there], rtol=1e-5)
+    kept = run(params, theirs.answer, {"answer_starts": told["answer_starts"]})
+    assert np.abs(kept - plain)[there].max() > 1e-3
+    # What is hidden is not seen, whatever it is.
+    other = jnp.ones_like(theirs.answer)
+    blind = [run(params, answer, {"hidden": told["hidden"]}) for answer in (theirs.answer, other)]
+    np.testing.assert_array_equal(*blind)
+    some = genrecal._seen(theirs, pair.keys, genrecal.Recalibration(hide=0.5))["hidden"]
+    assert some.any() and not some.all()
+
+
+def test_states_before_the_final_norm_make_the_same_model(ready):
+    _, task, pair, frozen, *_ = ready
+    groups = ready.resolved.groups
+    model, params = task.teacher_model, frozen["teacher"]
+    before = vlm._language(
+        groups.model._replace(final_norm="before"), groups.teacher, model.vocabulary,
+        pair.images.shape[1:],
+    )  # fmt: skip
+    said = [
+        jax.jit(functools.partial(answer_logits, m))(params, pair.images, pair.teacher)
+        for m in (model, before)
+    ]
+    np.testing.assert_array_equal(*said)
+    hidden = [states(m, params, pair.images, pair.teacher).answer for m in (model, before)]
+    assert (hidden[0] != hidden[1]).any()
+    args = pair.images, *pair.teacher[:2]
+    written = [m.generate(params, *args, length=4).tokens for m in (model, before)]
+    np.testing.assert_array_equal(*written)
 
 
 def test_each_stage_trains_what_it_should_and_nothing_else(ready):
@@ -667,6 +739,11 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(quickly, tmp_path, capsy
         name = {"teacher": "teacher"}.get(folder, "student")
         one, two = (weights.load(tmp_path / w / folder, name)[0] for w in ("once", "stopped"))
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), one, two))
+    for row, record in overall.items():
+        said = json.loads((tmp_path / "once" / "answers" / f"{row}.json").read_text())
+        assert len(said) == record["questions"]
+    assert (tmp_path / "once" / "artifacts" / "answers.png").is_file()
+    assert (tmp_path / "once" / "artifacts" / "recalibration-genrecal.png").is_file()
     _as_online(tmp_path / "once", config)
     # The student alone is left: neither teacher nor Recalibrator.
     student, card = weights.load(tmp_path / "once" / "artifacts", "student")
@@ -708,6 +785,7 @@ def _answers_alone(workdir, config):
         written = loaded.task.student_model.generate(params, *seen, length=length)
         by = asked.tokenizers["student"]
         assert texts == [text.answer_text(by, row) for row in np.asarray(written.tokens)]
+    _exported_and_read_again(moved, asked, texts)
     with pytest.raises(InputError, match="1 questions go with images"):
         student.answer(asked.questions.images[:2], ["what?"])
     (moved / "tokenizer.json").write_text(text.tokenizer("bytes", []).stored)
@@ -716,6 +794,33 @@ def _answers_alone(workdir, config):
     (moved / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"tokenizer\.json is no file"):
         jaxdistill.load_student(moved)
+
+
+def _exported_and_read_again(folder, asked, texts):
+    """In the layout of other libraries a student answers the same, whole or not at all."""
+    out = folder.parent / "exported"
+    jaxdistill.export_student(folder, out)
+    # The blind student: what it does not see is in its card.
+    questions = asked.questions
+    read = jaxdistill.load_student(out)
+    assert read.answer(questions.images[:9], questions.questions[:9]) == texts
+    before, _ = weights.load(folder, "student")
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "config.json", "model.safetensors", "student.json", "tokenizer.json",
+        "vision.json", "vision.safetensors",
+    }  # fmt: skip
+    shape, depth, vocabulary, tied = decoders.decoder_shape(out)
+    params, rest = decoders.load_decoder(out, "auto", shape, depth, tied=tied)
+    assert not rest and vocabulary == len(before["embedding"]["embedding"])
+    for name, own in params.items():
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), own, before[name]))
+    with pytest.raises(InputError, match="holds a student of a run"):
+        jaxdistill.export_student(folder, folder)
+    said = json.loads((out / "student.json").read_text())
+    (out / "student.json").write_text(json.dumps(said | {"decoder_sha256": "another's"}))
+    with pytest.raises(InputError, match="are not of one student"):
+        jaxdistill.load_student(out)
 
 
 def _after(count):
