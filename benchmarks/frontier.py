@@ -219,11 +219,12 @@ def _ncfm(budget: int, seed: int, workdir: Path) -> Packed:
     enlarge = np.asarray(jax.image.resize(jnp.eye(side), (_SIDE, side), "bilinear"))
     back = np.linalg.pinv(enlarge)
     tiles = np.einsum("th,nhw,sw->nts", back, made.images[..., 0], back)
-    n = len(tiles) // _FACTOR**2
-    grid = tiles.reshape(_FACTOR, _FACTOR, n, side, side).transpose(2, 0, 3, 1, 4)
-    labels = made.labels[:n]
-    assert (np.diff(labels) >= 0).all(), "stored images stand in the order of their classes"
-    return Packed(grid.reshape(n, _SIDE, _SIDE), np.bincount(labels), _FACTOR, None)
+    # Of each class tile by tile, and image by image within a tile.
+    grid = tiles.reshape(_CLASSES, _FACTOR, _FACTOR, ipc, side, side).transpose(0, 3, 1, 4, 2, 5)
+    n = _CLASSES * ipc
+    assert (made.labels == np.repeat(np.arange(_CLASSES), ipc * _FACTOR**2)).all()
+    counts = np.full(_CLASSES, ipc)
+    return Packed(grid.reshape(n, _SIDE, _SIDE), counts, _FACTOR, None)
 
 
 def _most_bits(packed: Packed, budget: int) -> bytes:
