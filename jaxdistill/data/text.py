@@ -3,7 +3,8 @@
 Three ids are ours in every vocabulary: padding, the end of an answer, and the mark between question
 and answer. Each other token is a piece of bytes, so that texts under two tokenizers can be laid
 side by side by their bytes. Byte-pair encodings are those of the package `tokenizers`, which
-comes with `pip install "jaxdistill[vlm]"`.
+comes with `pip install "jaxdistill[vlm]"`; their pieces are byte-level ones, as GPT-2's, or
+SentencePiece's, as those of Llama 2.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from jaxdistill.data import subwords
 from jaxdistill.errors import InputError
 from jaxdistill.io.files import expanded
 from jaxdistill.io.reading import one_line, read_json
@@ -51,6 +53,7 @@ class Tokenizer(NamedTuple):
         said = json.loads(self.stored)
         model = said.get("model", {})
         rules = [said.get("normalizer"), said.get("pre_tokenizer"), model.get("merges")]
+        rules += [name for name in ("byte_fallback", "ignore_merges") if model.get(name)]
         known = json.dumps([[piece.hex() for piece in self.pieces], rules], sort_keys=True)
         return hashlib.sha256(known.encode()).hexdigest()
 
@@ -76,8 +79,10 @@ def tokenizer(kind: str, texts: Sequence[str]) -> Tokenizer:
 
     Args:
         kind: `characters` of the texts; `bytes`; `bpe:SIZE`, a byte-pair encoding with so many ids
-            that is trained on the texts, the same for the same texts; or the path of a
-            `tokenizer.json` of byte-level pieces, or of one that was stored here.
+            that is trained on the texts, the same for the same texts; the path of a
+            `tokenizer.json` of byte-level pieces or SentencePiece's, of one that was stored here,
+            or of SentencePiece's own `tokenizer.model`; or `cut:PATH`, one of these with only the
+            ids that the texts need, and those of single bytes, by which any other text is written.
         texts: What the vocabulary is made for.
 
     Raises:
@@ -89,10 +94,12 @@ def tokenizer(kind: str, texts: Sequence[str]) -> Tokenizer:
         return _bytes()
     if kind.startswith("bpe:") and kind[4:].isdigit():
         return _trained(kind, int(kind[4:]), texts)
-    if kind.endswith(".json"):
-        return _read(expanded(kind))
+    path = kind.removeprefix("cut:")
+    if path.endswith((".json", ".model")):
+        return _read(expanded(path), texts if path != kind else None)
     raise InputError(
-        f"no tokenizer is called {kind}: give characters, bytes, bpe:SIZE or a tokenizer.json"
+        f"no tokenizer is called {kind}: give characters, bytes, bpe:SIZE, a tokenizer.json or "
+        "tokenizer.model, or cut: before such a file"
     )
 
 
@@ -178,11 +185,17 @@ def _trained(kind: str, size: int, texts: Sequence[str]) -> Tokenizer:
     return _wrapped(kind, made)
 
 
-def _read(path: Path) -> Tokenizer:
+def _read(path: Path, texts: Sequence[str] | None) -> Tokenizer:
+    """The tokenizer of a file, cut to what some texts need where they are given."""
     if not path.is_file():
-        raise InputError(f"{path} is no file; give a tokenizer.json")
+        raise InputError(f"{path} is no file; give a tokenizer.json or tokenizer.model")
+    if path.suffix == ".model":
+        made = _library().Tokenizer.from_str(json.dumps(subwords.of_sentencepiece(path)))
+        return _whole_or_cut(path.name, made, texts)
     said = read_json(path)
     if isinstance(said, dict) and said.get("format") == _FORMAT:
+        if texts is not None:
+            raise InputError(f"{path} is no byte-pair encoding, which alone can be cut")
         known = said.get("characters", "")
         if not isinstance(known, str) or len(set(known)) != len(known):
             raise InputError(f"{path} is damaged: its characters are no text of different ones")
@@ -192,30 +205,71 @@ def _read(path: Path) -> Tokenizer:
         made = library.Tokenizer.from_file(str(path))
     except Exception as error:  # the library's own has no other base
         raise InputError(f"{path} is no tokenizer ({one_line(error)})") from error
-    return _wrapped(path.name, made)
+    return _whole_or_cut(path.name, made, texts)
+
+
+def _whole_or_cut(name: str, made: Any, texts: Sequence[str] | None) -> Tokenizer:
+    if texts is None:
+        return _wrapped(name, made)
+    # Without its special tokens a text that spells one is split as any other, as it is later.
+    said = json.loads(made.to_str())
+    bare = _library().Tokenizer.from_str(json.dumps(said | {"added_tokens": []}))
+    by = _wrapped(name, bare)
+    said = json.loads(by.stored)
+    tokens = {_OURS + i: token for token, i in bare.get_vocab(with_added_tokens=False).items()}
+    used = {tokens[i] for text in texts for i in by.split(text)}
+    always = {token for i, token in tokens.items() if len(by.pieces[i]) == 1}
+    cut = subwords.cut(said, used, always)
+    return _wrapped(f"{name}, cut", _library().Tokenizer.from_str(json.dumps(cut)))
 
 
 def _wrapped(name: str, made: Any) -> Tokenizer:
     """A tokenizer of the library, its ids behind ours."""
     made.no_padding()
     made.no_truncation()
+    said = json.loads(made.to_str())
+    spaced = subwords.spaced(said)
+    if spaced:
+        made = _library().Tokenizer.from_str(json.dumps(subwords.without_first_space(said)))
     by_id = {i: piece for piece, i in made.get_vocab().items()}
-    pieces = []
-    for i in range(max(by_id) + 1):
-        try:
-            pieces.append(byte_level(by_id.get(i, "")))
-        except InputError:
-            pieces.append(by_id[i].encode())  # a special token of the file's own
-    split = lambda text: [  # noqa: E731
-        _OURS + i for i in made.encode(text, add_special_tokens=False).ids
-    ]
+    pieces = [*_nothing(), *(_spelt(by_id.get(i, ""), spaced) for i in range(max(by_id) + 1))]
+
+    def ids_of(text):
+        return [_OURS + i for i in made.encode(text, add_special_tokens=False).ids]
+
+    def spelt(ids):
+        return b"".join(pieces[i] for i in ids)
+
+    def split(text):
+        ids = ids_of(text)
+        # Unknown letters, normalizers, and the letter that stands for a space.
+        if spelt(ids) != text.encode():
+            raise InputError(
+                f"{name} writes {text[:60]!r} as {spelt(ids).decode('utf-8', 'replace')[:60]!r}; "
+                "change the text, or take a tokenizer that keeps all bytes"
+            )
+        return ids
+
     whole = "The 3 é"
-    spelt = b"".join(pieces[i - _OURS] for i in split(whole))
-    if spelt == b" " + whole.encode():
+    found = whole.encode() if spaced else spelt(ids_of(whole))
+    if found == b" " + whole.encode():
         raise InputError(f"{name} puts a space before a text; set its add_prefix_space to false")
-    if spelt != whole.encode():
-        raise InputError(f"{name} has other pieces than byte-level ones; give such a tokenizer")
-    return Tokenizer(name, (*_nothing(), *pieces), split, made.to_str())
+    if found != whole.encode():
+        raise InputError(
+            f"{name} has other pieces than byte-level ones and SentencePiece's; give such a "
+            "tokenizer"
+        )
+    return Tokenizer(name, tuple(pieces), split, made.to_str())
+
+
+def _spelt(token: str, spaced: bool) -> bytes:
+    """The bytes of a token of the library, as a special one of the file's own those of its name."""
+    if spaced:
+        return subwords.bytes_of(token)
+    try:
+        return byte_level(token)
+    except InputError:
+        return token.encode()
 
 
 def byte_level(token: str) -> bytes:
