@@ -9,7 +9,7 @@ whose rows are taken out of the record is measured again. About 100 CPU seconds 
 is exact or seeded, in float64. In space worlds the forms of ALM are also minimized for longer,
 which tells slow ones from wrong ones; in a control both sides have one tokenizer. GenRecal, whose
 loss is one of hidden states, is measured in a world of each kind with contexts of its own, in
-float32, 170 CPU seconds each; see `jaxdistill.vlm.oracle_recalibrated`.
+float32, 160 CPU seconds each; see `jaxdistill.vlm.oracle_recalibrated`.
 """
 
 import argparse
