@@ -221,9 +221,10 @@ def losses(
     def of_text(prefix, own, answer, tokens, mask):
         student = States(prefix[None, None], one, answer[None], mask[None])
         teacher = States(own[None], one, answer[None], mask[None])
+        counted = mask.astype(jnp.float32).at[0].multiply(boundary == "include")
         found = recalibrated_losses(
             recalibrate, params, lambda hidden: hidden, student, teacher, tokens[None],
-            own_prefix=own_prefix, boundary=boundary,
+            own_prefix=own_prefix, weights=counted[None],
         )  # fmt: skip
         return found.ce, found.kl
 
