@@ -5,7 +5,8 @@
 Arguments, joined by commas behind the colon:
 
     dataset=    digits (default), fashion_mnist or another labelled set, whose images stand in
-                grids of four that questions are asked about
+                grids of four that questions are asked about; pairs_448 for --mode=compile: the
+                published sizes, 8 billion parameters taught by 78
     method=     genrecal (default), sft, blind, sequence_kd; a loss between tokenizers: uld,
                 multilevel_ot, gold, gold_hybrid, pkl, alm; or one of a single tokenizer:
                 forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, gkd
@@ -31,10 +32,24 @@ import ml_collections
 from jaxdistill.config import parse_argument
 from jaxdistill.errors import InputError
 
-# Sides of patches: a student's is as large as an image of the grid.
+_QWEN = {"width": 8192, "depth": 80, "heads": 64, "kv_heads": 8, "hidden": 29_568}
+_INTERNLM = {"width": 4096, "depth": 32, "heads": 32, "kv_heads": 8, "hidden": 14_336}
+# A student's patches are as large as an image of the grid.
 _RECIPES = {
-    "digits": {"teacher_patch": 4, "student_patch": 8},
-    "fashion_mnist": {"teacher_patch": 14, "student_patch": 28},
+    "digits": {"teacher": {"patch": 4}, "student": {"patch": 8}},
+    "fashion_mnist": {"teacher": {"patch": 14}, "student": {"patch": 28}},
+    # InternVL2.5-8B from InternVL2.5-78B, whose images of 448 pixels are 256 tokens.
+    "pairs_448": {
+        "teacher": {"patch": 28, "tokenizer": "ids:151674", **_QWEN},
+        "student": {"patch": 28, "tokenizer": "ids:92553", **_INTERNLM},
+        "model": {
+            "rope_theta": 1e6,
+            "dtype": "bfloat16",
+            "param_dtype": "bfloat16",
+            "remat": True,
+        },
+        "parallel": {"fully_sharded": True},
+    },
 }
 _LOSSES = ("uld", "multilevel_ot", "gold", "gold_hybrid", "pkl", "alm")
 _DIVERGENCES = (
@@ -73,10 +88,10 @@ def get_config(argument=None, dataset=None, method=None):
     config.data.name = dataset
 
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.patch = recipe["teacher_patch"]
     config.teacher.tokenizer = "bytes" if arg["smoke"] else "bpe:420"
     config.student = ml_collections.ConfigDict()
-    config.student.patch = recipe["student_patch"]
+    for group, values in recipe.items():
+        config[group] = ml_collections.ConfigDict({**config.get(group, {}), **values})
     if arg["tokenizers"] not in ("", "one", "two"):
         raise InputError(f"tokenizers={arg['tokenizers']}: give one or two")
     config.student.steps = _START
@@ -85,7 +100,7 @@ def get_config(argument=None, dataset=None, method=None):
         config.student.tokenizer = config.teacher.tokenizer
 
     config.run = ml_collections.ConfigDict()
-    config.run.chunk = 10
+    config.run.chunk = 1 if dataset == "pairs_448" else 10
     config.run.checkpoint_every = 500
 
     steps = sum(_STAGES.values())

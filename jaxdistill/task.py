@@ -125,6 +125,8 @@ class Language(NamedTuple):
         vocabulary: Number of tokens.
         block: A `jaxdistill.nn.decoder.BlockShape`: what a decoder block is like.
         part: `path of a parameter -> vision`, `projector`, `embedding` or `body`.
+        slots: Tokens of an answer whose logits are there at a time, where a loss can do with some;
+            0 for all.
     """
 
     init: Callable[[Array], PyTree]
@@ -136,6 +138,7 @@ class Language(NamedTuple):
     vocabulary: int
     block: Any
     part: Callable[[tuple[Any, ...]], str]
+    slots: int = 0
 
 
 class VLMTask(NamedTuple):

@@ -158,6 +158,8 @@ class Model(NamedTuple):
         remat: Whether blocks are computed again for the gradient.
         dtype: The dtype of the activations.
         param_dtype: The dtype of parameters that are frozen; what is trained has float32.
+        slots: Tokens of an answer whose logits are there at a time, in cross-entropies and in
+            GenRecal's losses; 0 for all. Large vocabularies take less memory so.
     """
 
     rope_theta: Annotated[float, Between(1, 1e9)] = 10_000.0
@@ -165,6 +167,7 @@ class Model(NamedTuple):
     remat: bool = False
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
+    slots: Annotated[Natural, ASIDE] = 0
 
 
 class Settings(NamedTuple):
@@ -494,6 +497,7 @@ def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_sha
         vocabulary,
         block,
         part_of,
+        model.slots,
     )
 
 

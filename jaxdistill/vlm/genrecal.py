@@ -27,7 +27,15 @@ from jaxdistill.task import Aside, Language, Recipe, VLMTask
 from jaxdistill.vlm import supervised
 from jaxdistill.vlm.diagnosis import diagnosis
 from jaxdistill.vlm.losses import cross_entropy, forward_kl
-from jaxdistill.vlm.pairs import States, TokenisedPair, predicting, states, teacher_states
+from jaxdistill.vlm.pairs import (
+    States,
+    TokenisedPair,
+    answer_entropy,
+    by_slots,
+    predicting,
+    states,
+    teacher_states,
+)
 from jaxdistill.vlm.supervised import mean
 
 _HIDING = 0x68696465  # a number that splitting an example's key does not fold into it
@@ -155,6 +163,7 @@ def recalibrated_losses(
     *,
     own_prefix: bool,
     weights: Float[Array, "b a"] | None = None,
+    slots: int = 0,
     **options: Any,
 ) -> Losses:
     """Algorithms 1 to 3 of the paper for one prefix.
@@ -168,6 +177,7 @@ def recalibrated_losses(
         answer: Ids of the answer under the teacher's tokenizer (b, a).
         own_prefix: Whether the prefix is the teacher's own, as in the regularizer.
         weights: Of each token of the answers; by default all that are there weigh alike.
+        slots: Tokens of an answer whose logits are there at a time; 0 for all.
         **options: What else `recalibrate` is given.
     """
     source = teacher if own_prefix else student
@@ -180,15 +190,25 @@ def recalibrated_losses(
         prefix_from_teacher=own_prefix,
         **options,
     )
-    logits = head(predicting(prefix, source.prefix_there, made))
-    own = head(predicting(teacher.prefix, teacher.prefix_there, teacher.answer))
     there = teacher.answer_there
     weights = there.astype(jnp.float32) if weights is None else weights
 
-    def weighed(loss, target):
-        slots, _ = jax.vmap(jax.vmap(loss))(target, logits, there)
-        return jnp.sum(slots * weights), jnp.sum(weights)
+    def of_tokens(hidden, known, tokens, there):
+        logits, own = head(hidden), head(known)
+        each = lambda loss: jax.vmap(jax.vmap(loss))  # noqa: E731
+        return each(cross_entropy)(tokens, logits, there)[0], each(forward_kl)(own, logits, there)[
+            0
+        ]
 
+    by_token = by_slots(
+        of_tokens,
+        slots,
+        predicting(prefix, source.prefix_there, made),
+        predicting(teacher.prefix, teacher.prefix_there, teacher.answer),
+        answer,
+        there,
+    )
+    ce, kl = ((jnp.sum(x * weights), jnp.sum(weights)) for x in by_token)
     far = jnp.square(made - teacher.answer).mean(-1)
     if own_prefix:
         ends = jnp.square(prefix - teacher.prefix).mean(-1)
@@ -197,7 +217,7 @@ def recalibrated_losses(
     else:
         seen = teacher.answer_there
     square = jnp.sum(jnp.where(seen, far, 0.0)), jnp.sum(seen, dtype=jnp.float32)
-    return Losses(weighed(cross_entropy, answer), weighed(forward_kl, own), square)
+    return Losses(ce, kl, square)
 
 
 def genrecal(
@@ -291,9 +311,8 @@ def genrecal(
             own = states(student, small, examples.images, examples.student)
             if number > 0:
                 predicted = predicting(own.prefix, own.prefix_there, own.answer)
-                logits = student.head(small, predicted + nudge.answer)
-                side = examples.student
-                metrics["sft"] = mean(cross_entropy(side.answer, logits, side.answer_there))
+                entropy = answer_entropy(student, small, predicted + nudge.answer, examples.student)
+                metrics["sft"] = mean(entropy)
                 value += metrics["sft"] * (r.sft if number == 1 else 1.0)
             if number < 2:
                 base = jax.lax.stop_gradient(frozen["teacher"])
@@ -310,6 +329,7 @@ def genrecal(
                         examples.teacher.answer,
                         own_prefix=own_prefix,
                         weights=_weights(theirs.answer_there, r),
+                        slots=teacher.slots,
                         **_seen(theirs, examples.keys, r),
                     )
 

@@ -1,14 +1,16 @@
 """One image, question and answer as two models read them, and the states that predict an answer."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from jaxdistill.nn.decoder import last_of
 from jaxdistill.task import Language
 from jaxdistill.vlm.groups import Groups
+from jaxdistill.vlm.same_vocabulary import Total, cross_entropy
 
 
 class Side(NamedTuple):
@@ -130,3 +132,43 @@ def teacher_logits(model: Language, params: PyTree, pair: TokenisedPair) -> Floa
     """The teacher's logits of each token of the answers of the data, without gradient."""
     made = head_logits(model, params, teacher_states(model, params, pair))
     return jax.lax.stop_gradient(made)
+
+
+def by_slots(function: Callable[..., PyTree], slots: int, *arrays: Shaped[Array, "b a ..."]):
+    """A function of the tokens of answers, applied to some of them at a time.
+
+    What it makes on the way, such as logits, is there for these alone, in the gradient too.
+
+    Args:
+        function: Of arrays (b, s, ...); gives a tree of such arrays, each token's by itself.
+        slots: How many; 0 for all.
+        *arrays: Of the whole answers.
+    """
+    length = arrays[0].shape[1]
+    if not slots or slots >= length:
+        return function(*arrays)
+
+    def parts(x):
+        room = [(0, 0), (0, -length % slots), *[(0, 0)] * (x.ndim - 2)]
+        x = jnp.pad(x, room)
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, slots, *x.shape[2:]), 1, 0)
+
+    def whole(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+    some = jax.checkpoint(lambda xs: function(*xs))
+    return jax.tree.map(whole, jax.lax.map(some, tuple(map(parts, arrays))))
+
+
+def answer_entropy(
+    model: Language, params: PyTree, predicted: Float[Array, "b a d"], side: Side
+) -> Total:
+    """The cross-entropy of answers, of the states that predict their tokens."""
+
+    def entropies(hidden, tokens, there):
+        return jax.vmap(jax.vmap(cross_entropy))(tokens, model.head(params, hidden), there)[0]
+
+    there = side.answer_there
+    made = by_slots(entropies, model.slots, predicted, side.answer, there)
+    return made.sum(), jnp.sum(there, dtype=jnp.float32)

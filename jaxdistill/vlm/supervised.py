@@ -13,8 +13,7 @@ from jaxdistill.errors import InputError
 from jaxdistill.keywords import Between, Count, Fraction, Natural, Rate, Weight, grouped
 from jaxdistill.method import Batch, BatchSpec, Frozen, Method
 from jaxdistill.task import Language, Part, Recipe, VLMTask
-from jaxdistill.vlm.losses import cross_entropy
-from jaxdistill.vlm.pairs import TokenisedPair, answer_logits
+from jaxdistill.vlm.pairs import TokenisedPair, answer_entropy, predicting, states
 
 Loss = Callable[[PyTree, Frozen, TokenisedPair], tuple[Array, dict[str, Any]]]
 """`(params, frozen, pair) -> (loss, metrics)`: means over all tokens of all devices."""
@@ -142,8 +141,9 @@ def supervised_loss(model: Language, side: str) -> Loss:
     def loss(params, frozen, pair):
         del frozen
         own = getattr(pair, side)
-        logits = answer_logits(model, params, pair.images, own)
-        value = mean(cross_entropy(own.answer, logits, own.answer_there))
+        made = states(model, params, pair.images, own)
+        predicted = predicting(made.prefix, made.prefix_there, made.answer)
+        value = mean(answer_entropy(model, params, predicted, own))
         return value, {"loss": value}
 
     return loss

@@ -488,6 +488,24 @@ def test_stages_that_are_none(ready):
             )
 
 
+@pytest.mark.parametrize("number", [0, 2])
+def test_logits_of_some_tokens_at_a_time_make_the_same_step(ready, number):
+    resolved, task, _, frozen, batch, method = ready
+    row = resolved.rows["genrecal"]
+    # Answers are no multiple of five.
+    few = {f"{side}_model": getattr(task, f"{side}_model")._replace(slots=5)
+           for side in ("teacher", "student")}  # fmt: skip
+    assert all(length % 5 for length in task.answer_length)
+    other = row.module.recipe(task._replace(**few), **row.settings).method
+    state = method.init(jax.random.key(0), frozen, batch)._replace(step=jnp.int32(number))
+    args = state, frozen, batch, jax.random.key(0)
+    (after, said), (again, more) = method.step(*args), jax.jit(other.step)(*args)
+    for name in said:
+        np.testing.assert_allclose(more[name], said[name], rtol=1e-4, atol=1e-6)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, (again.student, again.recalibrator), (after.student, after.recalibrator))
+
+
 def test_states_of_padding_are_never_seen(ready):
     """The same question with more room for it gives the same losses."""
     *_, frozen, batch, method = ready
