@@ -8,19 +8,22 @@ Arguments, joined by commas behind the colon:
                 grids of four that questions are asked about; pairs_448 for --mode=compile: the
                 published sizes, 8 billion parameters taught by 78
     method=     genrecal (default), sft, blind, sequence_kd; a loss between tokenizers: uld,
-                multilevel_ot, gold, gold_hybrid, pkl, alm; or one of a single tokenizer:
-                forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, gkd
+                multilevel_ot, mined, gold, gold_hybrid, pkl, alm, dskd; or one of a single
+                tokenizer: forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation,
+                gkd, llava_kd
     baselines=  rows beside it, joined by +: sft (default); empty for none
     tokenizers= two (default), or one: the student reads as the teacher does. With a method of a
                 single tokenizer it is one
+    patches=    two (default), or one: images become as many tokens for the student as for the
+                teacher. With llava_kd it is one
     smoke       a run of seconds that only shows that everything works
 
 The teacher reads byte pairs, which `pip install "jaxdistill[vlm]"` brings, and small patches, the
 student characters and large ones; both are trained here first. Rows: `genrecal` in three stages,
 `sft` as many steps of fine-tuning alone, `blind` the same from nothing and without images,
-`sequence_kd` on the teacher's answers in place of those of the data; the
-others are fine-tuned with the loss of that name beside the cross-entropy. As the method they are
-rows called by their module: `supervised`, `across`, `logits`.
+`sequence_kd` on the teacher's answers in place of those of the data, `llava_kd` in three stages of
+its own; the others are fine-tuned with the loss of that name beside the cross-entropy. As the
+method they are rows called by their module: `supervised`, `across`, `logits`.
 
     config                           hardware
     genrecal:dataset=digits          2 CPU cores, not run here to its end
@@ -51,7 +54,7 @@ _RECIPES = {
         "parallel": {"fully_sharded": True},
     },
 }
-_LOSSES = ("uld", "multilevel_ot", "gold", "gold_hybrid", "pkl", "alm")
+_LOSSES = ("uld", "multilevel_ot", "mined", "gold", "gold_hybrid", "pkl", "alm")
 _DIVERGENCES = (
     "forward_kl",
     "reverse_kl",
@@ -60,8 +63,13 @@ _DIVERGENCES = (
     "skew_reverse_kl",
     "total_variation",
 )
+# As published for MinED: half of it beside half of the cross-entropy, logits divided by two.
+_HALF = {"weight": 0.5, "sft": 0.5, "temperature": 2.0}
 _START = 1000  # steps of what all students but the blind start from
-_STAGES = {"align": 700, "distil": 1300, "tune": 700}
+_STAGES = {
+    "genrecal": {"align": 700, "distil": 1300, "tune": 700},
+    "llava_kd": {"pretrain": 800, "tune": 950, "distil": 950},
+}
 
 
 def get_config(argument=None, dataset=None, method=None):
@@ -73,6 +81,7 @@ def get_config(argument=None, dataset=None, method=None):
         method="genrecal",
         baselines="sft",
         tokenizers="",
+        patches="",
         seed=0,
     )
     # What the command line says of data and method goes before the argument.
@@ -92,10 +101,13 @@ def get_config(argument=None, dataset=None, method=None):
     config.student = ml_collections.ConfigDict()
     for group, values in recipe.items():
         config[group] = ml_collections.ConfigDict({**config.get(group, {}), **values})
-    if arg["tokenizers"] not in ("", "one", "two"):
-        raise InputError(f"tokenizers={arg['tokenizers']}: give one or two")
+    for name in ("tokenizers", "patches"):
+        if arg[name] not in ("", "one", "two"):
+            raise InputError(f"{name}={arg[name]}: give one or two")
+    if (arg["patches"] or ("one" if method == "llava_kd" else "two")) == "one":
+        config.student.patch = config.teacher.patch
     config.student.steps = _START
-    single = method in (*_DIVERGENCES, "gkd", "logits")
+    single = method in (*_DIVERGENCES, "gkd", "logits", "llava_kd")
     if (arg["tokenizers"] or ("one" if single else "two")) == "one":
         config.student.tokenizer = config.teacher.tokenizer
 
@@ -103,13 +115,15 @@ def get_config(argument=None, dataset=None, method=None):
     config.run.chunk = 1 if dataset == "pairs_448" else 10
     config.run.checkpoint_every = 500
 
-    steps = sum(_STAGES.values())
+    steps = sum(_STAGES["genrecal"].values())
     rows = {
-        "genrecal": {"name": "genrecal", **_STAGES},
+        **{name: {"name": name, **stages} for name, stages in _STAGES.items()},
         "sft": {"name": "supervised", "steps": steps},
         "sequence_kd": {"name": "supervised", "steps": steps, "answers": "teacher"},
         "blind": {"name": "supervised", "steps": steps + _START, "blind": True},
         **{loss: {"name": "across", "steps": steps, "loss": loss} for loss in _LOSSES},
+        "mined": {"name": "across", "steps": steps, "loss": "mined", **_HALF},
+        "dskd": {"name": "dskd", "steps": steps},
         **{d: {"name": "logits", "steps": steps, "divergence": d} for d in _DIVERGENCES},
         # Half of the answers are the student's own, as its authors' default is.
         "gkd": {"name": "logits", "steps": steps, "divergence": "jsd", "on_policy": 0.5},
@@ -136,10 +150,9 @@ def get_config(argument=None, dataset=None, method=None):
             model.width, model.depth, model.heads, model.kv_heads, model.hidden = 16, 1, 2, 1, 32
             model.steps, model.batch_size = 4, 8
         config.run.chunk, config.run.checkpoint_every = 2, 2
-        stages = {"align": 2, "distil": 2, "tune": 2}
         for row in (config.method, *config.baselines.values()):
             row.batch_size = 8
-            row.update(stages if row.name == "genrecal" else {"steps": 6})
+            row.update(dict.fromkeys(_STAGES[row.name], 2) if row.name in _STAGES else {"steps": 6})
         for evaluation in config.evals.values():
             evaluation.batch_size = 20
     return config

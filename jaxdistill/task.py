@@ -110,14 +110,15 @@ class Language(NamedTuple):
     """A vision-language model as functions of its parameters.
 
     A model of another library is one once it is given so. Losses ask for `encode` and `head`
-    alone; GenRecal builds its Recalibrator like a `block` of the student, and trains parameters by
-    what `part` says of them.
+    alone, and DSKD for `embed`; GenRecal builds its Recalibrator like a `block` of the student.
+    Methods of several stages train parameters by what `part` says of them.
 
     Attributes:
         init: `key -> params`.
         encode: `(params, images, tokens, there) -> hidden` (b, image_tokens + t, width): the last
             hidden states, final norm included, of an image and the text behind it, both padded.
         head: `(params, hidden) -> logits` (..., vocabulary), float32.
+        embed: `(params, tokens) -> embeddings` (b, t, width), as they enter the decoder.
         generate: `(params, images, question, there, *, keys, temperature, length) -> Written`; see
             `jaxdistill.vlm.decoding.generate`.
         image_tokens: Places that an image takes, before the text.
@@ -125,6 +126,7 @@ class Language(NamedTuple):
         vocabulary: Number of tokens.
         block: A `jaxdistill.nn.decoder.BlockShape`: what a decoder block is like.
         part: `path of a parameter -> vision`, `projector`, `embedding` or `body`.
+        linear_head: Whether the head is a matrix and nothing else.
         slots: Tokens of an answer whose logits are there at a time, where a loss can do with some;
             0 for all.
     """
@@ -132,12 +134,14 @@ class Language(NamedTuple):
     init: Callable[[Array], PyTree]
     encode: Callable[[PyTree, Array, Array, Array], Array]
     head: Callable[[PyTree, Array], Array]
+    embed: Callable[[PyTree, Array], Array]
     generate: Callable[..., Any]
     image_tokens: int
     width: int
     vocabulary: int
     block: Any
     part: Callable[[tuple[Any, ...]], str]
+    linear_head: bool = True
     slots: int = 0
 
 

@@ -34,7 +34,7 @@ def small(family, name):
 def test_every_family_has_methods_here():
     assert {"ncfm", "dm", "random", "herding", "k_center", "start"} <= {n for _, n in METHODS}
     assert {"arcflow", "linear", "endpoint", "progressive", "ucgm"} <= {n for _, n in METHODS}
-    assert {"genrecal", "supervised", "across"} <= {n for _, n in METHODS}
+    assert {"genrecal", "supervised", "across", "dskd", "llava_kd"} <= {n for _, n in METHODS}
     assert {family for family, _ in METHODS} == set(SMALL)
 
 

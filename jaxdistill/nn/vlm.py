@@ -37,8 +37,8 @@ class VLM(nn.Module):
 
     It is two functions: `encode`, of images and tokens to the last hidden states, and `head`, of
     hidden states to logits; the final norm belongs to the first, unless it is asked for in the
-    second. What is made of it needs no more, so a model of another library is one that is given as
-    two functions.
+    second. Most of what is made of it needs no more, so a model of another library is one that is
+    given as functions; see `jaxdistill.task.Language`.
 
     Attributes:
         vocabulary: Number of tokens.
@@ -89,6 +89,10 @@ class VLM(nn.Module):
         patches = patchify(images, self.patch).reshape(images.shape[0], self.image_tokens, -1)
         x = nn.gelu(self.vision(patches)) + self.places.astype(patches.dtype)
         return self.projector[1](nn.gelu(self.projector[0](x)))
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """The embeddings of tokens, as they enter the decoder."""
+        return self.embedding(tokens)
 
     def encode(
         self,

@@ -32,7 +32,7 @@ from jaxdistill.task import Language, Part, VLMTask
 from jaxdistill.tasks import Loaded, readings
 from jaxdistill.tasks.pretrained import Wanted, identity, pretrained
 from jaxdistill.vlm import supervised
-from jaxdistill.vlm.align import align
+from jaxdistill.vlm.align import align, partners
 from jaxdistill.vlm.decoding import generate
 from jaxdistill.vlm.groups import Groups
 from jaxdistill.vlm.pairs import Side, TokenisedPair, encoded
@@ -264,6 +264,7 @@ def shapes(experiment: Experiment) -> VLMTask:
                 f"{side}_{part}": jax.ShapeDtypeStruct((length,), jnp.int32)
                 for part, length in parts.items()
             }
+        one["partners"] = one["student_answer"]
         return _task(groups, groups.data.name, named, lengths, one, groups.data.train)
     data, named, lengths = _texts(groups)
     # Of one question: all have its shapes.
@@ -379,13 +380,14 @@ def _arrays(asked: vqa.Questions, named: dict, lengths: dict) -> dict[str, np.nd
         answers = text.tokens(named[side], asked.answers, EOS, short)
         arrays |= {f"{side}_question": questions.ids, f"{side}_answer": answers.ids}
     # Answers come again and again, and are aligned once.
-    found: dict[str, Groups] = {}
+    found: dict[str, tuple[np.ndarray, ...]] = {}
     pieces = [_pieces(named[side]) for side in _SIDES]
     for answer, *ids in zip(asked.answers, *(arrays[f"{s}_answer"] for s in _SIDES), strict=True):
         if answer not in found:
             found[answer] = _aligned(pieces, ids)
-    both = zip(*(found[answer] for answer in asked.answers), strict=True)
-    return arrays | {f"{s}_groups": np.stack(own) for s, own in zip(_SIDES, both, strict=True)}
+    aligned = zip(*(found[answer] for answer in asked.answers), strict=True)
+    names = (*(f"{side}_groups" for side in _SIDES), "partners")
+    return arrays | {name: np.stack(own) for name, own in zip(names, aligned, strict=True)}
 
 
 def _pieces(by: Tokenizer) -> tuple[bytes | str, ...]:
@@ -401,14 +403,17 @@ def _encode(by: Tokenizer, piece: bytes) -> list[int]:
         return []
 
 
-def _aligned(pieces: Sequence[tuple[bytes | str, ...]], ids: Sequence[np.ndarray]) -> Groups:
-    """The groups of one answer; padding is in none."""
-    return align(
-        *(
-            [None if i == text.PAD else known[i] for i in own.tolist()]
-            for known, own in zip(pieces, ids, strict=True)
-        )
-    )
+def _aligned(
+    pieces: Sequence[tuple[bytes | str, ...]], ids: Sequence[np.ndarray]
+) -> tuple[np.ndarray, ...]:
+    """The groups of one answer on both sides, and the student's partners; padding has none."""
+    texts = [
+        [known[i] for i in own.tolist() if i != text.PAD]
+        for known, own in zip(pieces, ids, strict=True)
+    ]
+    lengths = [len(own) for own in ids]
+    groups = align(*texts, teacher_length=lengths[0], student_length=lengths[1])
+    return (*groups, partners(*texts, student_length=lengths[1]))
 
 
 def _one(arrays: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -447,8 +452,8 @@ def _pair_of(arrays: dict[str, Any]) -> TokenisedPair:
 
     images = _normalized(arrays["images"])
     groups = Groups(arrays["teacher_groups"], arrays["student_groups"])
-    aside = arrays.get("keys"), arrays.get("hidden")
-    return TokenisedPair(images, side("teacher"), side("student"), groups, *aside)
+    sides, aside = (side("teacher"), side("student")), (arrays.get("keys"), arrays.get("hidden"))
+    return TokenisedPair(images, *sides, groups, arrays["partners"], *aside)
 
 
 def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_shape) -> Language:
@@ -491,13 +496,15 @@ def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_sha
         init,
         method("encode"),
         method("head"),
+        method("embed"),
         functools.partial(generate, net, eos=EOS),
         net.image_tokens,
         sizes.width,
         vocabulary,
         block,
         part_of,
-        model.slots,
+        linear_head=model.final_norm == "after",
+        slots=model.slots,
     )
 
 

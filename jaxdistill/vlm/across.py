@@ -1,4 +1,4 @@
-"""A loss between two tokenizers beside the cross-entropy of answers: ULD, GOLD, P-KL, ALM and more.
+"""A loss between two tokenizers beside the cross-entropy of answers: ULD, GOLD, ALM and more.
 
 The teacher reads the same image, question and answer in its own tokens, and a loss of
 `jaxdistill.vlm.losses` holds what it says against what the student says. Which of them leaves a
@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from jaxdistill.keywords import grouped
 from jaxdistill.task import Recipe, VLMTask
 from jaxdistill.vlm import losses
+from jaxdistill.vlm.align import agreeing
 from jaxdistill.vlm.pairs import answer_logits, teacher_logits
 from jaxdistill.vlm.same_vocabulary import Total
 from jaxdistill.vlm.supervised import Beside, Training, both, check_weights, student_recipe
 
-Name = Literal["uld", "multilevel_ot", "gold", "gold_hybrid", "pkl", "alm"]
-"""`uld` and `multilevel_ot` sort; `gold` merges tokens and sorts, `gold_hybrid` compares those that
-both have by name; `pkl` projects; `alm` compares likelihoods of what stands between spaces,
-corrected at both ends."""
+Name = Literal["uld", "multilevel_ot", "mined", "gold", "gold_hybrid", "pkl", "alm"]
+"""`uld` and `multilevel_ot` sort; `mined` matches tokens by edit distance; `gold` merges tokens and
+sorts, `gold_hybrid` compares those that both have by name; `pkl` projects; `alm` compares
+likelihoods of what stands between spaces, corrected at both ends."""
 
 
 def text_loss(task: VLMTask, name: Name, temperature: float) -> Callable[..., Total]:
@@ -47,6 +48,15 @@ def text_loss(task: VLMTask, name: Name, temperature: float) -> Callable[..., To
         return lambda p, q, pair: losses.multilevel_ot(
             p, q, pair.teacher.answer_there, pair.student.answer_there
         )
+    if name == "mined":
+        nearest = jnp.asarray(losses.nearest_pieces(ours, theirs))
+
+        def mined(p, q, pair):
+            answer, there = pair.student.answer, pair.student.answer_there
+            agreed = agreeing(pair.partners, pair.teacher.answer, answer, nearest)
+            return losses.mined(p, q, answer, there, agreed, nearest, temperature=temperature)
+
+        return mined
     if name in ("gold", "gold_hybrid"):
         match = None
         if name == "gold_hybrid":

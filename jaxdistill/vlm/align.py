@@ -6,13 +6,17 @@ pieces as in `jaxdistill.vlm.vocabularies`, one a slot: bytes; the name of a spe
 for what is not compared, such as a prompt, a BOS of one side alone, or padding.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Array, Int
 
 from jaxdistill.errors import InputError
 from jaxdistill.vlm.groups import Groups
 from jaxdistill.vlm.vocabularies import Piece, distance
+
+_distance = functools.lru_cache(2**16)(distance)  # texts have the same tokens again and again
 
 
 def align(
@@ -84,47 +88,48 @@ def partners(
         (k,) int32: the teacher's slot for each of the student's, or -1.
     """
     m, k = len(teacher_pieces), len(student_pieces)
-    cost = np.full((m + 1, k + 1), np.inf)
-    cost[0, 0] = 0.0
-    for i, ours in enumerate(teacher_pieces):
+    # A list of lists: single numbers of an array are slow to reach.
+    cost = [[0.0, *[np.inf] * k]]
+    for ours in teacher_pieces:
+        above, row = cost[-1], [np.inf]
         for j, theirs in enumerate(student_pieces):
-            before = min(cost[i, j], cost[i, j + 1], cost[i + 1, j])
-            cost[i + 1, j + 1] = before + distance(ours, theirs)
+            row.append(min(above[j], above[j + 1], row[j]) + _distance(ours, theirs))
+        cost.append(row)
     path, i, j = [], m, k
     while i and j:
         path.append((i - 1, j - 1))
         steps = [(i - 1, j - 1), (i - 1, j), (i, j - 1)]
-        i, j = min(steps, key=lambda step: cost[step])
+        i, j = min(steps, key=lambda step: cost[step[0]][step[1]])
     met = [[pair[side] for pair in path] for side in (0, 1)]
-    found = np.full(k, -1, np.int32)
+    found = [-1] * k
     for i, j in path:
         if met[0].count(i) == met[1].count(j) == 1:
             found[j] = i
-    return _padded(found.tolist(), student_length, "student")
+    return _padded(found, student_length, "student")
 
 
 def agreeing(
-    found: np.ndarray,
-    teacher_tokens: Sequence[int],
-    student_tokens: Sequence[int],
-    nearest: np.ndarray,
-) -> np.ndarray:
+    found: Int[Array | np.ndarray, " k"],
+    teacher_tokens: Int[Array | np.ndarray, " m"],
+    student_tokens: Int[Array | np.ndarray, " k"],
+    nearest: Int[Array | np.ndarray, " v_teacher"],
+) -> Int[Array | np.ndarray, " k"]:
     """Partners whose tokens are also mapped to each other by the vocabularies.
 
+    Arrays are NumPy's, or all JAX's, in a compiled program too.
+
     Args:
-        found: Of `partners`.
-        teacher_tokens: Ids of the slots.
-        student_tokens: Likewise.
-        nearest: Of `vocabularies.nearest_pieces`.
+        found: (k,) integers, of `partners`.
+        teacher_tokens: (m,) integers, the ids of the teacher's slots.
+        student_tokens: (k,) integers, likewise.
+        nearest: (v_teacher,) integers, of `vocabularies.nearest_pieces`.
 
     Returns:
-        The same array with -1 where they are not.
+        (k,) integers: `found`, with -1 where they are not.
     """
-    kept = found.copy()
-    for j, i in enumerate(found):
-        if i >= 0 and nearest[teacher_tokens[i]] != student_tokens[j]:
-            kept[j] = -1
-    return kept
+    there = found >= 0
+    kept = there & (nearest[teacher_tokens[found * there]] == student_tokens)
+    return (found + 1) * kept - 1
 
 
 def _same_bytes(ours: bytes, theirs: bytes) -> None:

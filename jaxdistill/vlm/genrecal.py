@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int32, Key, PRNGKeyArray, PyTree
 
 from jaxdistill import collective
@@ -24,7 +23,7 @@ from jaxdistill.keywords import Between, Fraction, Natural, Rate, Weight, groupe
 from jaxdistill.method import Batch, BatchSpec, Frozen, Method
 from jaxdistill.nn.recalibrator import Recalibrator
 from jaxdistill.task import Aside, Language, Recipe, VLMTask
-from jaxdistill.vlm import supervised
+from jaxdistill.vlm import staged, supervised
 from jaxdistill.vlm.diagnosis import diagnosis
 from jaxdistill.vlm.losses import cross_entropy, forward_kl
 from jaxdistill.vlm.pairs import (
@@ -36,8 +35,10 @@ from jaxdistill.vlm.pairs import (
     states,
     teacher_states,
 )
+from jaxdistill.vlm.staged import Pace, Stage
 from jaxdistill.vlm.supervised import mean
 
+_RECALIBRATOR = "recalibrator"  # a part beside those of the student
 _HIDING = 0x68696465  # a number that splitting an example's key does not fold into it
 
 Regularizer = Literal["both", "none", "kl", "ce", "mse"]
@@ -91,31 +92,22 @@ class Recalibration(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """The settings of the three stages: alignment, distillation, fine-tuning.
+    """The lengths and rates of the three stages: alignment, distillation, fine-tuning.
 
     Attributes:
         align: Steps in which the Recalibrator is trained alone.
         distil: Steps in which the student is trained through it.
         tune: Steps in which the student is trained without it.
-        batch_size: Questions a step.
-        learning_rate: Adam's learning rate in the second stage.
-        align_rate_scale: That of the first stage over it.
+        align_rate_scale: The learning rate of the first stage over that of the second, which is
+            `Pace.learning_rate`.
         tune_rate_scale: That of the third stage over it.
-        learning_rate_decay: The last learning rate of a stage over its first, by a straight line.
-        warmup_fraction: Part of a stage in which the rate rises (A9).
-        clip: Global norm that gradients are clipped to (A9).
     """
 
     align: Natural = 700
     distil: Natural = 1300
     tune: Natural = 700
-    batch_size: Annotated[int, Between(1, 10**6)] = 64
-    learning_rate: Rate = 1e-3
     align_rate_scale: Rate = 2.0
     tune_rate_scale: Rate = 0.5
-    learning_rate_decay: Fraction = 0.1
-    warmup_fraction: Fraction = 0.03
-    clip: Annotated[float, Between(1e-6, 1e12)] = 1.0
 
 
 class GenRecalState(NamedTuple):
@@ -229,6 +221,7 @@ def genrecal(
     parts: Callable[[PyTree], PyTree],
     recalibration: Recalibration,
     stages: Stages,
+    pace: Pace,
     batches: BatchSpec,
     pair: Callable[[Batch], TokenisedPair],
 ) -> Method:
@@ -242,66 +235,42 @@ def genrecal(
         parts: The student's parameters -> a tree like them of `vision`, `projector`, `embedding`
             or `body`: what each belongs to.
         recalibration: What is learned.
-        stages: How.
+        stages: How long, and how fast.
+        pace: What the stages share; its warm-up and clipping are A9.
         batches: What a step is fed.
         pair: What is made of a batch.
 
     Raises:
         InputError: If all stages are empty, or nothing is learned of the teacher.
     """
-    r, lengths = recalibration, (stages.align, stages.distil, stages.tune)
-    if not sum(lengths):
-        raise InputError("method.align, distil and tune are all 0; give a stage some steps")
-    if lengths[0] + lengths[1] and not (r.ce or r.kl):
+    r, lengths = recalibration, {n: getattr(stages, n) for n in ("align", "distil", "tune")}
+    staged.check_lengths(lengths)
+    if stages.align + stages.distil and not (r.ce or r.kl):
         raise InputError("method.ce and method.kl are both 0; give one of them, or take supervised")
-    ends = jnp.cumsum(jnp.array(lengths))
-    tx = optax.chain(optax.clip_by_global_norm(stages.clip), optax.scale_by_adam(b1=0.9, b2=0.95))
     later = [name for name in ("embedding", "projector", "vision") if getattr(r, f"train_{name}")]
+    if r.train_recalibrator:
+        later.append(_RECALIBRATOR)
     tuned = ("body", "embedding", "projector", *(["vision"] if r.train_vision else []))
-    trained_parts = ((), ("body", *later), tuned)
-    with_recalibrator = (True, r.train_recalibrator, False)
+    scales = (stages.align_rate_scale, 1.0, stages.tune_rate_scale)
+    trained = ((_RECALIBRATOR,), ("body", *later), tuned)
+    plan = [Stage(*one) for one in zip(lengths.values(), scales, trained, strict=True)]
 
     def make(key, frozen, batch):
         params = init(key, frozen, pair(batch))
-        return GenRecalState(*params, tx.init(params), jnp.int32(0))
+        return GenRecalState(*params, staged.optimizer(pace).init(params), jnp.int32(0))
 
     def step(state, frozen, batch, key):
         del key
         examples = collective.by_example(pair(batch))
-        stage = jnp.minimum(jnp.searchsorted(ends, state.step, side="right"), 2)
         params = state.student, state.recalibrator
         branches = [_stage(i, frozen, examples) for i in range(3)]
-        grads, metrics = jax.lax.switch(stage, branches, params)
-        grads = collective.mean(grads)
-        # A stage starts with moments of its own.
-        begun = ends[stage] - jnp.array(lengths)[stage]
-        fresh = state.step == begun
-        opt = jax.tree.map(lambda old, new: jnp.where(fresh, new, old), state.opt, tx.init(params))
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        updates, opt = tx.update(grads, opt, params)
-        rate = _rate(stage, state.step - begun)
-        # What a stage leaves alone has no gradient, and moments of 0: its updates are 0.
-        params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+        params, opt, metrics = staged.advance(plan, pace, branches, params, state.opt, state.step)
         return GenRecalState(*params, opt, state.step + 1), metrics
 
-    def _rate(stage, done):
-        scale = jnp.array([stages.align_rate_scale, 1.0, stages.tune_rate_scale])[stage]
-        length = jnp.maximum(jnp.array(lengths)[stage], 1)
-        part = done / length
-        rising = jnp.minimum((done + 1) / jnp.maximum(stages.warmup_fraction * length, 1.0), 1.0)
-        return stages.learning_rate * scale * rising * (1 - (1 - stages.learning_rate_decay) * part)
-
     def _held(number, params):
-        """The same parameters; no gradient goes into those that the stage leaves alone."""
         small, recalibrator = params
-        small = jax.tree.map(
-            lambda x, part: x if part in trained_parts[number] else jax.lax.stop_gradient(x),
-            small,
-            parts(small),
-        )
-        if not with_recalibrator[number]:
-            recalibrator = jax.lax.stop_gradient(recalibrator)
-        return small, recalibrator
+        of_recalibrator = jax.tree.map(lambda _: _RECALIBRATOR, recalibrator)
+        return staged.held(params, (parts(small), of_recalibrator), plan[number])
 
     def _stage(number, frozen, examples):
         def loss(params, nudge):
@@ -398,17 +367,17 @@ def _norm(grads: Array) -> Array:
     return jnp.sqrt(collective.sum(jnp.square(grads).sum())) / devices
 
 
-def recipe(task: VLMTask, **rest: Annotated[Any, Recalibration, Stages]) -> Recipe:
+def recipe(task: VLMTask, **rest: Annotated[Any, Recalibration, Stages, Pace]) -> Recipe:
     """A student that is taught through a Recalibrator.
 
     Args:
         task: What it is for.
-        **rest: Settings of `Recalibration` and `Stages`.
+        **rest: Settings of `Recalibration`, `Stages` and `Pace`.
 
     Raises:
         InputError: If the settings do not fit each other.
     """
-    recalibration, stages = grouped(rest, Recalibration, Stages)
+    recalibration, stages, pace = grouped(rest, Recalibration, Stages, Pace)
     student, teacher = task.student_model, task.teacher_model
     module = Recalibrator(
         student.block,
@@ -440,18 +409,16 @@ def recipe(task: VLMTask, **rest: Annotated[Any, Recalibration, Stages]) -> Reci
             made["body"] = jax.tree.map(lambda x: x[-recalibration.depth :], small["body"])
         return small, jax.tree.map(lambda x: x.astype(jnp.float32), made)
 
-    def parts(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: student.part(path), params)
-
     method = genrecal(
         student,
         teacher,
         recalibrate,
         init,
-        parts=parts,
+        parts=functools.partial(staged.parts_of, student),
         recalibration=recalibration,
         stages=stages,
-        batches=task.batches(stages.batch_size),
+        pace=pace,
+        batches=task.batches(pace.batch_size),
         pair=task.pair,
     )
 

@@ -13,12 +13,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from jaxdistill.errors import InputError
 from jaxdistill.keywords import Between, Fraction, grouped
 from jaxdistill.task import Recipe, VLMTask
 from jaxdistill.vlm import losses
 from jaxdistill.vlm.pairs import Side, TokenisedPair, answer_logits, teacher_logits
-from jaxdistill.vlm.supervised import Beside, Training, both, check_weights, student_recipe
+from jaxdistill.vlm.supervised import (
+    Beside,
+    Training,
+    both,
+    check_one_tokenizer,
+    check_weights,
+    student_recipe,
+)
 
 _WRITING = 0x77726974  # a number that splitting an example's key does not fold into it
 
@@ -54,12 +60,7 @@ def recipe(
         InputError: If the tokenizers are two, or both weights are 0.
     """
     beside, training = grouped(rest, Beside, Training)
-    if task.tokenizer_sha256["teacher"] != task.tokenizer_sha256["student"]:
-        raise InputError(
-            f"method.divergence={divergence} compares token by token, and teacher and student read "
-            "by two tokenizers, under which one id is two things; give student.tokenizer the "
-            "teacher's, or take a loss of the method across, or genrecal"
-        )
+    check_one_tokenizer(task, f"method.divergence={divergence}")
     check_weights(beside)
     more = {"jsd": {"beta": beta}, "skew_kl": {"alpha": alpha}, "skew_reverse_kl": {"alpha": alpha}}
     far = functools.partial(

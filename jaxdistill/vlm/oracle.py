@@ -156,7 +156,7 @@ def between(
         fixed = {"teacher_length": length + 1, "student_length": length + 1}
         groups.append(align.align(*pieces, **fixed))
         spelling.append(align.align(*pieces, specials=False, **fixed))
-        partners = align.agreeing(align.partners(*pieces), *tokens, nearest)
+        partners = align.agreeing(align.partners(*pieces), *map(np.array, tokens), nearest)
         found.append(np.pad(partners, (0, length + 1 - len(partners)), constant_values=-1))
     stack = lambda rows: jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *rows)  # noqa: E731
     texts = Text(

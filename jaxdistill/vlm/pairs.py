@@ -41,6 +41,8 @@ class TokenisedPair(NamedTuple):
         teacher: The texts under the teacher's tokenizer.
         student: The same texts under the student's.
         groups: Which tokens of the answers spell the same bytes (b, a) on both sides.
+        partners: int32 (b, a): the teacher's slot of the answer for each of the student's, or -1;
+            of `jaxdistill.vlm.align.partners`.
         keys: A key for each example, for what is drawn for it; None where nothing is.
         hidden: What the teacher makes of it (b, n + q + a, width), where that is known already.
     """
@@ -49,6 +51,7 @@ class TokenisedPair(NamedTuple):
     teacher: Side
     student: Side
     groups: Groups
+    partners: Int[Array, "b a"]
     keys: Key[Array, " b"] | None = None
     hidden: Float[Array, "b s d"] | None = None
 

@@ -175,6 +175,24 @@ def check_weights(beside: Beside) -> None:
         raise InputError("method.weight and method.sft are both 0; give one of them")
 
 
+def check_one_tokenizer(task: VLMTask, name: str) -> None:
+    """Refuses a comparison token by token where one id is two things.
+
+    Args:
+        task: What it is for.
+        name: The setting or method that compares, for the message.
+
+    Raises:
+        InputError: If teacher and student read by two tokenizers.
+    """
+    if task.tokenizer_sha256["teacher"] != task.tokenizer_sha256["student"]:
+        raise InputError(
+            f"{name} compares token by token, and teacher and student read by two tokenizers, "
+            "under which one id is two things; give student.tokenizer the teacher's, or take a "
+            "loss of the method across, or genrecal"
+        )
+
+
 def begun(frozen: Frozen) -> PyTree:
     """The parameters that all students start from, in float32, in which they are trained."""
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), frozen["student"])

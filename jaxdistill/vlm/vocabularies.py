@@ -49,15 +49,16 @@ def nearest_pieces(teacher_pieces: Sequence[Piece], student_pieces: Sequence[Pie
 
     Returns:
         (teacher's size,) int32. Of equally near tokens the first; -1 for specials without a
-        counterpart and for tokens that are never compared.
+        counterpart, for tokens of no bytes and for those that are never compared.
     """
     known = _ids(student_pieces)
-    texts = [(i, piece) for i, piece in enumerate(student_pieces) if isinstance(piece, bytes)]
+    # Tokens of no bytes are a vocabulary's unknown or padding.
+    texts = [(i, p) for i, p in enumerate(student_pieces) if p and isinstance(p, bytes)]
     nearest = np.full(len(teacher_pieces), -1, np.int32)
     for i, piece in enumerate(teacher_pieces):
         if piece in known:
             nearest[i] = known[piece]
-        elif isinstance(piece, bytes) and texts:
+        elif piece and isinstance(piece, bytes) and texts:
             nearest[i] = min(texts, key=lambda other: distance(piece, other[1]))[0]
     return nearest
 

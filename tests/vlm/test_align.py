@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -131,7 +132,10 @@ def test_partners_are_one_to_one_and_agree_with_the_vocabularies():
     ours = [b"x", b"cat"]
     found = partners(ours, [b"x", b"car"])
     assert found.tolist() == [0, 1]
-    assert agreeing(found, [5, 6], [7, 8], np.array([0] * 5 + [7, 9])).tolist() == [0, -1]
+    ids = np.array([5, 6]), np.array([7, 8]), np.array([0] * 5 + [7, 9])
+    assert agreeing(found, *ids).tolist() == [0, -1]
+    again = jax.jit(agreeing)(*map(jnp.asarray, (found, *ids)))
+    assert again.tolist() == [0, -1] and again.dtype == found.dtype == np.int32
 
 
 def test_the_projection_spreads_tokens_over_their_pieces():

@@ -23,7 +23,7 @@ from jaxdistill.io import decoders, weights
 from jaxdistill.nn.recalibrator import Recalibrator
 from jaxdistill.nn.vlm import part_of
 from jaxdistill.tasks import vlm
-from jaxdistill.vlm import across, genrecal, logits, losses
+from jaxdistill.vlm import across, dskd, genrecal, llava_kd, logits, losses
 from jaxdistill.vlm.decoding import Written
 from jaxdistill.vlm.diagnosis import diagnosis
 from jaxdistill.vlm.genrecal import recalibrated_losses
@@ -450,7 +450,7 @@ def _trains(method, frozen, batch, wanted, moves=(True, True, False), later=Fals
         state = after
 
 
-@pytest.mark.parametrize("method", ["genrecal", "sft", "alm"])
+@pytest.mark.parametrize("method", ["genrecal", "sft", "mined", "dskd", "llava_kd"])
 def test_what_is_trained_has_float32_under_frozen_bfloat16(method):
     config = configs.load(f"{SMOKE},baselines=,method={method}")
     config.model = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
@@ -540,7 +540,7 @@ def test_losses_between_tokenizers_see_no_padding(ready, name):
             for side, n in ((own.teacher, m), (own.student, k))
         )
         groups = Groups(own.groups.teacher[:m], own.groups.student[:k])
-        short = TokenisedPair(own.images, *sides, groups)
+        short = TokenisedPair(own.images, *sides, groups, own.partners[:k])
         value, count = one(said[0][i, :m], said[1][i, :k], short)
         np.testing.assert_allclose(value, sums[i], rtol=2e-5, atol=1e-6)
         assert int(count) == int(counts[i])
@@ -560,13 +560,20 @@ def test_divergences_of_one_vocabulary_refuse_two(ready):
     assert recipe.steps == 6
 
 
+def _alike(task):
+    """A task whose student is built and reads as the teacher."""
+
+    def pair(batch):
+        made = task.pair(batch)
+        return made._replace(student=made.teacher)
+
+    one = dict.fromkeys(("teacher", "student"), "one")
+    return task._replace(student_model=task.teacher_model, tokenizer_sha256=one, pair=pair)
+
+
 def _single(ready, **given):
     """A step of divergences between the teacher and itself, and its first state."""
-    task = ready.task._replace(
-        student_model=ready.task.teacher_model,
-        tokenizer_sha256=dict.fromkeys(("teacher", "student"), "one"),
-        pair=lambda batch: ready.pair._replace(student=ready.pair.teacher),
-    )
+    task = _alike(ready.task)
     recipe = logits.recipe(task, **keywords.defaults(logits.recipe) | {"steps": 4} | given)
     frozen = {side: ready.frozen["teacher"] for side in ("teacher", "student")}
     state = recipe.method.init(jax.random.key(0), frozen, ready.batch)
@@ -589,8 +596,8 @@ def test_texts_of_the_student_are_its_own(ready):
     """GKD: what it writes is drawn from the keys, taught there, and left out of cross-entropy."""
     step, state, frozen = _single(ready, on_policy=0.5, weight=0.0)
     _, mixed = step(state, frozen, ready.batch, jax.random.key(0))
-    pair = ready.pair._replace(student=ready.pair.teacher)
-    task = ready.task._replace(student_model=ready.task.teacher_model)
+    task = _alike(ready.task)
+    pair = task.pair(ready.batch)
     side, own = logits._written(task, frozen["student"], pair, 0.5, 1.0)
     assert 0 < own.sum() < 4  # of this batch
     np.testing.assert_array_equal(side.answer[~own], pair.student.answer[~own])
@@ -599,6 +606,159 @@ def test_texts_of_the_student_are_its_own(ready):
     said = answer_logits(task.teacher_model, frozen["teacher"], rest.images, rest.student)
     total, count = losses.cross_entropy(rest.student.answer, said, rest.student.answer_there)
     np.testing.assert_allclose(mixed["sft"], total / count, rtol=1e-5)
+
+
+def _softmax(logits):
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def _kl(p, q):
+    return (p * np.log(p / q)).sum(-1)
+
+
+def _cosines(y, z):
+    """Of the vectors of all inner products of rows, text by text."""
+    pairs = [[np.array([[a @ b for a in x] for b in x]).ravel() for x in side] for side in (y, z)]
+    return [a @ b / np.sqrt((a @ a) * (b @ b)) for a, b in zip(*pairs, strict=True)]
+
+
+def test_terms_of_images_are_those_of_numpy():
+    numbers = np.random.default_rng(0)
+    y, z, other = (numbers.normal(size=(3, 5, v)) for v in (7, 7, 4))
+    single = lambda *arrays: [jnp.asarray(x, jnp.float32) for x in arrays]  # noqa: E731
+    wanted = _kl(_softmax(y), _softmax(z)).sum()
+    np.testing.assert_allclose(llava_kd.visual(*single(y, z)), (wanted, 15), rtol=1e-5)
+    for student in (z, other):  # relations may be those of two vocabularies
+        wanted = 3 - sum(_cosines(y, student))
+        found = llava_kd.relation(*single(y, student))
+        np.testing.assert_allclose(found, (wanted, 3), rtol=1e-5)
+    for term in (llava_kd.visual, llava_kd.relation):
+        into = jax.grad(lambda *a, term=term: term(*a)[0], argnums=(0, 1))(*single(y, z))
+        assert not into[0].any() and into[1].any()
+    # The same up to a factor, and nothing at all.
+    assert abs(llava_kd.relation(*single(y, 3 * y))[0]) < 1e-5
+    slope = jax.grad(lambda z: llava_kd.relation(*single(y), z)[0])(jnp.zeros((3, 5, 7)))
+    assert jnp.isfinite(slope).all()
+    with pytest.raises(InputError, match="relations are compared token by token"):
+        llava_kd.relation(*single(y, z[:, :4]))
+
+
+def test_llava_kd_trains_in_three_stages(ready):
+    task = _alike(ready.task)
+    settings_of = keywords.defaults(llava_kd.recipe)
+    stages = dict.fromkeys(("pretrain", "tune", "distil"), 2)
+    recipe = llava_kd.recipe(task, **settings_of | stages)
+    assert recipe.steps == 6
+    init, step = recipe.method.init, jax.jit(recipe.method.step)
+    teacher = ready.frozen["teacher"]
+    frozen = {"teacher": teacher, "student": jax.tree.map(lambda x: 0.9 * x, teacher)}
+    state = init(jax.random.key(0), frozen, ready.batch)
+    decoder = {"body", "embedding"}
+    for number in range(6):
+        after, metrics = step(state, frozen, ready.batch, jax.random.key(0))
+        stage = number // 2
+        moved = jax.tree_util.tree_map_with_path(
+            lambda path, a, b: (part_of(path), bool((a != b).any())), state.params, after.params
+        )
+        pairs = jax.tree.leaves(moved, is_leaf=lambda x: isinstance(x, tuple))
+        assert {part for part, yes in pairs if yes} == {"projector"} | (decoder if stage else set())
+        assert all(yes for part, yes in pairs if part == "projector")
+        far = sum(float(metrics[name]) for name in ("response", "visual", "relation"))
+        assert (far > 0) == (stage != 1) and metrics["sft"] > 0
+        whole = metrics["sft"] + metrics["response"] + metrics["visual"] + metrics["relation"] / 2
+        np.testing.assert_allclose(metrics["loss"], whole, rtol=1e-5)
+        assert int(after.opt[1].count) == number % 2 + 1
+        if number == 0:
+            _is_said_by_both(task, frozen, ready.batch, metrics)
+        state = after
+    # A student that is its teacher is at rest but for the cross-entropy.
+    same = init(jax.random.key(0), frozen | {"student": teacher}, ready.batch)
+    _, metrics = step(same, frozen, ready.batch, jax.random.key(0))
+    assert all(abs(metrics[name]) < 1e-5 for name in ("response", "visual", "relation"))
+
+
+def _is_said_by_both(task, frozen, batch, metrics):
+    """The terms of the first step, from both models' states in float64."""
+    pair, model = task.pair(batch), task.student_model
+    side = pair.student
+    tokens = jnp.concatenate([side.question, side.answer], 1)
+    there = jnp.concatenate([side.question_there, side.answer_there], 1)
+    images, answers = {}, {}
+    for name, params in frozen.items():
+        logits = model.head(params, model.encode(params, pair.images, tokens, there))
+        images[name] = np.asarray(logits, np.float64)[:, : model.image_tokens]
+        answers[name] = np.asarray(
+            answer_logits(model, params, pair.images, side), np.float64
+        )[np.asarray(side.answer_there)]  # fmt: skip
+    visual = _kl(_softmax(images["teacher"]), _softmax(images["student"])).mean()
+    response = _kl(_softmax(answers["teacher"]), _softmax(answers["student"])).mean()
+    relation = 1 - np.mean(_cosines(images["teacher"], images["student"]))
+    for name, wanted in (("visual", visual), ("response", response), ("relation", relation)):
+        np.testing.assert_allclose(metrics[name], wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_what_llava_kd_cannot_compare_is_refused(ready):
+    plain = keywords.defaults(llava_kd.recipe)
+    with pytest.raises(InputError, match="method llava_kd compares token by token, and teacher"):
+        llava_kd.recipe(ready.task, **plain)
+    alike = _alike(ready.task)
+    said = "makes 16 tokens of one and the student 4; give student.patch the teacher's"
+    with pytest.raises(InputError, match=said):
+        llava_kd.recipe(alike._replace(student_model=ready.task.student_model), **plain)
+    with pytest.raises(InputError, match=r"method\.response, visual and relation are all 0"):
+        llava_kd.recipe(alike, **plain | dict.fromkeys(("response", "visual", "relation"), 0.0))
+    with pytest.raises(InputError, match="pretrain, tune and distil are all 0; give a stage some"):
+        llava_kd.recipe(alike, **plain | dict.fromkeys(("pretrain", "tune", "distil"), 0))
+    config = configs.load("genrecal:smoke,baselines=,method=llava_kd")
+    assert config.student.patch == config.teacher.patch
+    assert config.student.tokenizer == config.teacher.tokenizer
+    apart = configs.load("genrecal:smoke,baselines=,method=llava_kd,patches=two")
+    assert apart.student.patch == 2 * apart.teacher.patch
+    with pytest.raises(InputError, match="patches=three: give one or two"):
+        configs.load("genrecal:patches=three")
+
+
+def test_dskd_knows_what_was_read_and_what_comes(ready):
+    _, task, pair, frozen, *_ = ready
+    for name in ("teacher", "student"):
+        model, params, side = getattr(task, f"{name}_model"), frozen[name], getattr(pair, name)
+        found, said = dskd.known(model, params, states(model, params, pair.images, side), side)
+        np.testing.assert_allclose(found.hidden @ found.head, said, rtol=1e-4, atol=1e-4)
+        wanted = answer_logits(model, params, pair.images, side)
+        np.testing.assert_allclose(said, wanted, rtol=1e-5, atol=1e-5)
+        table = np.asarray(params["embedding"]["embedding"])
+        question, answer = np.asarray(side.question), np.asarray(side.answer)
+        for i, length in enumerate(np.asarray(side.question_there).sum(1)):
+            read = [question[i, length - 1], *answer[i, :-1]]
+            np.testing.assert_array_equal(found.inputs[i], table[read])
+            np.testing.assert_array_equal(found.targets[i], table[answer[i]])
+
+
+def test_dskd_trains_its_maps_at_a_rate_of_their_own(ready):
+    _, task, _, frozen, batch, _ = ready
+    moved = {}
+    for rates in ((0.0, 1e-3), (1e-3, 0.0)):
+        given = dict(zip(("learning_rate", "projection_rate"), rates, strict=True))
+        recipe = dskd.recipe(task, **keywords.defaults(dskd.recipe) | given | {"steps": 4})
+        state = recipe.method.init(jax.random.key(0), frozen, batch)
+        after, metrics = jax.jit(recipe.method.step)(state, frozen, batch, jax.random.key(0))
+        moved[rates] = [
+            {bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, sides), strict=True)}
+            for sides in zip(state.params, after.params, strict=True)
+        ]
+        np.testing.assert_allclose(
+            metrics["loss"], metrics["dskd"] / 2 + metrics["sft"] / 2, rtol=1e-6
+        )
+    assert moved[0.0, 1e-3] == [{False}, {True}] and moved[1e-3, 0.0] == [{True}, {False}]
+    # The maps stay behind.
+    assert jax.tree.structure(recipe.method.output(after)) == jax.tree.structure(frozen["student"])
+    assert set(recipe.rates) == {"learning_rate", "projection_rate"}
+    shapes = [x.shape for x in after.params.projections]
+    d, e = task.student_model.width, task.teacher_model.width
+    assert shapes == [(2 * d, 2 * e), (e, d), (d, e)]
+    with pytest.raises(InputError, match="are both 0; give one of them"):
+        dskd.recipe(task, weight=0.0, sft=0.0)
 
 
 def test_answers_are_aligned_by_their_bytes(ready):
@@ -616,7 +776,10 @@ def test_answers_are_aligned_by_their_bytes(ready):
                 )
             ]
             assert spelt[0] == spelt[1] != b""
-        assert (own.groups.teacher >= 0).sum() == own.teacher.answer_there.sum()
+        ends = [int(texts.answer_there.sum()) for texts in (own.teacher, own.student)]
+        assert (own.groups.teacher >= 0).sum() == ends[0]
+        # By edit distance an end meets the end, and padding nothing.
+        assert own.partners[ends[1] - 1] == ends[0] - 1 and (own.partners[ends[1] :] == -1).all()
 
 
 @pytest.mark.slow
@@ -631,8 +794,14 @@ def test_eight_devices_do_what_one_does(ready):
     }
     plain = keywords.defaults(across.recipe) | settings_of
     rows["alm"] = across.recipe(task, **plain)
+    rows["dskd"] = dskd.recipe(task, **keywords.defaults(dskd.recipe) | settings_of)
+    three = dict.fromkeys(("pretrain", "tune", "distil"), 1)
+    plain = keywords.defaults(llava_kd.recipe) | settings_of | three
+    rows["llava_kd"] = llava_kd.recipe(_alike(task), **plain)
     tested = together({name: made.method for name, made in rows.items()})
     given = dict.fromkeys(rows, frozen)
+    near = jax.tree.map(lambda x: 0.9 * x, frozen["teacher"])
+    given["llava_kd"] = {"teacher": frozen["teacher"], "student": near}
     data = task.examples.load()
     records, state = run_on(1, "jit", tested, data, given, 3)
     for backend in ("jit", "pmap"):
@@ -732,12 +901,12 @@ def test_the_gradient_that_reaches_the_student(ready):
 
 @pytest.mark.slow
 def test_a_run_stopped_anywhere_ends_with_the_same_bits(quickly, tmp_path, capsys):
-    config = configs.load(SMOKE + ",baselines=sft+blind+sequence_kd+alm")
+    config = configs.load(SMOKE + ",baselines=sft+blind+sequence_kd+dskd")
     config.teacher.cache = True
     records = jaxdistill.train(config, tmp_path / "once")
     answered = [r for r in records if r["evaluation"] == "answers"]
     rows = {r["row"] for r in answered}
-    assert rows == {"majority", "teacher", "genrecal", "sft", "blind", "sequence_kd", "alm"}
+    assert rows == {"majority", "teacher", "genrecal", "sft", "blind", "sequence_kd", "dskd"}
     overall = {r["row"]: r for r in answered if r["metric"] == "exact match"}
     for row, record in overall.items():
         own = [r for r in answered if r["row"] == row and r["metric"] != "exact match"]
@@ -753,7 +922,8 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(quickly, tmp_path, capsy
             continue
     strip = lambda rs: [{k: v for k, v in r.items() if "seconds" not in k} for r in rs]  # noqa: E731
     assert strip(again) == strip(records)
-    for folder in ("artifacts", "baselines/sft/artifacts", "teacher", "start"):
+    folders = "artifacts", *(f"baselines/{row}/artifacts" for row in ("sft", "dskd"))
+    for folder in (*folders, "teacher", "start"):
         name = {"teacher": "teacher"}.get(folder, "student")
         one, two = (weights.load(tmp_path / w / folder, name)[0] for w in ("once", "stopped"))
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), one, two))
@@ -763,10 +933,12 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(quickly, tmp_path, capsy
     assert (tmp_path / "once" / "artifacts" / "answers.png").is_file()
     assert (tmp_path / "once" / "artifacts" / "recalibration-genrecal.png").is_file()
     _as_online(tmp_path / "once", config)
-    # The student alone is left: neither teacher nor Recalibrator.
+    # The student alone is left: neither teacher nor Recalibrator, nor DSKD's maps.
     student, card = weights.load(tmp_path / "once" / "artifacts", "student")
     start, _ = weights.load(tmp_path / "once" / "start", "student")
-    assert jax.tree.map(np.shape, student) == jax.tree.map(np.shape, start)
+    for folder in folders:
+        student, card = weights.load(tmp_path / "once" / folder, "student")
+        assert jax.tree.map(np.shape, student) == jax.tree.map(np.shape, start)
     assert card["tokenizer_sha256"] and json.dumps(card)
     out = capsys.readouterr().out
     assert "right to the letter" in out and "majority" in out
@@ -777,9 +949,9 @@ def _as_online(workdir, config):
     """A teacher that reads at each step leads to the same students, but for rounding."""
     online = config.copy_and_resolve_references().unlock()
     online.teacher.cache, online.teacher.dir = False, str(workdir / "teacher")
-    online.evals, online.baselines = {}, {"alm": online.baselines.alm}
+    online.evals, online.baselines = {}, {"dskd": online.baselines.dskd}
     jaxdistill.train(online, workdir.parent / "online")
-    for folder in ("artifacts", "baselines/alm/artifacts"):
+    for folder in ("artifacts", "baselines/dskd/artifacts"):
         one, two = (
             weights.load(w / folder, "student")[0] for w in (workdir, workdir.parent / "online")
         )
