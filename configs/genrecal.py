@@ -10,7 +10,7 @@ Arguments, joined by commas behind the colon:
     method=     genrecal (default), sft, blind, sequence_kd; a loss between tokenizers: uld,
                 multilevel_ot, mined, gold, gold_hybrid, pkl, alm, dskd; or one of a single
                 tokenizer: forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation,
-                gkd, llava_kd
+                gkd, minillm, distillm, llava_kd
     baselines=  rows beside it, joined by +: sft (default); empty for none
     tokenizers= two (default), or one: the student reads as the teacher does. With a method of a
                 single tokenizer it is one
@@ -23,7 +23,8 @@ student characters and large ones; both are trained here first. Rows: `genrecal`
 `sft` as many steps of fine-tuning alone, `blind` the same from nothing and without images,
 `sequence_kd` on the teacher's answers in place of those of the data, `llava_kd` in three stages of
 its own; the others are fine-tuned with the loss of that name beside the cross-entropy. As the
-method they are rows called by their module: `supervised`, `across`, `logits`.
+method they are rows called by their module: `supervised`, `across`, `logits`. `gkd`, `minillm` and
+`distillm` learn from what the student writes as well.
 
     config                           hardware
     genrecal:dataset=digits          2 CPU cores, not run here to its end
@@ -65,6 +66,8 @@ _DIVERGENCES = (
 )
 # As published for MinED: half of it beside half of the cross-entropy, logits divided by two.
 _HALF = {"weight": 0.5, "sft": 0.5, "temperature": 2.0}
+# Methods that compare token by token.
+_SINGLE = (*_DIVERGENCES, "gkd", "logits", "minillm", "distillm", "llava_kd")
 _START = 1000  # steps of what all students but the blind start from
 _STAGES = {
     "genrecal": {"align": 700, "distil": 1300, "tune": 700},
@@ -107,8 +110,7 @@ def get_config(argument=None, dataset=None, method=None):
     if (arg["patches"] or ("one" if method == "llava_kd" else "two")) == "one":
         config.student.patch = config.teacher.patch
     config.student.steps = _START
-    single = method in (*_DIVERGENCES, "gkd", "logits", "llava_kd")
-    if (arg["tokenizers"] or ("one" if single else "two")) == "one":
+    if (arg["tokenizers"] or ("one" if method in _SINGLE else "two")) == "one":
         config.student.tokenizer = config.teacher.tokenizer
 
     config.run = ml_collections.ConfigDict()
@@ -127,6 +129,8 @@ def get_config(argument=None, dataset=None, method=None):
         **{d: {"name": "logits", "steps": steps, "divergence": d} for d in _DIVERGENCES},
         # Half of the answers are the student's own, as its authors' default is.
         "gkd": {"name": "logits", "steps": steps, "divergence": "jsd", "on_policy": 0.5},
+        "minillm": {"name": "minillm", "steps": steps},
+        "distillm": {"name": "distillm", "steps": steps},
     }
 
     def row(name):
@@ -153,6 +157,9 @@ def get_config(argument=None, dataset=None, method=None):
         for row in (config.method, *config.baselines.values()):
             row.batch_size = 8
             row.update(dict.fromkeys(_STAGES[row.name], 2) if row.name in _STAGES else {"steps": 6})
+            if row.name == "distillm":
+                # So that it writes, and draws from a full buffer.
+                row.update({"own_texts": 0.9, "capacity": 16, "validate_every": 2})
         for evaluation in config.evals.values():
             evaluation.batch_size = 20
     return config

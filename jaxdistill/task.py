@@ -119,8 +119,10 @@ class Language(NamedTuple):
             hidden states, final norm included, of an image and the text behind it, both padded.
         head: `(params, hidden) -> logits` (..., vocabulary), float32.
         embed: `(params, tokens) -> embeddings` (b, t, width), as they enter the decoder.
-        generate: `(params, images, question, there, *, keys, temperature, length) -> Written`; see
-            `jaxdistill.vlm.decoding.generate`.
+        generate: `(params, images, question, there, *, keys, temperature, length, mixed) ->
+            Written`; see `jaxdistill.vlm.decoding.generate`.
+        writer: `params -> jaxdistill.vlm.decoding.Writer`: the model token by token, for texts that
+            two models write.
         image_tokens: Places that an image takes, before the text.
         width: Length of a hidden state.
         vocabulary: Number of tokens.
@@ -136,6 +138,7 @@ class Language(NamedTuple):
     head: Callable[[PyTree, Array], Array]
     embed: Callable[[PyTree, Array], Array]
     generate: Callable[..., Any]
+    writer: Callable[[PyTree], Any]
     image_tokens: int
     width: int
     vocabulary: int
@@ -158,6 +161,8 @@ class VLMTask(NamedTuple):
         start: `{"teacher": params, "student": params}`, where students start from.
         examples: What the steps' batches are drawn from.
         answered: The same with the teacher's answers in the place of those of the data.
+        validation: `{"validation": examples}`, which no student learns from, each array as it is in
+            a batch.
         answer_length: Tokens of the longest answer: the teacher's, the student's.
         pieces: By side, `teacher` or `student`: the bytes of each of its tokens, or the name of a
             special one.
@@ -175,6 +180,7 @@ class VLMTask(NamedTuple):
     start: Part
     examples: Part
     answered: Part
+    validation: Part
     answer_length: tuple[int, int]
     pieces: Mapping[str, tuple[bytes | str, ...]]
     encode: Mapping[str, Callable[[bytes], list[int]]]

@@ -33,7 +33,7 @@ from jaxdistill.tasks import Loaded, readings
 from jaxdistill.tasks.pretrained import Wanted, identity, pretrained
 from jaxdistill.vlm import supervised
 from jaxdistill.vlm.align import align, partners
-from jaxdistill.vlm.decoding import generate
+from jaxdistill.vlm.decoding import generate, writer
 from jaxdistill.vlm.groups import Groups
 from jaxdistill.vlm.pairs import Side, TokenisedPair, encoded
 
@@ -213,7 +213,8 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
     known = vqa.Questions(*(x[: settings.train] for x in data.train))
     whole = _arrays(data.train, named, lengths)
     few = {name: array[: settings.train] for name, array in whole.items()}
-    task = _task(groups, data.name, named, lengths, _one(few), settings.train)
+    counts = settings.train, len(data.validation.answers)
+    task = _task(groups, data.name, named, lengths, _one(few), *counts)
     source = {
         "source_sha256": data.train.fingerprint(data.kinds),
         "test_sha256": judged.fingerprint(data.kinds),
@@ -231,12 +232,16 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
     def answered():
         return device.resident(_arrays(_answered(reading, known, named), named, lengths))
 
+    def held_out():
+        return {"validation": _arrays(data.validation, named, lengths)}
+
     fed = functools.cache(with_hidden) if groups.teacher.cache else examples["student"].load
     taught = task._replace(
         teacher=task.teacher._replace(load=lambda: {"teacher": read()[0]["teacher"]}),
         start=task.start._replace(load=lambda: read()[0]),
         examples=task.examples._replace(load=fed),
         answered=task.answered._replace(load=functools.cache(answered)),
+        validation=task.validation._replace(load=held_out),
     )
     pair = _pair_of(_arrays(judged, named, lengths))
     asked = Asked(judged, known, data.kinds, pair, named)
@@ -265,12 +270,14 @@ def shapes(experiment: Experiment) -> VLMTask:
                 for part, length in parts.items()
             }
         one["partners"] = one["student_answer"]
-        return _task(groups, groups.data.name, named, lengths, one, groups.data.train)
+        counts = groups.data.train, groups.data.validation
+        return _task(groups, groups.data.name, named, lengths, one, *counts)
     data, named, lengths = _texts(groups)
     # Of one question: all have its shapes.
     first = vqa.Questions(*(x[:1] for x in data.train))
     one = _one(_arrays(first, named, lengths))
-    return _task(groups, data.name, named, lengths, one, groups.data.train)
+    counts = groups.data.train, len(data.validation.answers)
+    return _task(groups, data.name, named, lengths, one, *counts)
 
 
 def mesh(
@@ -432,6 +439,11 @@ def _resident(arrays: dict[str, np.ndarray]) -> Part:
     return part._replace(load=functools.cache(lambda: device.resident(arrays)))
 
 
+def _stacked(one: dict[str, jax.ShapeDtypeStruct], count: int) -> dict[str, Any]:
+    """The shapes of some examples, from those of one."""
+    return {name: jax.ShapeDtypeStruct((count, *x.shape), x.dtype) for name, x in one.items()}
+
+
 def _image_shape(examples: Part) -> tuple[int, int, int]:
     """(h, w, c) of the images of examples."""
     resident = examples.shapes
@@ -498,6 +510,7 @@ def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_sha
         method("head"),
         method("embed"),
         functools.partial(generate, net, eos=EOS),
+        functools.partial(writer, net),
         net.image_tokens,
         sizes.width,
         vocabulary,
@@ -508,7 +521,7 @@ def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_sha
     )
 
 
-def _task(groups, name, named, lengths, one, count: int) -> VLMTask:
+def _task(groups, name, named, lengths, one, count: int, held_out: int) -> VLMTask:
     """The task for some examples of these shapes, nothing of which is there yet."""
     image_shape = one["images"].shape
     models = {
@@ -530,6 +543,7 @@ def _task(groups, name, named, lengths, one, count: int) -> VLMTask:
         Part(made),
         _examples(fed, count),
         _examples(one, count),
+        Part({"validation": _stacked(one, held_out)}),
         (lengths["teacher"][1], lengths["student"][1]),
         {side: _pieces(named[side]) for side in _SIDES},
         {side: functools.partial(_encode, named[side]) for side in _SIDES},

@@ -16,7 +16,14 @@ from jaxtyping import Array, Bool, PyTree
 from jaxdistill.keywords import Between, Fraction, grouped
 from jaxdistill.task import Recipe, VLMTask
 from jaxdistill.vlm import losses
-from jaxdistill.vlm.pairs import Side, TokenisedPair, answer_logits, teacher_logits
+from jaxdistill.vlm.pairs import (
+    WRITING,
+    Side,
+    TokenisedPair,
+    answer_logits,
+    teacher_logits,
+    written,
+)
 from jaxdistill.vlm.supervised import (
     Beside,
     Training,
@@ -25,8 +32,6 @@ from jaxdistill.vlm.supervised import (
     check_weights,
     student_recipe,
 )
-
-_WRITING = 0x77726974  # a number that splitting an example's key does not fold into it
 
 Divergence = Literal[
     "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
@@ -93,20 +98,13 @@ def _written(
         The texts, and which answers are the student's.
     """
     side = pair.student
-    length = side.answer.shape[1]
-    keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, _WRITING)))(pair.keys)
+    keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, WRITING)))(pair.keys)
     own = jax.vmap(lambda key: jax.random.bernoulli(key, share))(keys[:, 0])
-    made = task.student_model.generate(
-        jax.lax.stop_gradient(params),
-        pair.images,
-        side.question,
-        side.question_there,
-        length=length,
-        keys=keys[:, 1],
-        temperature=temperature,
+    made = written(
+        task.student_model, params, pair.images, side, keys[:, 1], temperature=temperature
     )
     chosen = [
         jnp.where(own[:, None], new, old)
-        for new, old in ((made.tokens, side.answer), (made.there, side.answer_there))
+        for new, old in ((made.answer, side.answer), (made.answer_there, side.answer_there))
     ]
     return side._replace(answer=chosen[0], answer_there=chosen[1]), own

@@ -9,8 +9,12 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from jaxdistill.nn.decoder import last_of
 from jaxdistill.task import Language
+from jaxdistill.vlm.decoding import Mixed
 from jaxdistill.vlm.groups import Groups
 from jaxdistill.vlm.same_vocabulary import Total, cross_entropy
+
+WRITING = 0x77726974
+"""Folded into an example's key for what is written about it; splitting a key does not fold it."""
 
 
 class Side(NamedTuple):
@@ -175,3 +179,37 @@ def answer_entropy(
     there = side.answer_there
     made = by_slots(entropies, model.slots, predicted, side.answer, there)
     return made.sum(), jnp.sum(there, dtype=jnp.float32)
+
+
+def written(
+    model: Language,
+    params: PyTree,
+    images: Float[Array, "b h w c"],
+    side: Side,
+    keys: Key[Array, " b"],
+    *,
+    temperature: float = 1.0,
+    mixed: Mixed | None = None,
+) -> Side:
+    """The questions with answers that a model writes, in the room of the given ones.
+
+    Args:
+        model: Who writes.
+        params: Its parameters. No gradient goes into them.
+        images: Images.
+        side: Questions, and answers whose length is the most that is written.
+        keys: A key for each example.
+        temperature: Divides the logits before a draw.
+        mixed: Who else has a say in every token.
+    """
+    made = model.generate(
+        jax.lax.stop_gradient(params),
+        images,
+        side.question,
+        side.question_there,
+        length=side.answer.shape[1],
+        keys=keys,
+        temperature=temperature,
+        mixed=mixed,
+    )
+    return side._replace(answer=made.tokens, answer_there=made.there)

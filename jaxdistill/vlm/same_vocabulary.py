@@ -106,7 +106,7 @@ def jsd(
             "take forward_kl or reverse_kl"
         )
     log_p, log_q = _both(teacher_logits, student_logits, mask, temperature)
-    log_m = _mixture(log_p, log_q, beta)
+    log_m = mixture(log_p, log_q, beta)
     first, second = relative_entropy(log_p, log_m), relative_entropy(log_q, log_m)
     return masked(beta * first + (1 - beta) * second, mask)
 
@@ -213,8 +213,10 @@ def _fits(mask, logits):
         raise InputError(f"a mask of shape {mask.shape} for logits of shape {logits.shape}")
 
 
-def _mixture(log_p, log_q, weight):
-    """The logarithm of `weight p + (1 - weight) q`."""
+def mixture(
+    log_p: Float[Array, "*shape"], log_q: Float[Array, "*shape"], weight: float
+) -> Float[Array, "*shape"]:
+    """The logarithm of `weight p + (1 - weight) q`; for a weight of 0 it is `log_q` itself."""
     # Where both are zero logaddexp would differentiate inf - inf.
     none = (log_p == -jnp.inf) & (log_q == -jnp.inf)
     log_p, log_q = (jnp.where(none, 0.0, x) for x in (log_p, log_q))
@@ -225,4 +227,4 @@ def _mixture(log_p, log_q, weight):
 def _skewed(log_p, log_q, alpha):
     if not 0 <= alpha < 1:
         raise InputError(f"alpha is {alpha}; choose from 0 to below 1")
-    return _mixture(log_p, log_q, alpha) if alpha else log_q
+    return mixture(log_p, log_q, alpha) if alpha else log_q

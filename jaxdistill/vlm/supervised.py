@@ -94,6 +94,22 @@ def mean(total: tuple[Array, Array]) -> Array:
     return collective.sum(total[0]) / jnp.maximum(collective.sum(total[1]), 1.0)
 
 
+def descended(
+    loss: Callable[[PyTree, Frozen, Any], tuple[Array, dict[str, Any]]],
+    tx: optax.GradientTransformation,
+) -> Callable[[TrainedState, Frozen, Any], tuple[TrainedState, dict[str, Any]]]:
+    """A step down a loss: `(state, frozen, examples) -> (state, metrics)`."""
+
+    def step(state, frozen, examples):
+        grads, metrics = jax.grad(loss, has_aux=True)(state.params, frozen, examples)
+        grads = collective.mean(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        updates, opt = tx.update(grads, state.opt, state.params)
+        return TrainedState(optax.apply_updates(state.params, updates), opt), metrics
+
+    return step
+
+
 def trained(
     init: Callable[[PRNGKeyArray, Frozen], PyTree],
     loss: Loss,
@@ -117,15 +133,11 @@ def trained(
         params = init(key, frozen)
         return TrainedState(params, tx.init(params))
 
+    descend = descended(loss, tx)
+
     def step(state, frozen, batch, key):
         del key
-        examples = collective.by_example(pair(batch))
-        grads, metrics = jax.grad(loss, has_aux=True)(state.params, frozen, examples)
-        grads = collective.mean(grads)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        updates, opt = tx.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainedState(params, opt), metrics
+        return descend(state, frozen, collective.by_example(pair(batch)))
 
     return Method(make, step, lambda state: state.params, batches)
 
