@@ -22,7 +22,7 @@ def load_student(
             the one that it was trained under.
 
     Returns:
-        `jaxdistill.tasks.flow.Trained`, which samples, or `jaxdistill.tasks.vlm.Trained`, which
+        `jaxdistill.tasks.flow.Trained`, which samples, or `jaxdistill.tasks.answering.Trained`, which
         answers.
 
     Raises:

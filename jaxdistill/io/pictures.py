@@ -127,7 +127,7 @@ def _tile(image: np.ndarray, target: int) -> np.ndarray:
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
-def _shorten(name: str, font: ImageFont.FreeTypeFont, width: float = _NAME_WIDTH) -> str:
+def _shorten(name: str, font: ImageFont.FreeTypeFont, width: int = _NAME_WIDTH) -> str:
     name = " ".join(name.split())
     if font.getlength(name) <= width:
         return name

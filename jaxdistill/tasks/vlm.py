@@ -1,11 +1,9 @@
 """The family that distils vision-language models: a large one's answers into a small one."""
 
 import functools
-import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,38 +11,34 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdistill import collective, keywords
 from jaxdistill.data import device, sources, text, vqa
 from jaxdistill.data.text import ANSWER, EOS, Tokenizer
 from jaxdistill.errors import InputError
 from jaxdistill.interrupt import ShouldStop
-from jaxdistill.io import decoders, weights
-from jaxdistill.io.files import dump, expanded, write_files
-from jaxdistill.io.reading import one_line, read_json
-from jaxdistill.keywords import ASIDE, Between, Count, Dtype, Folder, Natural, Rate
+from jaxdistill.io import weights
+from jaxdistill.io.files import expanded, write_files
+from jaxdistill.keywords import Between, Count, Folder, Natural
 from jaxdistill.method import BatchSpec, replicated
-from jaxdistill.nn.decoder import BlockShape
-from jaxdistill.nn.vlm import VLM, part_of
 from jaxdistill.parallel import processes
 from jaxdistill.parallel.mesh import fully_sharded, make_mesh
 from jaxdistill.settings import Experiment, Parallel, Row, Run
-from jaxdistill.task import Language, Part, VLMTask
-from jaxdistill.tasks import Loaded, readings
+from jaxdistill.task import Part, VLMTask
+from jaxdistill.tasks import Loaded, answering, readings
+from jaxdistill.tasks.languages import Model, Student, Teacher, language, normalized
 from jaxdistill.tasks.pretrained import Wanted, identity, pretrained
 from jaxdistill.vlm import supervised
 from jaxdistill.vlm.align import align, partners
-from jaxdistill.vlm.decoding import generate, writer
 from jaxdistill.vlm.groups import Groups
 from jaxdistill.vlm.pairs import Side, TokenisedPair, encoded
 
 ROOM = "jaxdistill.vlm"
-ARTEFACT = "student.safetensors"
+ARTEFACT = answering.ARTEFACT
+
+load_student = answering.load_student
+export_student = answering.export_student
 
 _SIDES = ("teacher", "student")
-_TOKENIZER = "tokenizer.json"
-_VISION = "vision"
 _AT_A_TIME = 250  # examples that the teacher reads or answers
-_MULTIPLE = 16  # to which the tokens of questions are padded for a student alone
 # What parameters do not show, and must be as it was when they were trained.
 _OF_A_TEACHER = (
     ("data", "name"),
@@ -84,90 +78,6 @@ class Data(NamedTuple):
     test: Count = 2000
     seed: Natural = 0
     judge_by_validation: bool = False
-
-
-class Teacher(NamedTuple):
-    """The large model: where it lies, or how it is built and trained.
-
-    Attributes:
-        dir: A folder with `teacher.safetensors`; by default `teacher` in the workdir, where it is
-            trained.
-        tokenizer: How it reads; see `jaxdistill.data.text.tokenizer`.
-        patch: Side of a square of pixels that becomes a token.
-        width: Length of a token.
-        depth: Decoder blocks.
-        heads: Heads of queries.
-        kv_heads: Heads of keys and values.
-        hidden: Width inside a block's SwiGLU.
-        steps: Length of its training.
-        batch_size: Questions a step.
-        learning_rate: AdamW's learning rate.
-        cache: Whether what it makes of the students' examples is computed once and kept in the
-            workdir. It takes a state for each token, and a step is spared the teacher.
-    """
-
-    dir: Folder = None
-    tokenizer: str = "bpe:420"
-    patch: Annotated[int, Between(1, 256)] = 14
-    width: Annotated[int, Between(2, 2**16)] = 128
-    depth: Annotated[int, Between(1, 1000)] = 4
-    heads: Annotated[int, Between(1, 1000)] = 4
-    kv_heads: Annotated[int, Between(1, 1000)] = 2
-    hidden: Annotated[int, Between(1, 2**18)] = 384
-    steps: Count = 8000
-    batch_size: Annotated[int, Between(1, 10**6)] = 64
-    learning_rate: Rate = 2e-3
-    cache: Annotated[bool, ASIDE] = False
-
-
-class Student(NamedTuple):
-    """The small model, and where all students start: after a few steps of fine-tuning.
-
-    Attributes:
-        tokenizer: How it reads.
-        patch: Side of a square of pixels that becomes a token.
-        width: Length of a token.
-        depth: Decoder blocks.
-        heads: Heads of queries.
-        kv_heads: Heads of keys and values.
-        hidden: Width inside a block's SwiGLU.
-        steps: Length of the fine-tuning that all students start from.
-        batch_size: Questions a step of it.
-        learning_rate: Its learning rate.
-    """
-
-    tokenizer: str = "characters"
-    patch: Annotated[int, Between(1, 256)] = 28
-    width: Annotated[int, Between(2, 2**16)] = 64
-    depth: Annotated[int, Between(1, 1000)] = 2
-    heads: Annotated[int, Between(1, 1000)] = 4
-    kv_heads: Annotated[int, Between(1, 1000)] = 2
-    hidden: Annotated[int, Between(1, 2**18)] = 192
-    steps: Count = 1000
-    batch_size: Annotated[int, Between(1, 10**6)] = 64
-    learning_rate: Rate = 1e-3
-
-
-class Model(NamedTuple):
-    """What both models share.
-
-    Attributes:
-        rope_theta: Base of the rotary frequencies.
-        final_norm: Whether hidden states are taken `before` or `after` a decoder's final norm,
-            which is the head's in the first case (GenRecal's A1).
-        remat: Whether blocks are computed again for the gradient.
-        dtype: The dtype of the activations.
-        param_dtype: The dtype of parameters that are frozen; what is trained has float32.
-        slots: Tokens of an answer whose logits are there at a time, in cross-entropies and in
-            GenRecal's losses; 0 for all. Large vocabularies take less memory so.
-    """
-
-    rope_theta: Annotated[float, Between(1, 1e9)] = 10_000.0
-    final_norm: Literal["before", "after"] = "after"
-    remat: bool = False
-    dtype: Dtype = "float32"
-    param_dtype: Dtype = "float32"
-    slots: Annotated[Natural, ASIDE] = 0
 
 
 class Settings(NamedTuple):
@@ -301,7 +211,7 @@ def save(
         "answer_length": loaded.task.answer_length[1],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_files({folder / _TOKENIZER: lambda file: file.write(by.stored.encode())})
+    write_files({folder / answering.TOKENIZER: lambda file: file.write(by.stored.encode())})
     weights.save(folder, "student", output, card)
 
 
@@ -450,11 +360,6 @@ def _image_shape(examples: Part) -> tuple[int, int, int]:
     return dict(zip(sorted(resident.examples), resident.shapes, strict=True))["images"]
 
 
-def _normalized(images: Any) -> Any:
-    """Pixels of 0 to 255 as models see them."""
-    return images.astype("float32") / 255 - 0.3
-
-
 def _pair_of(arrays: dict[str, Any]) -> TokenisedPair:
     """The arrays of some examples as both models read them; padding is id 0."""
 
@@ -462,70 +367,17 @@ def _pair_of(arrays: dict[str, Any]) -> TokenisedPair:
         question, answer = arrays[f"{name}_question"], arrays[f"{name}_answer"]
         return Side(question, question != text.PAD, answer, answer != text.PAD)
 
-    images = _normalized(arrays["images"])
+    images = normalized(arrays["images"])
     groups = Groups(arrays["teacher_groups"], arrays["student_groups"])
     sides, aside = (side("teacher"), side("student")), (arrays.get("keys"), arrays.get("hidden"))
     return TokenisedPair(images, *sides, groups, arrays["partners"], *aside)
-
-
-def _language(model: Model, sizes: Teacher | Student, vocabulary: int, image_shape) -> Language:
-    """A model of ours as functions."""
-    block = BlockShape(
-        sizes.width,
-        sizes.heads,
-        sizes.kv_heads,
-        sizes.hidden,
-        rope_theta=model.rope_theta,
-        dtype=jnp.dtype(model.dtype),
-        param_dtype=jnp.dtype(model.param_dtype),
-        remat=model.remat,
-        place=collective.by_example,
-    )
-    block.length()
-    net = VLM(
-        vocabulary,
-        block,
-        sizes.depth,
-        sizes.patch,
-        tuple(image_shape),
-        norm_in_head=model.final_norm == "before",
-    )
-    if any(side % sizes.patch for side in image_shape[:2]):
-        raise InputError(
-            f"images of {image_shape[0]}x{image_shape[1]} pixels do not divide into patches of "
-            f"{sizes.patch}; choose another patch"
-        )
-
-    def init(key):
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        images = jnp.zeros((1, *image_shape))
-        return net.init(key, images, tokens, jnp.ones((1, 1), bool))["params"]
-
-    def method(name):
-        return lambda params, *args: net.apply({"params": params}, *args, method=name)
-
-    return Language(
-        init,
-        method("encode"),
-        method("head"),
-        method("embed"),
-        functools.partial(generate, net, eos=EOS),
-        functools.partial(writer, net),
-        net.image_tokens,
-        sizes.width,
-        vocabulary,
-        block,
-        part_of,
-        linear_head=model.final_norm == "after",
-        slots=model.slots,
-    )
 
 
 def _task(groups, name, named, lengths, one, count: int, held_out: int) -> VLMTask:
     """The task for some examples of these shapes, nothing of which is there yet."""
     image_shape = one["images"].shape
     models = {
-        side: _language(groups.model, getattr(groups, side), named[side].size, image_shape)
+        side: language(groups.model, getattr(groups, side), named[side].size, image_shape)
         for side in _SIDES
     }
     made = {side: jax.eval_shape(models[side].init, jax.random.key(0)) for side in _SIDES}
@@ -577,7 +429,7 @@ def _wanted(experiment, side, examples, task, source, workdir) -> Wanted:
     groups = experiment.groups
     sizes, read = getattr(groups, side), source["tokenizers"][side]
     image_shape = _image_shape(task.examples)
-    model = _language(
+    model = language(
         groups.model._replace(param_dtype="float32"), sizes, len(task.pieces[side]), image_shape
     )
     training = supervised.Training(sizes.steps, sizes.batch_size, sizes.learning_rate)
@@ -702,148 +554,3 @@ def _answered(
             "write them: those of the data stay"
         )
     return known._replace(answers=tuple(answers))
-
-
-# ---------------------------------------------------------------------------- a student alone
-
-
-class Trained(NamedTuple):
-    """A student that is ready for use.
-
-    Attributes:
-        answer: `(images, questions) -> answers`: uint8 images (n, h, w, c), or ones in [0, 1], and
-            as many texts; the texts of the answers, each the likeliest token by token.
-        image_shape: (h, w, c) of an image.
-        card: What the student says of itself.
-    """
-
-    answer: Callable[[Any, Sequence[str]], list[str]]
-    image_shape: tuple[int, int, int]
-    card: dict[str, Any]
-
-
-class _Stored(NamedTuple):
-    """A student on disk, checked."""
-
-    params: PyTree
-    card: dict[str, Any]
-    tokenizer: Tokenizer
-    language: Language
-    depth: int
-    image_shape: tuple[int, int, int]
-
-
-def _stored(folder: str | os.PathLike[str]) -> _Stored:
-    """What a run or `export_student` has left of a student."""
-    folder = expanded(folder)
-    inner = folder / "artifacts"
-    folder = inner if (inner / ARTEFACT).is_file() else folder
-    exported = not (folder / ARTEFACT).is_file() and (folder / decoders.WEIGHTS).is_file()
-    params, card = _exported(folder) if exported else weights.load(folder, "student")
-    try:
-        model, sizes = (
-            kind(**keywords.resolve(kind, card["config"][name], name))
-            for name, kind in (("model", Model), ("student", Student))
-        )
-        shape, _ = tuple(card["image_shape"]), card["answer_length"]
-        by = text.tokenizer(str(folder / _TOKENIZER), ())
-        if by.fingerprint() != card["tokenizer_sha256"]:
-            raise InputError(f"{folder / _TOKENIZER} is not the student's tokenizer")
-        language = _language(model, sizes, by.size, shape)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{folder / 'student.json'} is not the card of a student of this version "
-            f"({one_line(error)}); train it again, or use the version that made it"
-        ) from error
-    wanted = jax.eval_shape(language.init, jax.random.key(0))
-    weights.check_shapes(f"the student in {folder}", params, wanted)
-    return _Stored(params, card, by, language, sizes.depth, shape)
-
-
-def _exported(folder: Path) -> tuple[PyTree, dict]:
-    """The parameters of a student in the files of `export_student`, and its card."""
-    card = read_json(folder / "student.json")
-    vision, own = weights.load(folder, _VISION)
-    path = folder / decoders.WEIGHTS
-    known = card.get("decoder_sha256") if isinstance(card, dict) else None
-    if known is None or own.get("decoder_sha256") != known or _sha256(path) != known:
-        raise InputError(f"{path}, vision.safetensors and student.json are not of one student")
-    shape, depth, _, tied = decoders.decoder_shape(folder)
-    params, _ = decoders.load_decoder(path, "qwen2", shape, depth, tied=tied)
-    return params | vision, card
-
-
-def export_student(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Writes a student in the layout of Hugging Face.
-
-    Its decoder is `model.safetensors` with `config.json`, a Llama's, which other programs read. The
-    layers before it, of the image, are `vision.safetensors`. `tokenizer.json`, whose ids follow
-    three of ours (padding, end, answer), and the card `student.json` go with them, and
-    `load_student` reads all of it.
-
-    Args:
-        folder: As of `load_student`.
-        out: Made if missing.
-
-    Raises:
-        InputError: If there is no student, or `out` cannot be written or holds other weights.
-    """
-    stored, out = _stored(folder), expanded(out)
-    block = stored.language.block
-    if (out / ARTEFACT).is_file():
-        raise InputError(f"{out} holds a student of a run; give another folder")
-    params = jax.tree.map(np.asarray, stored.params)
-    left = decoders.save_decoder(out, params, "qwen2", block)
-    known = _sha256(out / decoders.WEIGHTS)
-    rest = {name: params[name] for name in {path.partition("/")[0] for path in left}}
-    weights.save(out, _VISION, rest, {"decoder_sha256": known})
-    config = decoders.config_of(block, stored.depth, stored.tokenizer.size)
-    write_files(
-        {
-            out / "config.json": functools.partial(dump, config),
-            out / _TOKENIZER: lambda file: file.write(stored.tokenizer.stored.encode()),
-            out / "student.json": functools.partial(dump, stored.card | {"decoder_sha256": known}),
-        }
-    )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_student(folder: str | os.PathLike[str]) -> Trained:
-    """Reads a student that a run has made; it needs neither config, data nor teacher.
-
-    Args:
-        folder: A workdir, one of its `baselines/`, the folder `artifacts` in either, or what
-            `export_student` wrote.
-
-    Raises:
-        InputError: If there is no student, or its tokenizer is missing or another.
-    """
-    stored = _stored(folder)
-    language, by, card, shape = stored.language, stored.tokenizer, stored.card, stored.image_shape
-    length = card["answer_length"]
-    write = jax.jit(functools.partial(language.generate, length=length))
-    params = jax.device_put(stored.params)
-
-    def answer(images, questions):
-        images = np.asarray(images)
-        if images.shape != (len(questions), *shape):
-            raise InputError(
-                f"{len(questions)} questions go with images {(len(questions), *shape)}, not "
-                f"{images.shape}"
-            )
-        asked = text.tokens(by, questions, ANSWER)
-        # A program serves questions of similar lengths.
-        room = -asked.ids.shape[1] % _MULTIPLE
-        ids, there = (np.pad(x, ((0, 0), (0, room))) for x in asked)
-        if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
-            raise InputError(f"images are uint8, or numbers in [0, 1], not {images.dtype}")
-        images = _normalized(images if images.dtype == np.uint8 else 255.0 * images)
-        images = images * np.float32(not card.get("blind"))
-        written = write(params, images, ids, there)
-        return [text.answer_text(by, row) for row in np.asarray(written.tokens)]
-
-    return Trained(answer, shape, card)

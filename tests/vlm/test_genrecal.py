@@ -22,7 +22,7 @@ from jaxdistill.eval import answers
 from jaxdistill.io import decoders, weights
 from jaxdistill.nn.recalibrator import Recalibrator
 from jaxdistill.nn.vlm import part_of
-from jaxdistill.tasks import vlm
+from jaxdistill.tasks import languages, vlm
 from jaxdistill.vlm import across, dskd, genrecal, llava_kd, logits, losses
 from jaxdistill.vlm.decoding import Written
 from jaxdistill.vlm.diagnosis import diagnosis
@@ -383,7 +383,7 @@ def test_states_before_the_final_norm_make_the_same_model(ready):
     _, task, pair, frozen, *_ = ready
     groups = ready.resolved.groups
     model, params = task.teacher_model, frozen["teacher"]
-    before = vlm._language(
+    before = languages.language(
         groups.model._replace(final_norm="before"), groups.teacher, model.vocabulary,
         pair.images.shape[1:],
     )  # fmt: skip
