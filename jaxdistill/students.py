@@ -22,8 +22,8 @@ def load_student(
             the one that it was trained under.
 
     Returns:
-        `jaxdistill.tasks.flow.Trained`, which samples, or `jaxdistill.tasks.answering.Trained`, which
-        answers.
+        `jaxdistill.tasks.flow.Trained`, which samples, or
+        `jaxdistill.tasks.answering.Trained`, which answers.
 
     Raises:
         InputError: If there is no student, or something that it needs is missing or another's.
