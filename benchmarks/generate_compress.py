@@ -2,14 +2,18 @@
 
     python benchmarks/generate_compress.py --teacher=runs/flow/fashion_mnist-0 --workdir=runs/gc
     python benchmarks/generate_compress.py --arms tail filled --workdir=runs/gc
+    python benchmarks/generate_compress.py --arms five --teacher=... --workdir=runs/gc
+    python benchmarks/generate_compress.py --arms real generated --method=ncfm --workdir=runs/gc
     python benchmarks/generate_compress.py --table
     python benchmarks/generate_compress.py --picture --workdir=runs/gc
 
 A two-call ArcFlow student of the frozen teacher, trained as in the tables of flows, makes as many
 images of each class as there are real ones. Each arm is condensed by RDED, with an observer that is
 trained on the arm's own images, and beside it stand images drawn at random from the arm; networks
-are trained on both by one recipe, with equal images and steps. Interrupted, the same command goes
-on.
+are trained on both by one recipe, with equal images and steps. In the arm `five` there are five
+times as many generated images as real ones, and in the arms `all` and `five` RDED chooses from all
+that there are, else from 300 of a class. With `--method=ncfm` arms are condensed by NCFM, with
+networks that are trained on the arm. Interrupted, the same command goes on.
 
 Of the arm `tail` the training split is long-tailed: the classes, in an order that is drawn once,
 have from 6,000 images down to 60. In `filled` those below 600 are filled up to that number by a
@@ -31,9 +35,10 @@ from jaxdistill.io import pictures
 
 _RECORD = recording.FOLDER / "generate_compress.json"
 _GENERATED = ("generated", "confident", "mixed")
-_ARMS = ("real", *_GENERATED, "tail", "filled")
-_PER_CLASS = 6000
+_ARMS = ("real", *_GENERATED, "all", "five", "tail", "filled")
+_PER_CLASS, _TIMES = 6000, 5
 _IMBALANCE, _FILLED = 100, 600
+_DATA = {"all": "generated"}  # whose images an arm has, where they are another's
 
 
 def _generate(args: argparse.Namespace) -> list[dict]:
@@ -47,12 +52,15 @@ def _generate(args: argparse.Namespace) -> list[dict]:
         },
     ).unlock()
     one = {"name": "generate", "per_class": _PER_CLASS}
-    config.evals = {
+    made = {
         "generated": one,
         # Of 4,000 made of each class the 2,000 surest.
         "confident": one | {"filter": "confident", "per_class": _PER_CLASS // 3},
         "mixed": one | {"real": True},
+        "five": one | {"per_class": _TIMES * _PER_CLASS},
     }
+    wanted = {_DATA.get(arm, arm) for arm in args.arms}
+    config.evals = {name: settings for name, settings in made.items() if name in wanted}
     return jaxdistill.train(config, args.workdir / "generator")
 
 
@@ -107,17 +115,25 @@ def _fill(args: argparse.Namespace) -> list[dict]:
 
 
 def _run(arm: str, seed: int, args: argparse.Namespace) -> dict:
-    folders = {arm: args.workdir / "generator" / "generated" for arm in _GENERATED}
+    folders = dict.fromkeys((*_GENERATED, "five"), args.workdir / "generator" / "generated")
     folders |= {"tail": args.workdir, "filled": args.workdir / "filler" / "generated"}
-    data = "fashion_mnist" if arm == "real" else str(folders[arm] / f"{arm}.npz")
-    workdir = args.workdir / f"{arm}-{seed}"
+    source = _DATA.get(arm, arm)
+    data = "fashion_mnist" if arm == "real" else str(folders[source] / f"{source}.npz")
+    workdir = args.workdir / f"{arm}-{seed}{'' if args.method == 'rded' else f'-{args.method}'}"
     overrides = {
         "data.name": data,
         "pool.dir": str(args.workdir / "pool"),
-        "evals.accuracy.labels": '("hard", "teacher")',
         "evals.accuracy.seeds": "1",
     }
-    config = jaxdistill.load_config(f"rded:ipc=10,baselines=random,seed={seed}", overrides)
+    if args.method == "rded":
+        overrides["evals.accuracy.labels"] = '("hard", "teacher")'
+        spec = f"rded:ipc=10,baselines=random,seed={seed}"
+        if arm in ("all", "five"):
+            overrides["method.mipc"] = str(_PER_CLASS * (_TIMES if arm == "five" else 1))
+    else:
+        spec = f"ncfm:dataset=fashion_mnist,ipc=10,baselines=random,seed={seed}"
+        overrides |= {"method.steps": "300", "extractor.width": "32"}
+    config = jaxdistill.load_config(spec, overrides)
     found = jaxdistill.train(config, workdir)
     resolved = json.loads((workdir / "config.json").read_text())
     del resolved["pool"]["dir"]  # places on this machine
@@ -126,6 +142,7 @@ def _run(arm: str, seed: int, args: argparse.Namespace) -> dict:
     return {
         "arm": arm,
         "seed": seed,
+        "method": args.method,
         "results": found,
         "rarest": _order()[-3:].tolist() if arm in ("tail", "filled") else None,
         "provenance": card["provenance"],
@@ -134,14 +151,14 @@ def _run(arm: str, seed: int, args: argparse.Namespace) -> dict:
     }
 
 
-def table(records: list[dict]) -> str:
+def table(records: list[dict], method: str) -> str:
     """Markdown: accuracies in %, mean ± std over the seeds of the choice and the network."""
-    runs = [r for r in records if "results" in r]
+    runs = [r for r in records if "results" in r and r.get("method", "rded") == method]
     metrics = list(dict.fromkeys(x["metric"] for r in runs for x in r["results"]))
     heads = [m.removeprefix("convnet, ") for m in metrics]
     lines = [["images", "chosen", "seeds", *heads, *(f"rarest third, {h}" for h in heads)]]
     for arm in dict.fromkeys(r["arm"] for r in runs):
-        for row in ("rded", "random"):
+        for row in (method, "random"):
             cells, rare, seeds = [], [], set()
             for metric in metrics:
                 found = [
@@ -181,12 +198,20 @@ def picture(workdir: Path, path: Path) -> None:
     Image.fromarray(grid).save(path)
 
 
+def _keep(record: dict) -> None:
+    """Records of before `--method` was there have none; all of them are of RDED."""
+    records = [{"method": "rded"} | r for r in recording.read(_RECORD)]
+    recording.write(_RECORD, records)
+    recording.put(_RECORD, record, ("arm", "seed", "method"))
+
+
 def main() -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/generate_compress"))
     parser.add_argument("--teacher", type=Path, help="a workdir with the frozen teacher")
     parser.add_argument("--arms", nargs="*", choices=_ARMS, default=_ARMS)
+    parser.add_argument("--method", choices=("rded", "ncfm"), default="rded")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="only print what is recorded")
     parser.add_argument("--picture", action="store_true", help="only draw what a run has left")
@@ -196,8 +221,11 @@ def main() -> None:
         picture(args.workdir, images / "generate_compress_stages.png")
         return
     if not args.table:
-        if set(args.arms) & set(_GENERATED):
-            made = {"arm": "generator", "seed": 0, "generator": _generate(args)}
+        if {_DATA.get(arm, arm) for arm in args.arms} & {*_GENERATED, "five"}:
+            told = [r["generator"] for r in recording.read(_RECORD) if r["arm"] == "generator"]
+            told.append(_generate(args))
+            found = {(x["evaluation"], x["metric"]): x for own in told for x in own}
+            made = {"arm": "generator", "seed": 0, "generator": list(found.values())}
             recording.put(_RECORD, made, ("arm", "seed"))
         if set(args.arms) & {"tail", "filled"}:
             _tail(args.workdir / "tail.npz")
@@ -205,10 +233,14 @@ def main() -> None:
             recording.put(_RECORD, made, ("arm", "seed"))
         for seed in args.seeds:
             for arm in args.arms:
-                known = {(r["arm"], r["seed"]) for r in recording.read(_RECORD)}
-                if (arm, seed) not in known:
-                    recording.put(_RECORD, _run(arm, seed, args), ("arm", "seed"))
-    print(table(recording.read(_RECORD)))
+                known = {
+                    (r["arm"], r["seed"], r.get("method", "rded")) for r in recording.read(_RECORD)
+                }
+                if (arm, seed, args.method) not in known:
+                    _keep(_run(arm, seed, args))
+    for method in ("rded", "ncfm"):
+        if any(r.get("method", "rded") == method for r in recording.read(_RECORD)):
+            print(table(recording.read(_RECORD), method))
 
 
 if __name__ == "__main__":
