@@ -7,11 +7,11 @@
     python benchmarks/genrecal.py --arms sft genrecal --seeds 0 1
 
 The teacher reads byte pairs and patches of 14 pixels, students characters and patches of 28; those
-of one tokenizer read as the teacher does. All students of a seed start from the same weights, see
-the same examples in the same order and take equally many steps, but for `sft, longer`, which takes
-as much time as GenRecal. A rate is chosen for each arm from the same three, by the questions of the
-validation split with seed 0; those of the test split are asked once for each run. Records go to
-`benchmarks/records/genrecal.json` run by run, and the same command goes on.
+of one tokenizer read both as the teacher does. All students of a seed start from the same weights,
+see the same examples in the same order and take equally many steps, but for `sft, longer`, which
+takes as much time as GenRecal. A rate is chosen for each arm from the same three, by the questions
+of the validation split with seed 0; those of the test split are asked once for each run. Records go
+to `benchmarks/records/genrecal.json` run by run, and the same command goes on.
 """
 
 import argparse
@@ -53,6 +53,8 @@ _TWO = {
     "gold_hybrid": _across("gold_hybrid"),
     "pkl": _across("pkl"),
     "alm": _across("alm"),
+    "mined": _across("mined", weight=0.5, sft=0.5, temperature=2.0),
+    "dskd": {"name": "dskd", "steps": _STEPS},
     "sft, longer": _SFT | {"steps": round(_STEPS * _LONGER)},
     "genrecal, no regularizer": _STAGES | {"regularizer": "none"},
     "genrecal, KL alone": _STAGES | {"ce": 0.0},
@@ -74,13 +76,17 @@ _ONE = {
     "skew_kl": _logits("skew_kl"),
     "skew_reverse_kl": _logits("skew_reverse_kl"),
     "gkd": _logits("jsd", on_policy=0.5),
+    "minillm": {"name": "minillm", "steps": _STEPS},
+    "distillm": {"name": "distillm", "steps": _STEPS},
+    "llava_kd": {"name": "llava_kd", "pretrain": 400, "tune": 550, "distil": 550},
 }
 _ARMS = {"two": _TWO, "one": _ONE}
 
 
 def _config(tokenizers: str, seed: int, tuning: bool):
     config = jaxdistill.load_config(
-        f"genrecal:dataset=fashion_mnist,method=sft,baselines=,tokenizers={tokenizers},seed={seed}",
+        f"genrecal:dataset=fashion_mnist,method=sft,baselines=,tokenizers={tokenizers},"
+        f"patches={tokenizers},seed={seed}",
         {
             "teacher.dir": str(_TEACHER),
             "teacher.cache": "True",

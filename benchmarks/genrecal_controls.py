@@ -9,13 +9,14 @@ from jaxdistill.errors import InputError
 from jaxdistill.task import Recipe, VLMTask
 from jaxdistill.vlm import genrecal
 from jaxdistill.vlm.genrecal import Recalibration, Stages
+from jaxdistill.vlm.staged import Pace
 
 
 def recipe(
     task: VLMTask,
     *,
     control: Literal["random", "shuffled"] = "random",
-    **rest: Annotated[Any, Recalibration, Stages],
+    **rest: Annotated[Any, Recalibration, Stages, Pace],
 ) -> Recipe:
     """GenRecal under a teacher that knows nothing, or nothing of the question.
 
@@ -23,7 +24,7 @@ def recipe(
         task: What it is for.
         control: A teacher whose body is `random`, below its own head; or its answers `shuffled`:
             each student's question is followed by the teacher's answer to another.
-        **rest: Settings of `Recalibration` and `Stages`.
+        **rest: Settings of `Recalibration`, `Stages` and `Pace`.
     """
     if control == "shuffled":
         other = task._replace(pair=lambda batch: _shuffled(task.pair(batch)))
