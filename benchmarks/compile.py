@@ -37,6 +37,9 @@ ROWS = [
         "--config.method.rank=0 --config.run.chunk=1",
         "v5e:4x4",
     ),
+    # All three stages of 8 billion parameters that 78 teach, 64 questions a step.
+    ("genrecal:dataset=pairs_448,baselines=", "v5p:2x2x4"),
+    ("genrecal:dataset=pairs_448,baselines=", "v5p:4x4x4"),
 ]
 
 
