@@ -7,10 +7,10 @@ as it was written, it is
 
     E[ sum_t grad KL_t(q || p) ] - E[ sum_t R_t grad log q(y_t) ],    R_t = sum_{s > t} r_s.
 
-The paper's three stabilisers are here. The first expectation is exact over the vocabulary in every
+The paper's three stabilizers are here. The first expectation is exact over the vocabulary in every
 slot (single-step decomposition). Answers are drawn from `a p + (1 - a) q`, and the second is
 weighted, token by token, by `w_t = q(y_t) / (a p(y_t) + (1 - a) q(y_t))` (teacher-mixed sampling).
-R_t is divided by the number of its terms (length normalisation). The last two bias the gradient:
+R_t is divided by the number of its terms (length normalization). The last two bias the gradient:
 the exact weight is a product over all tokens up to the last reward.
 
 Where the paper and its authors' code differ:
@@ -56,7 +56,7 @@ def recipe(
     *,
     teacher_mix: Annotated[float, Between(0, 0.999)] = 0.2,
     discount: Fraction = 1.0,
-    normalise_length: bool = True,
+    normalize_length: bool = True,
     count_current: bool = False,
     reward_scale: Weight = 1.0,
     reward_clip: Annotated[float, Between(1e-6, 1e6)] = 100.0,
@@ -69,7 +69,7 @@ def recipe(
         teacher_mix: The teacher's part of the probabilities by which answers are written.
         discount: What a reward counts less for each token between; with 0 the single step alone is
             left, which is reverse KL on the student's texts.
-        normalise_length: Whether the sum of rewards is divided by their number.
+        normalize_length: Whether the sum of rewards is divided by their number.
         count_current: Whether a token's own reward is in its sum.
         reward_scale: By which rewards are multiplied; 0 leaves the single step alone.
         reward_clip: Where they are then cut, on either side.
@@ -106,7 +106,7 @@ def recipe(
             temperature=beside.temperature,
             teacher_mix=teacher_mix,
             discount=discount,
-            normalise_length=normalise_length,
+            normalize_length=normalize_length,
             count_current=count_current,
             reward_scale=reward_scale,
             reward_clip=reward_clip,
@@ -129,7 +129,7 @@ def policy_gradient(
     temperature: float = 1.0,
     teacher_mix: float = 0.0,
     discount: float = 1.0,
-    normalise_length: bool = False,
+    normalize_length: bool = False,
     count_current: bool = False,
     reward_scale: float = 1.0,
     reward_clip: float = jnp.inf,
@@ -147,7 +147,7 @@ def policy_gradient(
         temperature: By which both logits are divided, as they were for the draw.
         teacher_mix: The part of p in the mixture.
         discount: What a reward counts less for each token between.
-        normalise_length: Whether sums of rewards are divided by the number of their terms.
+        normalize_length: Whether sums of rewards are divided by the number of their terms.
         count_current: Whether a token's own reward is in its sum.
         reward_scale: By which rewards are multiplied.
         reward_clip: Where they are then cut.
@@ -164,7 +164,7 @@ def policy_gradient(
         rewards,
         there,
         discount=discount,
-        normalise_length=normalise_length,
+        normalize_length=normalize_length,
         count_current=count_current,
     )
     push = importance(own_p, fixed, teacher_mix) * later
@@ -191,7 +191,7 @@ def rewards_to_come(
     there: Bool[Array, "b a"],
     *,
     discount: float = 1.0,
-    normalise_length: bool = False,
+    normalize_length: bool = False,
     count_current: bool = False,
 ) -> Float[Array, "b a"]:
     """The rewards behind each token, added up.
@@ -200,7 +200,7 @@ def rewards_to_come(
         rewards: Of each token.
         there: Which are no padding; padding is on the right.
         discount: What a reward counts less for each token between.
-        normalise_length: Whether the sum is divided by the number of its terms.
+        normalize_length: Whether the sum is divided by the number of its terms.
         count_current: Whether a token's own reward is in its sum.
     """
     count = there.astype(rewards.dtype)
@@ -214,4 +214,4 @@ def rewards_to_come(
     zero = jnp.zeros_like(rewards[:, 0])
     given = (rewards * count).T, count.T
     _, (total, terms) = jax.lax.scan(back, (zero, zero), given, reverse=True)
-    return (total / jnp.maximum(terms, 1.0) if normalise_length else total).T
+    return (total / jnp.maximum(terms, 1.0) if normalize_length else total).T

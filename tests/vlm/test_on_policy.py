@@ -153,10 +153,10 @@ def test_the_expected_gradient_is_that_of_the_reverse_kl_of_answers(tables):
     ("options", "given"),
     [
         ({"mix": 0.2}, {}),
-        ({"normalise": True}, {"normalise_length": True}),
+        ({"normalise": True}, {"normalize_length": True}),
         ({"discount": 0.7, "current": True}, {"discount": 0.7, "count_current": True}),
         ({"mix": 0.4, "normalise": True, "current": True, "clip": 0.5},
-         {"normalise_length": True, "count_current": True, "reward_clip": 0.5}),
+         {"normalize_length": True, "count_current": True, "reward_clip": 0.5}),
     ],
 )  # fmt: skip
 def test_each_stabiliser_is_what_it_says(tables, options, given):
