@@ -9,9 +9,10 @@
 The teacher reads byte pairs and patches of 14 pixels, students characters and patches of 28; those
 of one tokenizer read both as the teacher does. All students of a seed start from the same weights,
 see the same examples in the same order and take equally many steps, but for `sft, longer`, which
-takes as much time as GenRecal. A rate is chosen for each arm from the same three, by the questions
-of the validation split with seed 0; those of the test split are asked once for each run. Records go
-to `benchmarks/records/genrecal.json` run by run, and the same command goes on.
+takes as much time as GenRecal, and `blind`, which starts from nothing. A rate is chosen for each
+arm from the same three, by the questions of the validation split with seed 0; those of the test
+split are asked once for each run. Records go to `benchmarks/records/genrecal.json` run by run, and
+the same command goes on.
 """
 
 import argparse

@@ -29,7 +29,8 @@ def recipe(
     if control == "shuffled":
         other = task._replace(pair=lambda batch: _shuffled(task.pair(batch)))
         return genrecal.recipe(other, **rest)
-    made = genrecal.recipe(task, **rest)
+    # The teacher reads at each step: what is kept is the true one's.
+    made = genrecal.recipe(task._replace(read=task.examples), **rest)
     model = task.teacher_model
 
     def load():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jaxtyping import PyTree
 
 from jaxdistill import run_folder, settings, stage
 from jaxdistill.errors import Diverged, InputError
@@ -20,7 +21,7 @@ from jaxdistill.io.files import expanded
 from jaxdistill.io.versions import versions
 from jaxdistill.parallel import processes
 from jaxdistill.settings import Config, Experiment, Row
-from jaxdistill.task import Recipe
+from jaxdistill.task import Part, Recipe
 from jaxdistill.tasks import Loaded
 
 _ASIDE = "aside"  # the name of what a method keeps beside its artefact
@@ -229,8 +230,25 @@ def _make(ready: Ready, row: Row) -> Made:
         made,
         lambda: family.read(folder / "artifacts", shapes)[0],
         made.frozen.load,
-        lambda: weights.load(folder / "artifacts", _ASIDE)[0],
+        lambda: _aside(folder / "artifacts", identity, made, examples),
     )
+
+
+def _aside(folder: Path, identity: str, recipe: Recipe, examples: Part) -> PyTree:
+    """What a row's method keeps beside its artefact."""
+    again = f"delete {folder}, and the same command makes it again"
+    try:
+        tree, card = weights.load(folder, _ASIDE)
+        weights.check_shapes(
+            f"{folder / _ASIDE}.safetensors",
+            tree,
+            stage.shapes_of(recipe, examples, recipe.aside.keep),
+        )
+    except InputError as error:
+        raise InputError(f"{error}; {again}") from error
+    if card.get("config_hash") != identity:
+        raise InputError(f"{folder / _ASIDE}.safetensors is of another run; {again}")
+    return tree
 
 
 def _evaluate(ready: Ready, made: dict[str, Made]) -> list[dict]:

@@ -82,9 +82,13 @@ def _is_writable(workdir: Path) -> bool:
         return error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+# Where what a kill leaves half-written is removed.
+_FOLDERS = ("", "artifacts", "teacher", "start", "judge", "generated", "readings", "answers")
+
+
 def _prepare(workdir: Path, config: Mapping[str, Any]) -> None:
     for part in (workdir, *workdir.glob("baselines/*")):
-        for name in ("", "artifacts", "teacher", "start", "judge", "generated"):
+        for name in _FOLDERS:
             remove_leftovers(part / name)
     write_files(
         {

@@ -25,6 +25,8 @@ from jaxdistill.task import Recipe
 
 _FAMILIES = "jaxdistill.tasks"
 _EVALS = "jaxdistill.eval"
+# Rows that tables have beside those of a config.
+_OTHERS = ("teacher", "majority")
 _ROW = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 #: The name of data that an experiment before this one generates, and of its evaluation for that.
 GENERATED = "generated"
@@ -303,6 +305,8 @@ def resolve(config: Config) -> Experiment:
             )
         if name in rows:
             raise InputError(f"baselines has a row {name}, as the method is called; rename it")
+        if name in _OTHERS:
+            raise InputError(f"baselines has a row {name}, as tables have one already; rename it")
         rows[name] = _row(name, f"baselines.{name}", given, module)
     evals = {}
     for name, given in _group(config, "evals").items():

@@ -75,15 +75,18 @@ def run(
     saved = checkpoint.newest_metadata(folder / "checkpoints")
     processes.wait(f"{name} is started")  # before any process writes there
     restarts, rate_factor = saved.get("restarts", 0), saved.get("rate_factor", 1.0)
+    method = build(rate_factor)
+    fed = method.batches.kind not in ("keys", "none")
+    data = examples.load() if fed else ()
+    # What is read or made first is no cost of this run's.
     began = time.perf_counter(), time.process_time()
     state = None
     while state is None:
         method = build(rate_factor)
-        fed = method.batches.kind not in ("keys", "none")
         try:
             state = runner.run(
                 method,
-                data=examples.load() if fed else (),
+                data=data,
                 frozen=frozen,
                 key=jax.random.key(seed),
                 steps=steps,
@@ -127,9 +130,20 @@ def output_shapes(recipe: Recipe, examples: Part) -> PyTree:
         recipe: The recipe.
         examples: What its batches are drawn from.
     """
+    return shapes_of(recipe, examples, recipe.method.output)
+
+
+def shapes_of(recipe: Recipe, examples: Part, function: Callable[[PyTree], PyTree]) -> PyTree:
+    """The shapes of what a function makes of a state of a recipe's method.
+
+    Args:
+        recipe: The recipe.
+        examples: What its batches are drawn from.
+        function: `state -> PyTree`.
+    """
     method = recipe.method
 
     def output(key, frozen, data):
-        return method.output(method.init(key, frozen, device.draw(method.batches, data, key)))
+        return function(method.init(key, frozen, device.draw(method.batches, data, key)))
 
     return jax.eval_shape(output, jax.random.key(0), recipe.frozen.shapes, examples.shapes)

@@ -160,6 +160,8 @@ class VLMTask(NamedTuple):
         teacher: `{"teacher": params}`.
         start: `{"teacher": params, "student": params}`, where students start from.
         examples: What the steps' batches are drawn from.
+        read: The same, with what the teacher has made of them where that is kept; for methods that
+            need it for the data's own answers.
         answered: The same with the teacher's answers in the place of those of the data.
         validation: `{"validation": examples}`, which no student learns from, each array as it is in
             a batch.
@@ -179,6 +181,7 @@ class VLMTask(NamedTuple):
     teacher: Part
     start: Part
     examples: Part
+    read: Part
     answered: Part
     validation: Part
     answer_length: tuple[int, int]

@@ -54,6 +54,7 @@ class Tokenizer(NamedTuple):
         model = said.get("model", {})
         rules = [said.get("normalizer"), said.get("pre_tokenizer"), model.get("merges")]
         rules += [name for name in ("byte_fallback", "ignore_merges") if model.get(name)]
+        rules += [said["added_tokens"]] if said.get("added_tokens") else []
         known = json.dumps([[piece.hex() for piece in self.pieces], rules], sort_keys=True)
         return hashlib.sha256(known.encode()).hexdigest()
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.data import text, vqa
+from jaxdistill.data.passes import passes
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import results, sampling
 from jaxdistill.eval.bench import Bench
@@ -73,6 +74,7 @@ def evaluate(
     rows = ["majority", *(["teacher"] if teacher else []), *bench.rows]
     wanted = [Cell(bench.name, row, metric, 0, protocol) for row in rows for metric in metrics]
     missing = {cell.row for cell in bench.results.missing(wanted)}
+    missing |= {row for row in rows if _kept(bench, row) is None}
     todo = processes.mine([row for row in rows if row in missing])
     bar = Progress(len(todo), 0, "answering") if todo else None
     for done, row in enumerate(todo):
@@ -94,8 +96,10 @@ def evaluate(
         bar.close()
     bench.results.gather()
     records = bench.results.records(wanted)
+    picture = bench.workdir / "artifacts" / "answers.png"
     if processes.is_first():
-        _draw(bench, rows)
+        if missing or not picture.is_file():
+            _draw(bench, rows, picture)
         print(
             f"{bench.task.name}: {len(asked.questions.answers)} questions, right to the letter, %"
         )
@@ -107,12 +111,24 @@ def _file(bench: Bench, row: str) -> Path:
     return bench.workdir / "answers" / f"{row}.json"
 
 
-def _draw(bench: Bench, rows: Sequence[str]) -> None:
-    """The first questions of every kind, and what each row said, as far as that is there."""
+def _kept(bench: Bench, row: str) -> list[str | None] | None:
+    """What a row said, by its file; None where that is missing or another's."""
+    if not _file(bench, row).is_file():
+        return None
+    try:
+        said = read_json(_file(bench, row))
+    except InputError:
+        return None
+    good = isinstance(said, list) and len(said) == len(bench.data.questions.answers)
+    return said if good and all(isinstance(x, str | None) for x in said) else None
+
+
+def _draw(bench: Bench, rows: Sequence[str], path: Path) -> None:
+    """The first questions of every kind, and what each row said."""
     asked = bench.data.questions
     found = [np.flatnonzero(asked.kinds == i)[:_SHOWN] for i in range(len(bench.data.kinds))]
     index = np.concatenate(found)[: _SHOWN * _MOST_KINDS]
-    known = {row: read_json(_file(bench, row)) for row in rows if _file(bench, row).is_file()}
+    known = {row: said for row in rows if (said := _kept(bench, row)) is not None}
     captions = [
         [
             asked.questions[i],
@@ -122,7 +138,7 @@ def _draw(bench: Bench, rows: Sequence[str]) -> None:
         for i in index
     ]
     picture = pictures.captioned(asked.images[index], captions)
-    sampling.write_picture(bench.workdir / "artifacts" / "answers.png", picture)
+    sampling.write_picture(path, picture)
 
 
 def majority(known: vqa.Questions, asked: vqa.Questions) -> list[str | None]:
@@ -161,12 +177,8 @@ def _said(bench: Bench, row: str, batch_size: int) -> list[str | None]:
     answer = jax.jit(sample)
     own, by = getattr(asked.pair, side), asked.tokenizers[side]
     written: list[str | None] = []
-    n = len(asked.questions.answers)
-    for first in range(0, n, batch_size):
-        # The last batch is filled up, so that one program serves all.
-        index = np.minimum(np.arange(first, first + batch_size), n - 1)
-        args: Any = (asked.pair.images, own.question, own.question_there)
-        made_ids = answer(params, frozen, *(jnp.asarray(x[index]) for x in args)).tokens
-        ids = np.asarray(made_ids)[: n - first]
+    given = asked.pair.images, own.question, own.question_there
+    for batch, count in passes(given, batch_size):
+        ids = np.asarray(answer(params, frozen, *map(jnp.asarray, batch)).tokens)[:count]
         written += [text.answer_text(by, row) if text.EOS in row else None for row in ids]
     return written

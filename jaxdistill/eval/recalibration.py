@@ -1,12 +1,14 @@
 """What GenRecal's Recalibrators do: read the student, or copy the teacher."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.data.passes import passes
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import results, sampling
 from jaxdistill.eval.bench import Bench
@@ -70,15 +72,15 @@ def evaluate(
     rows = [name for name, made in bench.rows.items() if made.recipe.aside is not None]
     cells = [Cell(bench.name, row, metric, 0, protocol) for row in rows for metric in _METRICS]
     missing = {cell.row for cell in bench.results.missing(cells)}
+    missing |= {row for row in rows if not _picture(bench, row).is_file()}
     todo = processes.mine([row for row in rows if row in missing])
     bar = Progress(len(todo), 0, "looking into Recalibrators") if todo else None
     for done, row in enumerate(todo):
         if bench.should_stop():
             raise Interrupted("stopped between rows; those that are done are kept")
         found, cosines = _looked_into(bench, row, batch_size, pairs)
-        path = bench.workdir / "artifacts" / f"recalibration-{row}.png"
         picture = pictures.matrix(cosines, "student's prefix", "teacher's")
-        sampling.write_picture(path, picture)
+        sampling.write_picture(_picture(bench, row), picture)
         values = zip(_METRICS, found, strict=True)
         bench.results.keep({Cell(bench.name, row, m, 0, protocol): {"value": v} for m, v in values})
         bar.update(done + 1, {})
@@ -92,6 +94,10 @@ def evaluate(
     return records
 
 
+def _picture(bench: Bench, row: str) -> Path:
+    return bench.workdir / "artifacts" / f"recalibration-{row}.png"
+
+
 def _looked_into(
     bench: Bench, row: str, batch_size: int, pairs: int
 ) -> tuple[Sequence[float], np.ndarray]:
@@ -99,13 +105,10 @@ def _looked_into(
     made = bench.rows[row]
     given = jax.device_put((made.output(), made.aside(), made.frozen()))
     look = jax.jit(made.recipe.aside.use)
-    n = len(bench.data.questions.answers)
     parts = []
-    for first in range(0, n, batch_size):
-        index = np.minimum(np.arange(first, first + batch_size), n - 1)
-        pair = jax.tree.map(lambda x, index=index: jnp.asarray(x[index]), bench.data.pair)
-        said = look(*given, pair)
-        parts.append(jax.tree.map(lambda x, first=first: np.asarray(x)[: n - first], said))
+    for batch, count in passes(bench.data.pair, batch_size):
+        found = look(*given, jax.tree.map(jnp.asarray, batch))
+        parts.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count], found))
     said = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     later = said.there.copy()
     later[:, 0] = False

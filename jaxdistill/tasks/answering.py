@@ -114,12 +114,15 @@ def export_student(folder: str | os.PathLike[str], out: str | os.PathLike[str]) 
     block = stored.language.block
     if (out / ARTEFACT).is_file():
         raise InputError(f"{out} holds a student of a run; give another folder")
+    if (out / decoders.WEIGHTS).is_file() and not _is_ours(out):
+        raise InputError(f"{out / decoders.WEIGHTS} is another model's; give another folder")
     params = jax.tree.map(np.asarray, stored.params)
     left = decoders.save_decoder(out, params, "qwen2", block)
     known = _sha256(out / decoders.WEIGHTS)
     rest = {name: params[name] for name in {path.partition("/")[0] for path in left}}
     weights.save(out, _VISION, rest, {"decoder_sha256": known})
     config = decoders.config_of(block, stored.depth, stored.tokenizer.size)
+    config |= {"bos_token_id": None, "eos_token_id": text.EOS, "pad_token_id": text.PAD}
     write_files(
         {
             out / "config.json": functools.partial(dump, config),
@@ -127,6 +130,14 @@ def export_student(folder: str | os.PathLike[str], out: str | os.PathLike[str]) 
             out / "student.json": functools.partial(dump, stored.card | {"decoder_sha256": known}),
         }
     )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds what `export_student` wrote."""
+    try:
+        return "decoder_sha256" in read_json(folder / "student.json")
+    except (InputError, OSError, TypeError):
+        return False
 
 
 def _sha256(path: Path) -> str:

@@ -87,8 +87,8 @@ class Model(NamedTuple):
         remat: Whether blocks are computed again for the gradient.
         dtype: The dtype of the activations.
         param_dtype: The dtype of parameters that are frozen; what is trained has float32.
-        slots: Tokens of an answer whose logits are there at a time, in cross-entropies and in
-            GenRecal's losses; 0 for all. Large vocabularies take less memory so.
+        slots: Tokens of an answer whose logits are there at a time, in plain fine-tuning and in
+            GenRecal; 0 for all. Large vocabularies take less memory so.
     """
 
     rope_theta: Annotated[float, Between(1, 1e9)] = 10_000.0

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxdistill.errors import Interrupted
+from jaxdistill.data.passes import passes
+from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.interrupt import ShouldStop
 from jaxdistill.io import weights
 from jaxdistill.io.writers import Progress
@@ -29,12 +30,21 @@ def kept(
         name: What it is called.
         identity: What decides it; its file is named by that too.
         make: Makes it.
+
+    Raises:
+        InputError: If what is there is damaged.
     """
     file = f"{name}-{digest([identity])}"
     there = (folder / f"{file}.safetensors").is_file()
     processes.wait(f"{name} of the teacher are looked for")
     if there:
-        return weights.load(folder, file)[0][name]
+        try:
+            return weights.load(folder, file)[0][name]
+        except (InputError, KeyError) as error:
+            raise InputError(
+                f"{folder / file}.safetensors cannot be used ({error}); delete it, and the same "
+                "command makes it again"
+            ) from error
     made = make()
     if processes.is_first():
         weights.save(folder, file, {name: made}, {"identity": identity})
@@ -57,21 +67,20 @@ def passed(
         program: `(params, arrays of a batch) -> array`, an entry for each example.
         params: The teacher's.
         arrays: Arrays by name, each with a leading axis of the same examples.
-        batch_size: Examples at a time; the last batch is filled up, so one program serves all.
+        batch_size: Examples at a time.
         title: What the progress is called.
         should_stop: Asked between batches.
 
     Raises:
         Interrupted: If it is stopped; nothing is kept then.
     """
-    count = len(next(iter(arrays.values())))
-    run, found, bar = jax.jit(program), [], Progress(count, 0, title)
-    for first in range(0, count, batch_size):
+    count = len(jax.tree.leaves(arrays)[0])
+    run, found, done, bar = jax.jit(program), [], 0, Progress(count, 0, title)
+    for batch, own in passes(arrays, batch_size):
         if should_stop():
             raise Interrupted(f"stopped while {title}; the same command begins that anew")
-        index = np.minimum(np.arange(first, first + batch_size), count - 1)
-        made = run(params, {name: jnp.asarray(x[index]) for name, x in arrays.items()})
-        found.append(np.asarray(made)[: count - first])
-        bar.update(min(first + batch_size, count), {})
+        found.append(np.asarray(run(params, jax.tree.map(jnp.asarray, batch)))[:own])
+        done += own
+        bar.update(done, {})
     bar.close()
     return np.concatenate(found)

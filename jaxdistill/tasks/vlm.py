@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from jaxdistill import keywords
 from jaxdistill.data import device, sources, text, vqa
 from jaxdistill.data.text import ANSWER, EOS, Tokenizer
 from jaxdistill.errors import InputError
@@ -127,6 +128,7 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
     task = _task(groups, data.name, named, lengths, _one(few), *counts)
     source = {
         "source_sha256": data.train.fingerprint(data.kinds),
+        "validation_sha256": data.validation.fingerprint(data.kinds),
         "test_sha256": judged.fingerprint(data.kinds),
         "tokenizers": {side: by.fingerprint() for side, by in named.items()},
     }
@@ -145,11 +147,14 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
     def held_out():
         return {"validation": _arrays(data.validation, named, lengths)}
 
-    fed = functools.cache(with_hidden) if groups.teacher.cache else examples["student"].load
+    plain = examples["student"].load
     taught = task._replace(
         teacher=task.teacher._replace(load=lambda: {"teacher": read()[0]["teacher"]}),
         start=task.start._replace(load=lambda: read()[0]),
-        examples=task.examples._replace(load=fed),
+        examples=task.examples._replace(load=plain),
+        read=task.read._replace(
+            load=functools.cache(with_hidden) if groups.teacher.cache else plain
+        ),
         answered=task.answered._replace(load=functools.cache(answered)),
         validation=task.validation._replace(load=held_out),
     )
@@ -393,6 +398,7 @@ def _task(groups, name, named, lengths, one, count: int, held_out: int) -> VLMTa
         functools.partial(BatchSpec, "uniform"),
         Part({"teacher": made["teacher"]}),
         Part(made),
+        _examples(one, count),
         _examples(fed, count),
         _examples(one, count),
         Part({"validation": _stacked(one, held_out)}),
@@ -488,8 +494,8 @@ class _Reading(NamedTuple):
         identity = {
             "teacher_sha256": sums["teacher_sha256"],
             "source_sha256": self.source["source_sha256"],
-            "examples": len(self.arrays["images"]),
-            "model": model._asdict(),
+            "shapes": {name: x.shape for name, x in self.arrays.items()},
+            "model": keywords.identifying(type(model), model._asdict()),
         }
 
         def make():

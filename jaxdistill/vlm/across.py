@@ -114,4 +114,4 @@ def recipe(
         sft = losses.cross_entropy(pair.student.answer, own, pair.student.answer_there)
         return both(beside, loss, (sums.sum(), counts.sum()), sft)
 
-    return student_recipe(task, of, training)
+    return student_recipe(task, of, training, examples=task.read)

@@ -153,4 +153,4 @@ def recipe(
     )
     method = method._replace(output=lambda state: state.params.student)
     made = supervised.made(task, method, training.steps)
-    return made._replace(rates=("learning_rate", "projection_rate"))
+    return made._replace(rates=("learning_rate", "projection_rate"), examples=task.read)

@@ -57,10 +57,11 @@ class Recalibration(NamedTuple):
             there, or have `kept` those that they had behind the teacher's.
         boundary: Whether the last state of the question predicts the first token of the answer
             (`include`), or nothing does (`exclude`) (A4). It alone has to come from the student.
-        first: Weight of that first token over that of each later one.
+        first: Weight of that first token over that of each later one, in `ce` and `kl`.
         hide: Part of the teacher's states of an answer that the Recalibrator does not see, drawn
             anew at each step, so that it has to read the prefix.
-        mean: Of losses, over all `tokens` of a batch, or over the means of its `examples` (A5).
+        mean: Of `ce` and `kl`, over all `tokens` of a batch, or over the means of its `examples`
+            (A5).
         regularizer: What else is learned while the Recalibrator is alone; see `Regularizer`.
         regularize_later: Whether that goes on while the student is trained (A8).
         ce: Weight of the cross-entropy of the recalibrated logits, in the regularizer too.
@@ -247,6 +248,11 @@ def genrecal(
     staged.check_lengths(lengths)
     if stages.align + stages.distil and not (r.ce or r.kl):
         raise InputError("method.ce and method.kl are both 0; give one of them, or take supervised")
+    if r.boundary == "exclude" and r.first != 1:
+        raise InputError(
+            "method.first weighs the first token, which method.boundary=exclude leaves out; leave "
+            "it at 1"
+        )
     later = [name for name in ("embedding", "projector", "vision") if getattr(r, f"train_{name}")]
     if r.train_recalibrator:
         later.append(_RECALIBRATOR)
@@ -423,14 +429,16 @@ def recipe(task: VLMTask, **rest: Annotated[Any, Recalibration, Stages, Pace]) -
     )
 
     def diagnose(output, recalibrator, frozen, pair):
-        own = states(student, output, pair.images, pair.student)
+        theirs = teacher_states(teacher, frozen["teacher"], pair)
+        told = _seen(theirs, None, recalibration._replace(hide=0.0))
         return diagnosis(
-            functools.partial(recalibrate, recalibrator),
+            functools.partial(recalibrate, recalibrator, **told),
             functools.partial(teacher.head, frozen["teacher"]),
-            own,
-            teacher_states(teacher, frozen["teacher"], pair),
+            states(student, output, pair.images, pair.student),
+            theirs,
             pair.teacher.answer,
         )
 
     made = supervised.made(task, method, stages.align + stages.distil + stages.tune)
-    return made._replace(aside=Aside(lambda state: state.recalibrator, diagnose))
+    aside = Aside(lambda state: state.recalibrator, diagnose)
+    return made._replace(examples=task.read, aside=aside)

@@ -227,4 +227,4 @@ def recipe(task: VLMTask, **rest: Annotated[Any, Weights, Stages, Pace]) -> Reci
         return jax.grad(loss, has_aux=True)
 
     method = Method(init, step, lambda state: state.params, task.batches(pace.batch_size))
-    return supervised.made(task, method, sum(lengths.values()))
+    return supervised.made(task, method, sum(lengths.values()))._replace(examples=task.read)

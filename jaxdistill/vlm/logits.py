@@ -86,7 +86,7 @@ def recipe(
         sft = losses.cross_entropy(given.answer, own, given.answer_there)
         return both(beside, divergence, apart, sft)
 
-    return student_recipe(task, of, training)
+    return student_recipe(task, of, training, examples=None if on_policy else task.read)
 
 
 def _written(

@@ -481,6 +481,7 @@ def test_stages_that_are_none(ready):
     for wrong, said in (
         ({"start": "last", "depth": 2}, "copies the student's last 2 blocks, and it has 1"),
         ({"ce": 0.0, "kl": 0.0}, "are both 0; give one of them, or take supervised"),
+        ({"boundary": "exclude", "first": 2.0}, "which method.boundary=exclude leaves out"),
     ):
         with pytest.raises(InputError, match=said):
             resolved.rows["genrecal"].module.recipe(
@@ -896,6 +897,55 @@ def test_the_gradient_that_reaches_the_student(ready):
     np.testing.assert_allclose(less["student_grad"], said["student_grad"], rtol=1e-5)
 
 
+def test_positions_that_are_kept_are_diagnosed_as_they_were_trained(ready):
+    resolved, task, pair, frozen, batch, _ = ready
+    row = resolved.rows["genrecal"]
+    recipe = row.module.recipe(task, **row.settings | {"positions": "kept"})
+    state = recipe.method.init(jax.random.key(0), frozen, batch)
+    # Away from the start, where positions hardly matter.
+    learned = jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, state.recalibrator)
+    said = recipe.aside.use(state.student, learned, frozen, pair._replace(keys=None))
+    at = state._replace(recalibrator=learned)
+    _, metrics = recipe.method.step(at, frozen, batch, jax.random.key(0))
+    mean = said.recalibrated[said.there].mean()
+    np.testing.assert_allclose(mean, metrics["ce"], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_what_lies_in_a_finished_folder_is_looked_at(quickly, tmp_path):
+    """Answers, readings and the Recalibrator: missing, damaged or another's."""
+    config = configs.load(SMOKE + ",baselines=sft+sequence_kd")
+    config.teacher.cache = True
+    workdir = tmp_path / "run"
+    records = jaxdistill.train(config, workdir)
+    (workdir / "answers" / "sft.json").write_text("[]")
+    (workdir / "artifacts" / "answers.png").unlink()
+    before = json.loads((workdir / "answers" / "teacher.json").read_text())
+    assert len(jaxdistill.train(config, workdir)) == len(records)
+    assert len(json.loads((workdir / "answers" / "sft.json").read_text())) == len(before)
+    assert (workdir / "artifacts" / "answers.png").is_file()
+    # Another's Recalibrator.
+    other = jaxdistill.load_config(SMOKE + ",baselines=", {"method.learning_rate": "0.01"})
+    other.evals, other.teacher.dir = {}, str(workdir / "teacher")
+    jaxdistill.train(other, tmp_path / "other")
+    (workdir / "artifacts" / "recalibration-genrecal.png").unlink()
+    for suffix in ("json", "safetensors"):
+        shutil.copy(tmp_path / "other" / "artifacts" / f"aside.{suffix}", workdir / "artifacts")
+    with pytest.raises(InputError, match=r"aside\.safetensors is of another run; delete"):
+        jaxdistill.train(config, workdir)
+    (workdir / "artifacts" / "aside.safetensors").unlink()
+    with pytest.raises(InputError, match=r"aside\.safetensors is no file.*; delete"):
+        jaxdistill.train(config, workdir)
+    shutil.rmtree(workdir / "artifacts")
+    # Readings that are damaged.
+    (found,) = (workdir / "readings").glob("hidden-*.safetensors")
+    found.write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"cannot be used .*; delete it, and the same command"):
+        jaxdistill.train(config, workdir)
+    found.unlink()
+    assert len(jaxdistill.train(config, workdir)) == len(records)
+
+
 # ---------------------------------------------------------------------------- a run
 
 
@@ -1005,6 +1055,12 @@ def _exported_and_read_again(folder, asked, texts):
     assert not rest and vocabulary == len(before["embedding"]["embedding"])
     for name, own in params.items():
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), own, before[name]))
+    jaxdistill.export_student(folder, out)  # again, over its own
+    foreign = folder.parent / "foreign"
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_bytes(b"another's")
+    with pytest.raises(InputError, match="is another model's; give another folder"):
+        jaxdistill.export_student(folder, foreign)
     with pytest.raises(InputError, match="holds a student of a run"):
         jaxdistill.export_student(folder, folder)
     said = json.loads((out / "student.json").read_text())
