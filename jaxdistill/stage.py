@@ -82,7 +82,6 @@ def run(
     began = time.perf_counter(), time.process_time()
     state = None
     while state is None:
-        method = build(rate_factor)
         try:
             state = runner.run(
                 method,
@@ -112,6 +111,7 @@ def run(
             told = f"restart {restarts} of {run.restarts} with the rates x {rate_factor:.3g}"
             if processes.is_first():
                 print(f"{name}: {error}; {told}", file=sys.stderr)
+            method = build(rate_factor)
     jax.block_until_ready(state)
     cost = {
         "steps": steps,
