@@ -452,12 +452,19 @@ def rates() -> dict[str, float]:
     return {arm: rate for arm, (_, rate) in best.items()}
 
 
+def _percent(values: Sequence[float]) -> str:
+    """Without a spread where there is one seed, or none."""
+    if len(values) > 1:
+        return results.percent(values)
+    return "".join(f"{100 * value:.1f}" for value in values) or "–"
+
+
 def table(records: Sequence[dict]) -> str:
     """Markdown: accuracies in %, mean ± std over the seeds, and the bytes."""
     lines = [["sent", *(f"{b // 1024} KiB" for b in _BUDGETS), "stored images", "bytes"]]
     for arm in _ARMS:
         mine = [[r for r in records if (r["arm"], r["budget"]) == (arm, b)] for b in _BUDGETS]
-        cells = [results.percent([r["accuracy"] for r in cell]) if cell else "–" for cell in mine]
+        cells = [_percent([r["accuracy"] for r in cell]) for cell in mine]
         stored = [str(cell[0]["stored"]) for cell in mine if cell and "stored" in cell[0]]
         sizes = [str(max(r["bytes"] for r in cell)) for cell in mine if cell]
         lines.append([arm, *cells, ", ".join(stored), ", ".join(sizes)])

@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import recording
 from PIL import Image
 
+from jaxdistill.data import text
 from jaxdistill.errors import InputError
 from jaxdistill.io.files import write_files
 
@@ -138,8 +140,8 @@ def prepare(folder: Path, data: Path, height: int, seed: int = 0) -> dict[str, C
             }
             for item, image in lines
         ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_files({folder / f"{split}.jsonl": functools.partial(_put, text)})
+        lines_of = "".join(json.dumps(row) + "\n" for row in rows)
+        write_files({folder / f"{split}.jsonl": functools.partial(_put, lines_of)})
         counts[split] = Counter((row["kind"], row["answer"]) for row in rows)
     return counts
 
@@ -194,6 +196,41 @@ def command(folder: Path, height: int) -> str:
     )
 
 
+def described(folder: Path) -> dict[str, Any]:
+    """What is in the folder, and what both tokenizers make of it, whole and cut to the training."""
+    rows = {
+        split: [json.loads(x) for x in (folder / f"{split}.jsonl").read_text("utf-8").splitlines()]
+        for split in ("train", "validation", "test")
+    }
+    asked = {split: sorted({r["question"] for r in own}) for split, own in rows.items()}
+    found: dict[str, Any] = {
+        split: {
+            "questions": len(own),
+            "sentences": len(asked[split]),
+            "true": sum(r["answer"] == "true" for r in own) / len(own),
+        }
+        for split, own in rows.items()
+    }
+    files = {name: folder / name for name in ("gpt2.json", "llama2.model")}
+    if not all(path.is_file() for path in files.values()):
+        return found
+    corpus = sorted({*asked["train"], *(r["answer"] for r in rows["train"])})
+    cut = {}
+    for name, path in files.items():
+        # SentencePiece's own files are read as a tokenizer.json is.
+        whole = text.tokenizer(str(path), ())
+        cut[name] = text.tokenizer(f"cut:{path}", corpus)
+        split_otherwise = sum(_pieces(whole, x) != _pieces(cut[name], x) for x in asked["test"])
+        found[name] = {"ids": cut[name].size, "test sentences split otherwise": split_otherwise}
+    one, other = cut.values()
+    apart = sum(_pieces(one, x) != _pieces(other, x) for x in asked["train"])
+    return found | {"training sentences in other pieces": apart}
+
+
+def _pieces(by: text.Tokenizer, sentence: str) -> list[bytes]:
+    return [by.pieces[i] for i in by.split(sentence)]
+
+
 def main() -> None:
     """Prepares the folder and says how to go on."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -213,6 +250,9 @@ def main() -> None:
     for split, own in counts.items():
         said = ", ".join(f"{n} {kind} {answer}" for (kind, answer), n in sorted(own.items()))
         print(f"{split}: {own.total()} questions: {said}")
+    record = described(args.prepare)
+    recording.write(recording.FOLDER / "nlvr.json", record)
+    print(json.dumps(record, indent=1))
     print(command(args.prepare, args.height))
 
 

@@ -25,8 +25,6 @@ from jaxdistill.task import Recipe
 
 _FAMILIES = "jaxdistill.tasks"
 _EVALS = "jaxdistill.eval"
-# Rows that tables have beside those of a config.
-_OTHERS = ("teacher", "majority")
 _ROW = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 #: The name of data that an experiment before this one generates, and of its evaluation for that.
 GENERATED = "generated"
@@ -305,12 +303,13 @@ def resolve(config: Config) -> Experiment:
             )
         if name in rows:
             raise InputError(f"baselines has a row {name}, as the method is called; rename it")
-        if name in _OTHERS:
-            raise InputError(f"baselines has a row {name}, as tables have one already; rename it")
         rows[name] = _row(name, f"baselines.{name}", given, module)
     evals = {}
     for name, given in _group(config, "evals").items():
         evals[name] = _evaluation(name, given, family_name(module))
+        for row in getattr(evals[name].module, "ROWS", ()):
+            if row in rows:
+                raise InputError(f"evals.{name} has a row {row} of its own; rename yours")
     generator = resolve(config["generator"]) if _group(config, "generator") else None
     generated = groups["data"].name == GENERATED
     if generator is not None and (not generated or GENERATED not in generator.evals):

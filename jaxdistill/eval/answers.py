@@ -26,6 +26,7 @@ from jaxdistill.settings import digest
 from jaxdistill.task import VLMTask
 
 FAMILY = "vlm"
+ROWS = ("majority", "teacher")
 
 _WHOLE = "exact match"
 # Of the picture: questions of a kind, kinds, and lines beside an image.
@@ -71,7 +72,7 @@ def evaluate(
         _WHOLE,
         *(k for i, k in enumerate(asked.kinds) if (asked.questions.kinds == i).any()),
     ]
-    rows = ["majority", *(["teacher"] if teacher else []), *bench.rows]
+    rows = [*(ROWS if teacher else ROWS[:1]), *bench.rows]
     wanted = [Cell(bench.name, row, metric, 0, protocol) for row in rows for metric in metrics]
     missing = {cell.row for cell in bench.results.missing(wanted)}
     missing |= {row for row in rows if _kept(bench, row) is None}

@@ -3,7 +3,8 @@
 An evaluation is a module with `evaluate(bench, *, keywords...)`, which measures what is missing in
 `bench.results`, prints its table and returns its records. Where it has
 `check(task, data, **keywords)`, that is called before anything is run, to refuse settings that
-would fail in the end; where it has `FAMILY`, runs of other families are refused.
+would fail in the end; where it has `FAMILY`, runs of other families are refused, and where it has
+`ROWS`, rows of a config that are called as one of these, which its table has beside them.
 """
 
 from collections.abc import Callable

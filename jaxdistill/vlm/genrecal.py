@@ -294,7 +294,7 @@ def genrecal(
                 theirs = teacher_states(teacher, base, examples)
                 own = own._replace(prefix=own.prefix + nudge.prefix)
 
-                def of(own_prefix):
+                def behind(own_prefix):
                     return recalibrated_losses(
                         recalibrate,
                         recalibrator,
@@ -308,11 +308,11 @@ def genrecal(
                         **_seen(theirs, examples.keys, r),
                     )
 
-                found = of(False)
+                found = behind(False)
                 metrics["ce"], metrics["kl"] = mean(found.ce), mean(found.kl)
                 value += r.ce * metrics["ce"] + r.kl * metrics["kl"]
                 if r.regularizer != "none" and (number == 0 or r.regularize_later):
-                    more = of(True)
+                    more = behind(True)
                     terms = {
                         "both": (r.ce * mean(more.ce), r.kl * mean(more.kl)),
                         "ce": (r.ce * mean(more.ce),),
@@ -324,7 +324,7 @@ def genrecal(
             metrics["loss"] = value
             return value, metrics
 
-        def of(params):
+        def gradients(params):
             grads, metrics = jax.grad(loss, (0, 1), has_aux=True)(params, still)
             reaches = dict(zip(("student_grad", "sft_grad"), map(_norm, grads[1]), strict=True))
             return grads[0], metrics | reaches
@@ -334,7 +334,7 @@ def genrecal(
         length = student.image_tokens + side.question.shape[1]
         shapes = (len(side.answer), length, width), (*side.answer.shape, width)
         still = _Nudge(*map(jnp.zeros, shapes))
-        return of
+        return gradients
 
     return Method(make, step, lambda state: state.student, batches)
 

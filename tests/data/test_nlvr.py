@@ -17,7 +17,9 @@ SENTENCES = [f"there is a tower with {n} blocks" for n in range(12)]
 
 @pytest.fixture(scope="module")
 def nlvr():
-    return runpy.run_path(str(ROOT / "benchmarks" / "nlvr.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")  # as Python does for a script
+        return runpy.run_path(str(ROOT / "benchmarks" / "nlvr.py"))
 
 
 def block(x=40, size=20, kind="square"):
