@@ -64,6 +64,8 @@ _TWO = {
     "genrecal, excluded": _STAGES | {"boundary": "exclude"},
     "genrecal, hidden": _STAGES | {"hide": 0.5},
     "genrecal, first": _STAGES | {"first": 4.0},
+    "genrecal, tokens": _STAGES | {"reads": "tokens"},
+    "genrecal, contrast": _STAGES | {"contrast": 0.1},
     "control: random teacher": _STAGES | {"name": "genrecal_controls", "control": "random"},
     "control: shuffled": _STAGES | {"name": "genrecal_controls", "control": "shuffled"},
     "blind": _SFT | {"blind": True, "steps": _STEPS + 1000},

@@ -43,6 +43,7 @@ def diagnosis(
     student: States,
     teacher: States,
     answer: Int[Array, "b a"],
+    reads: Float[Array, "b a d"],
 ) -> Diagnosis:
     """Looks at some examples.
 
@@ -52,6 +53,7 @@ def diagnosis(
         student: The student's states; each example is also given the prefix of the one before it.
         teacher: The teacher's.
         answer: Ids of the answers under the teacher's tokenizer.
+        reads: What the Recalibrator reads of the answers.
     """
     other = student._replace(
         prefix=jnp.roll(student.prefix, 1, 0), prefix_there=jnp.roll(student.prefix_there, 1, 0)
@@ -65,7 +67,7 @@ def diagnosis(
         prefix, made = recalibrate(
             source.prefix,
             source.prefix_there,
-            teacher.answer,
+            reads,
             teacher.answer_there,
             prefix_from_teacher=from_teacher,
         )

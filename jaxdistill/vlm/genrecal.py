@@ -58,6 +58,9 @@ class Recalibration(NamedTuple):
         boundary: Whether the last state of the question predicts the first token of the answer
             (`include`), or nothing does (`exclude`) (A4). It alone has to come from the student.
         first: Weight of that first token over that of each later one, in `ce` and `kl`.
+        reads: What the Recalibrator reads of an answer: the teacher's `states`, which have seen the
+            question and can be copied, or embeddings of its `tokens` alone, so that all else has to
+            come from the prefix.
         hide: Part of the teacher's states of an answer that the Recalibrator does not see, drawn
             anew at each step, so that it has to read the prefix.
         mean: Of `ce` and `kl`, over all `tokens` of a batch, or over the means of its `examples`
@@ -67,6 +70,8 @@ class Recalibration(NamedTuple):
         ce: Weight of the cross-entropy of the recalibrated logits, in the regularizer too.
         kl: Weight of their divergence from the teacher's, in the regularizer too.
         sft: Weight of the student's own cross-entropy in the second stage.
+        contrast: Weight of `contrast`, which tells the examples of a batch apart by their prefixes,
+            in the first two stages.
         train_recalibrator: Whether the Recalibrator is trained in the second stage too (A6).
         train_embedding: Whether the student's embeddings and head are, in the second stage (A7).
         train_projector: Whether the student's projector is, in the second stage (A7).
@@ -79,6 +84,7 @@ class Recalibration(NamedTuple):
     positions: Literal["new", "kept"] = "new"
     boundary: Literal["include", "exclude"] = "include"
     first: Weight = 1.0
+    reads: Literal["states", "tokens"] = "states"
     hide: Fraction = 0.0
     mean: Literal["tokens", "examples"] = "tokens"
     regularizer: Regularizer = "both"
@@ -86,6 +92,7 @@ class Recalibration(NamedTuple):
     ce: Weight = 1.0
     kl: Weight = 1.0
     sft: Weight = 1.0
+    contrast: Weight = 0.0
     train_recalibrator: bool = True
     train_embedding: bool = False
     train_projector: bool = False
@@ -133,17 +140,19 @@ Recalibrate = Callable[..., tuple[Array, Array]]
 
 
 class Losses(NamedTuple):
-    """What a recalibrated prefix is worth, each as a sum over tokens and their number.
+    """What a recalibrated prefix is worth, each loss as a sum over tokens and their number.
 
     Attributes:
         ce: Cross-entropy of the answer in the teacher's tokens.
         kl: KL(teacher's own logits || recalibrated ones).
         mse: Square distance of the recalibrated states from the teacher's, a number a state.
+        prefix: The mean recalibrated state of image and question (b, d).
     """
 
     ce: tuple[Array, Array]
     kl: tuple[Array, Array]
     mse: tuple[Array, Array]
+    prefix: Float[Array, "b d"]
 
 
 def recalibrated_losses(
@@ -155,6 +164,7 @@ def recalibrated_losses(
     answer: Any,
     *,
     own_prefix: bool,
+    reads: Float[Array, "b a d"] | None = None,
     weights: Float[Array, "b a"] | None = None,
     slots: int = 0,
     **options: Any,
@@ -169,6 +179,7 @@ def recalibrated_losses(
         teacher: The teacher's.
         answer: Ids of the answer under the teacher's tokenizer (b, a).
         own_prefix: Whether the prefix is the teacher's own, as in the regularizer.
+        reads: What the Recalibrator reads of the answer; by default the teacher's states.
         weights: Of each token of the answers; by default all that are there weigh alike.
         slots: Tokens of an answer whose logits are there at a time; 0 for all.
         **options: What else `recalibrate` is given.
@@ -178,7 +189,7 @@ def recalibrated_losses(
         params,
         source.prefix,
         source.prefix_there,
-        teacher.answer,
+        teacher.answer if reads is None else reads,
         teacher.answer_there,
         prefix_from_teacher=own_prefix,
         **options,
@@ -210,7 +221,33 @@ def recalibrated_losses(
     else:
         seen = teacher.answer_there
     square = jnp.sum(jnp.where(seen, far, 0.0)), jnp.sum(seen, dtype=jnp.float32)
-    return Losses(ce, kl, square)
+    held = source.prefix_there[..., None]
+    return Losses(ce, kl, square, jnp.where(held, prefix, 0.0).sum(1) / held.sum(1))
+
+
+def contrast(
+    student: Float[Array, "b d"], teacher: Float[Array, "b d"], temperature: float = 0.1
+) -> tuple[Array, Array]:
+    """InfoNCE of van den Oord et al. (arXiv 1807.03748), both ways, by the cosine.
+
+    Args:
+        student: A vector of each example; on several devices, of this one's.
+        teacher: Vectors of the same examples.
+        temperature: By which cosines are divided.
+
+    Returns:
+        The sum over the examples, and their number. Others are all those of the batch.
+    """
+    mine = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (student, teacher)]
+    every = collective.whole_batch(mine, 0)
+    places = collective.share()[0] * len(student) + jnp.arange(len(student))
+    value = sum(
+        -jnp.take_along_axis(
+            jax.nn.log_softmax(own @ others.T / temperature), places[:, None], 1
+        ).sum()
+        for own, others in zip(mine, reversed(every), strict=True)
+    )
+    return value / 2, jnp.float32(len(student))
 
 
 def genrecal(
@@ -281,7 +318,8 @@ def genrecal(
     def _stage(number, frozen, examples):
         def loss(params, nudge):
             small, recalibrator = _held(number, params)
-            metrics = dict.fromkeys(("ce", "kl", "sft", "regularizer"), jnp.float32(0))
+            names = ("ce", "kl", "sft", "regularizer", *(["contrast"] if r.contrast else []))
+            metrics = dict.fromkeys(names, jnp.float32(0))
             value = jnp.float32(0)
             own = states(student, small, examples.images, examples.student)
             if number > 0:
@@ -303,6 +341,7 @@ def genrecal(
                         theirs,
                         examples.teacher.answer,
                         own_prefix=own_prefix,
+                        reads=_read(teacher, base, theirs, examples, r),
                         weights=_weights(theirs.answer_there, r),
                         slots=teacher.slots,
                         **_seen(theirs, examples.keys, r),
@@ -311,8 +350,12 @@ def genrecal(
                 found = behind(False)
                 metrics["ce"], metrics["kl"] = mean(found.ce), mean(found.kl)
                 value += r.ce * metrics["ce"] + r.kl * metrics["kl"]
-                if r.regularizer != "none" and (number == 0 or r.regularize_later):
-                    more = behind(True)
+                regularized = r.regularizer != "none" and (number == 0 or r.regularize_later)
+                more = behind(True) if regularized or r.contrast else None
+                if r.contrast:
+                    metrics["contrast"] = mean(contrast(found.prefix, more.prefix))
+                    value += r.contrast * metrics["contrast"]
+                if regularized:
                     terms = {
                         "both": (r.ce * mean(more.ce), r.kl * mean(more.kl)),
                         "ce": (r.ce * mean(more.ce),),
@@ -337,6 +380,15 @@ def genrecal(
         return gradients
 
     return Method(make, step, lambda state: state.student, batches)
+
+
+def _read(
+    teacher: Language, params: PyTree, made: States, pair: TokenisedPair, r: Recalibration
+) -> Float[Array, "b a d"]:
+    """What the Recalibrator reads of the answers."""
+    if r.reads == "states":
+        return made.answer
+    return teacher.embed(params, pair.teacher.answer)
 
 
 def _weights(there: Bool[Array, "b a"], r: Recalibration) -> Float[Array, "b a"]:
@@ -429,14 +481,16 @@ def recipe(task: VLMTask, **rest: Annotated[Any, Recalibration, Stages, Pace]) -
     )
 
     def diagnose(output, recalibrator, frozen, pair):
-        theirs = teacher_states(teacher, frozen["teacher"], pair)
+        base = frozen["teacher"]
+        theirs = teacher_states(teacher, base, pair)
         told = _seen(theirs, None, recalibration._replace(hide=0.0))
         return diagnosis(
             functools.partial(recalibrate, recalibrator, **told),
-            functools.partial(teacher.head, frozen["teacher"]),
+            functools.partial(teacher.head, base),
             states(student, output, pair.images, pair.student),
             theirs,
             pair.teacher.answer,
+            _read(teacher, base, theirs, pair, recalibration),
         )
 
     made = supervised.made(task, method, stages.align + stages.distil + stages.tune)

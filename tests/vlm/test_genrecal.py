@@ -31,6 +31,7 @@ from jaxdistill.vlm.groups import Groups
 from jaxdistill.vlm.pairs import (
     TokenisedPair,
     answer_logits,
+    encoded,
     predicting,
     states,
     teacher_states,
@@ -791,7 +792,9 @@ def test_eight_devices_do_what_one_does(ready):
     stages = {"align": 1, "distil": 1, "tune": 1}
     genrecal = resolved.rows["genrecal"]
     rows = {
-        "genrecal": genrecal.module.recipe(task, **genrecal.settings | settings_of | stages),
+        "genrecal": genrecal.module.recipe(
+            task, **genrecal.settings | settings_of | stages | {"contrast": 0.5}
+        ),
     }
     plain = keywords.defaults(across.recipe) | settings_of
     rows["alm"] = across.recipe(task, **plain)
@@ -868,14 +871,14 @@ def test_a_diagnosis_tells_a_reader_from_a_copier(ready):
         return prefix, jnp.broadcast_to(last, answer.shape)
 
     for recalibrate, reads in ((copier, False), (reader, True)):
-        said = diagnosis(recalibrate, head, theirs, theirs, pair.teacher.answer)
+        said = diagnosis(recalibrate, head, theirs, theirs, pair.teacher.answer, theirs.answer)
         later = said.there.at[:, 0].set(False)
         # The first token comes of the prefix in both.
         assert (said.recalibrated != said.swapped)[:, 0].all()
         assert (said.recalibrated != said.swapped)[later].any() == reads
         np.testing.assert_array_equal(said.recalibrated, said.regularized)
         np.testing.assert_array_equal(said.student_mean, said.teacher_mean)
-    said = diagnosis(copier, head, theirs, theirs, pair.teacher.answer)
+    said = diagnosis(copier, head, theirs, theirs, pair.teacher.answer, theirs.answer)
     np.testing.assert_array_equal(said.recalibrated, said.teacher)
     logits = answer_logits(task.teacher_model, frozen["teacher"], pair.images, pair.teacher)
     total, _ = losses.cross_entropy(pair.teacher.answer, logits, pair.teacher.answer_there)
@@ -897,10 +900,12 @@ def test_the_gradient_that_reaches_the_student(ready):
     np.testing.assert_allclose(less["student_grad"], said["student_grad"], rtol=1e-5)
 
 
-def test_positions_that_are_kept_are_diagnosed_as_they_were_trained(ready):
+def test_a_recalibrator_is_diagnosed_as_it_was_trained(ready):
+    """Positions that are kept, and embeddings in the place of states."""
     resolved, task, pair, frozen, batch, _ = ready
     row = resolved.rows["genrecal"]
-    recipe = row.module.recipe(task, **row.settings | {"positions": "kept"})
+    other = {"positions": "kept", "reads": "tokens", "contrast": 0.5}
+    recipe = row.module.recipe(task, **row.settings | other)
     state = jax.jit(recipe.method.init)(jax.random.key(0), frozen, batch)
     # Away from the start, where positions hardly matter.
     learned = jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, state.recalibrator)
@@ -910,6 +915,25 @@ def test_positions_that_are_kept_are_diagnosed_as_they_were_trained(ready):
     _, metrics = jax.jit(recipe.method.step)(at, frozen, batch, jax.random.key(0))
     mean = said.recalibrated[said.there].mean()
     np.testing.assert_allclose(mean, metrics["ce"], rtol=1e-4)
+    whole = metrics["ce"] + metrics["kl"] + metrics["regularizer"] + metrics["contrast"] / 2
+    np.testing.assert_allclose(metrics["loss"], whole, rtol=1e-5)
+    # Of the answer it has seen the tokens, and nothing that the teacher makes of the question.
+    known = encoded(task.teacher_model, frozen["teacher"], pair.images, pair.teacher)
+    known = jax.random.normal(jax.random.key(3), known.shape)
+    own = use(state.student, learned, frozen, pair._replace(keys=None, hidden=known))
+    np.testing.assert_array_equal(own.recalibrated, said.recalibrated)
+    assert (own.teacher != said.teacher).all()
+
+
+def test_prefixes_are_told_apart_as_numpy_does():
+    numbers = np.random.default_rng(0)
+    mine, other = numbers.normal(size=(2, 5, 3))
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (mine, other)]
+    near = unit[0] @ unit[1].T / 0.1
+    wanted = -sum(np.log(_softmax(x)[np.arange(5), np.arange(5)]).sum() for x in (near, near.T))
+    single = [jnp.asarray(x, jnp.float32) for x in (mine, other)]
+    np.testing.assert_allclose(genrecal.contrast(*single), (wanted / 2, 5), rtol=1e-5)
+    assert genrecal.contrast(single[0], 3 * single[0])[0] < genrecal.contrast(*single)[0]
 
 
 @pytest.mark.slow
