@@ -170,7 +170,7 @@ def _make(ready: Ready, row: Row) -> Made:
     processes.wait(f"{row.name} is looked for")
     identity = run_folder.claim(
         folder,
-        experiment.identity(row) | loaded.source | loaded.made(),
+        experiment.identity(row) | loaded.source | loaded.made() | made.source(),
         experiment.default_identity(row),
     )
     examples = made.examples or loaded.task.examples
@@ -201,7 +201,12 @@ def _make(ready: Ready, row: Row) -> Made:
             "seed": experiment.seed,
             "cost": ended.cost | made.cost(ended.state),
             "rate_factor": ended.rate_factor,
-            "provenance": {**loaded.source, **loaded.made(), "versions": versions()},
+            "provenance": {
+                **loaded.source,
+                **loaded.made(),
+                **made.source(),
+                "versions": versions(),
+            },
             "settings": run_folder.identity(folder),
             **made.card,
         }

@@ -25,6 +25,18 @@ class Part(NamedTuple):
     load: Callable[[], PyTree] = tuple
 
 
+class Stored(NamedTuple):
+    """Something on disk that a method begins from.
+
+    Attributes:
+        load: Gives its tree.
+        sha256: Gives the checksum of it.
+    """
+
+    load: Callable[[], PyTree]
+    sha256: Callable[[], str]
+
+
 class Network(NamedTuple):
     """A classifier as functions of its parameters.
 
@@ -87,8 +99,11 @@ class FlowTask(NamedTuple):
         velocity: `(frozen, x, t, label) -> u`, the teacher's, guidance included, where
             `frozen["teacher"]` has its parameters.
         nfe: Network calls of one of its velocities.
+        plain: As `velocity`, without guidance.
+        guidance: The scale of the guidance in `velocity`; 1 for none.
         teacher: `{"teacher": params}`.
         examples: What the steps' batches are drawn from, where they need real examples.
+        student: `(folder, shapes) -> Stored`: what another student of this teacher has learned.
         specs: `(tree, mesh) -> PyTree`: how large trees are laid out on the devices.
     """
 
@@ -101,8 +116,11 @@ class FlowTask(NamedTuple):
     trunk: Any
     velocity: Callable[[Frozen, Array, Array, Array], Array]
     nfe: int
+    plain: Callable[[Frozen, Array, Array, Array], Array]
+    guidance: float
     teacher: Part
     examples: Part
+    student: Callable[[str, PyTree], Stored]
     specs: Callable[[PyTree, Any], PyTree]
 
 
@@ -227,6 +245,7 @@ class Recipe(NamedTuple):
         trace: The states on a student's way; see `TraceFn`.
         examples: What the steps' batches are drawn from, where it is not the task's `examples`.
         aside: What is kept beside the output; see `Aside`.
+        source: What identifies that which the method begins from, beside data and teacher.
     """
 
     method: Method
@@ -240,3 +259,4 @@ class Recipe(NamedTuple):
     trace: TraceFn | None = None
     examples: Part | None = None
     aside: Aside | None = None
+    source: Callable[[], dict[str, Any]] = dict

@@ -189,6 +189,58 @@ def test_stopped_anywhere_it_ends_the_same(points, tmp_path):
     assert timeless(rows_of(workdir)) == timeless(rows_of(points))
 
 
+def _begun(points, start, **more):
+    """DMD2 that begins where another student ended; a discriminator plays along."""
+    changes = {"teacher.dir": str(points / "teacher"), "method.start": str(start)}
+    config = configs.load("dmd2:smoke,baselines=", changes | more).unlock()
+    config.method.adversarial, config.run.chunk = 0.1, 2
+    config.evals = {}
+    return config
+
+
+def test_two_players_stopped_anywhere_end_the_same(points, tmp_path):
+    config = _begun(points, points / "baselines" / "linear")
+    experiment.train(config, tmp_path / "once")
+    numbers, stops = np.random.default_rng(0), 0
+    for _ in range(60):
+        try:
+            experiment.train(config, tmp_path / "often", lambda: numbers.random() < 0.5)
+            break
+        except Interrupted:
+            stops += 1
+    assert 0 < stops < 60
+    one, two = (tmp_path / run / "artifacts/student.safetensors" for run in ("once", "often"))
+    assert one.read_bytes() == two.read_bytes()
+    begun = weights.load(points / "baselines" / "linear" / "artifacts", "student")[1]
+    card = weights.load(tmp_path / "often" / "artifacts", "student")[1]
+    assert card["provenance"]["start_sha256"] == begun["sha256"]
+    assert load_student(tmp_path / "once").sample(jax.random.key(0), np.zeros(4, int)).shape[0] == 4
+
+
+def test_a_student_begins_where_another_of_its_teacher_ended(points, tmp_path):
+    """Nothing is learned at a rate of 0, so that what is left is where it began."""
+    start = shutil.copytree(points / "baselines" / "linear", tmp_path / "start")
+    config = _begun(points, start)
+    config.method.learning_rate, config.method.steps = 1e-30, 2
+    experiment.train(config, tmp_path / "run")
+    begun, left = (weights.load(w / "artifacts", "student")[0] for w in (start, tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, begun, left)
+    # Another student in the same place is another start.
+    params, card = weights.load(start / "artifacts", "student")
+    other = jax.tree.map(lambda x: 2 * x, params)
+    weights.save(start / "artifacts", "student", other, card)
+    with pytest.raises(InputError, match="start_sha256"):
+        experiment.train(config, tmp_path / "run")
+    weights.save(start / "artifacts", "student", params, card | {"provenance": {}})
+    with pytest.raises(InputError, match="is of another teacher; give one of this one"):
+        experiment.train(config, tmp_path / "new")
+    with pytest.raises(InputError, match=r"the student in .*artifacts"):
+        experiment.train(_begun(points, points), tmp_path / "new")  # with other modes
+    with pytest.raises(InputError, match="no file"):
+        experiment.train(_begun(points, tmp_path / "none"), tmp_path / "new")
+    assert not (tmp_path / "new" / "artifacts").exists()
+
+
 @pytest.mark.slow
 def test_every_student_runs(tmp_path, points):
     config = configs.load(

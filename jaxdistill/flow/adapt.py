@@ -4,13 +4,13 @@ This is what the recipes of students share: their settings, their optimizer, how
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdistill.errors import InputError
 from jaxdistill.flow import students
@@ -19,6 +19,7 @@ from jaxdistill.flow.students import Source, Student, elastic, fixed, from_data,
 from jaxdistill.keywords import Between, Count, Fraction, Natural, Rate, Weight
 from jaxdistill.method import Method
 from jaxdistill.nn import lora
+from jaxdistill.nn.discriminator import by_block
 from jaxdistill.nn.momentum_head import from_output
 from jaxdistill.nn.unet import UNet
 from jaxdistill.task import FlowTask, Recipe
@@ -94,12 +95,11 @@ def adapted(task: FlowTask, head: Any, policy: Policy, training: Training) -> St
         InputError: If the trunk takes no adapters. What fits no layer is refused by `init`.
     """
     module, rank = task.trunk, training.rank
+    features = _overlaid(training, functools.partial(module.apply, method="features"))
     if isinstance(module, UNet) and rank:
         raise InputError(
             "adapters go on dense layers, and a UNet does its work in others; set method.rank=0"
         )
-    alpha = rank if training.alpha is None else training.alpha
-    features = lora.adapt(functools.partial(module.apply, method="features"), alpha / max(rank, 1))
 
     def trained(path):
         adapter = path.rpartition("/")[2] in ("lora_a", "lora_b")
@@ -123,15 +123,44 @@ def adapted(task: FlowTask, head: Any, policy: Policy, training: Training) -> St
         return {"trunk": trunk, "head": heads}
 
     def apply(trainable, frozen, x, t, label):
-        params = lora.overlay(frozen["teacher"], trainable["trunk"])
-        tokens = features({"params": params}, x, t, label)
+        tokens = features(trainable, frozen, x, t, label)
         return head.apply({"params": trainable["head"]}, tokens)
 
     return Student(init, apply, policy)
 
 
+def block_features(task: FlowTask, training: Training) -> Callable[..., Array]:
+    """What comes out of the blocks of a student's trunk, for discriminators.
+
+    Args:
+        task: What the student is for.
+        training: Rank and alpha of its adapters.
+
+    Returns:
+        `(trainable, frozen, x, t, label) -> blocks`; see `jaxdistill.nn.discriminator.by_block`.
+    """
+    read = functools.partial(by_block, task.trunk)
+    return _overlaid(training, lambda variables, *args: read(variables["params"], *args))
+
+
+def _overlaid(training: Training, apply: Callable[..., Array]) -> Callable[..., Array]:
+    """A function of a trunk's variables as one of what is trained of it and what is frozen."""
+    alpha = training.rank if training.alpha is None else training.alpha
+    adapted = lora.adapt(apply, alpha / max(training.rank, 1))
+
+    def overlaid(trainable, frozen, *args):
+        return adapted({"params": lora.overlay(frozen["teacher"], trainable["trunk"])}, *args)
+
+    return overlaid
+
+
 def optimizer(
-    training: Training, *, steps: int | None = None, gamma_rate_scale: float = 1.0
+    training: Training,
+    *,
+    steps: int | None = None,
+    gamma_rate_scale: float = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.95,
 ) -> optax.GradientTransformation:
     """AdamW after clipping; the layer of the gammas, which is stiff, at a rate of its own.
 
@@ -139,6 +168,8 @@ def optimizer(
         training: The settings.
         steps: Over which the rate falls; by default those of the run.
         gamma_rate_scale: Learning rate of the gammas over that of the rest.
+        b1: What the mean of gradients keeps of itself each step.
+        b2: What that of their squares keeps.
     """
     steps = training.steps if steps is None else steps
 
@@ -150,7 +181,7 @@ def optimizer(
             steps,
             rate * training.learning_rate_decay,
         )
-        return optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0)
+        return optax.adamw(schedule, b1=b1, b2=b2, weight_decay=0.0)
 
     def labels(trainable):
         return {

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int32, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int32, Key, PRNGKeyArray, PyTree
 
 from jaxdistill import collective
 from jaxdistill.errors import InputError
@@ -169,6 +169,11 @@ def noise_like(x: Examples, keys: Key[Array, " n"]) -> Examples:
 def mean_square(x: Examples) -> Float[Array, " n"]:
     """The mean square of each example."""
     return jnp.square(x).reshape(x.shape[0], -1).mean(-1)
+
+
+def chosen(mask: Bool[Array, " n"], x: Examples, y: Examples) -> Examples:
+    """Of each example the one or the other."""
+    return jnp.where(mask.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
 
 
 class Segment(NamedTuple):
@@ -360,6 +365,18 @@ def sample(
         return student.policy.transition(field, x, start, end), None
 
     return jax.lax.scan(segment, noise, (times[:-1], times[1:]))[0]
+
+
+def straight_lines(calls: Float[Array, "calls n ..."], parts: int) -> Float[Array, "times n ..."]:
+    """The states between those at calls, for pictures, where no policy says what they are.
+
+    Args:
+        calls: The states before each call, and the last.
+        parts: States in a segment.
+    """
+    part = jnp.arange(1, parts + 1).reshape(-1, *(1,) * (calls.ndim - 1)) / parts
+    between = (1 - part) * calls[:-1, None] + part * calls[1:, None]
+    return jnp.concatenate([calls[:1], between.reshape(-1, *calls.shape[1:])])
 
 
 def trace(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int32, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int32, Key, PRNGKeyArray, PyTree
 
 from jaxdistill import collective
 from jaxdistill.errors import InputError
@@ -22,7 +22,15 @@ from jaxdistill.flow import adapt
 from jaxdistill.flow.paths import Examples, Times, expand, kumaraswamy
 from jaxdistill.flow.policies import momentum_policy
 from jaxdistill.flow.samplers import own_keys, ucgm_states
-from jaxdistill.flow.students import Labels, mean_square, noise_like, power_average, streams
+from jaxdistill.flow.students import (
+    Labels,
+    chosen,
+    mean_square,
+    noise_like,
+    power_average,
+    straight_lines,
+    streams,
+)
 from jaxdistill.flow.transports import (
     LINEAR,
     TRANSPORTS,
@@ -164,14 +172,9 @@ def enhanced(
 
     def one(x, estimate, base):
         beyond = x + unified.enhancement * (estimate - base)
-        return _where(early, beyond, (x + estimate) / 2)
+        return chosen(early, beyond, (x + estimate) / 2)
 
     return tuple(one(*parts) for parts in zip(bare, known, from_there, strict=True))
-
-
-def _where(mask: Bool[Array, " n"], x: Examples, y: Examples) -> Examples:
-    """Of each example the one or the other."""
-    return jnp.where(mask.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
 
 
 def distance(output: Examples, wanted: Examples, unified: Unified) -> Float[Array, " n"]:
@@ -280,7 +283,7 @@ def ucgm(
             else:
                 half = pair
                 better = enhanced(pair, teacher(frozen, x, t, label), pair, t, unified)
-            return jax.tree.map(lambda a, b: _where(dropped, b, a), better, half)
+            return jax.tree.map(lambda a, b: chosen(dropped, b, a), better, half)
 
         def loss(trainable):
             output, *known = apply(trainable, frozen, x, t, label)
@@ -408,11 +411,8 @@ def recipe(
         return states(output, frozen, noise, label, nfe)[-1]
 
     def trace(output, frozen, noise, label, *, nfe, parts):
-        """Straight lines from call to call."""
         calls = jnp.concatenate([noise[None], states(output, frozen, noise, label, nfe)])
-        part = jnp.arange(1, parts + 1).reshape(-1, *(1,) * noise.ndim) / parts
-        between = (1 - part) * calls[:-1, None] + part * calls[1:, None]
-        return jnp.concatenate([noise[None], between.reshape(-1, *noise.shape)])
+        return straight_lines(calls, parts)
 
     made = adapt.student_recipe(task, student, method, training)
     return made._replace(sample=sample, trace=trace)

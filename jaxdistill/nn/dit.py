@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxdistill.errors import InputError
 from jaxdistill.nn.attention import attention
 from jaxdistill.nn.condition import Condition
+from jaxdistill.nn.discriminator import SOWN
 from jaxdistill.nn.patches import patchify, unpatchify
 
 
@@ -68,7 +69,9 @@ class _Block(nn.Module):
         y = attention(y, self.heads, per_device=self.per_device)
         x = x + gate_a[:, None] * dense(self.width, "attention")(y)
         y = self.place(dense(self.hidden, "up")(_modulated(x, shift_m, scale_m)))
-        return self.place(x + gate_m[:, None] * dense(self.width, "down")(nn.gelu(y))), None
+        x = self.place(x + gate_m[:, None] * dense(self.width, "down")(nn.gelu(y)))
+        self.sow(SOWN, "x", x)
+        return x, None
 
 
 class DiT(nn.Module):
@@ -127,7 +130,7 @@ class DiT(nn.Module):
         block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
         self.blocks = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, SOWN: 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.depth,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdistill.errors import InputError
+from jaxdistill.nn.discriminator import SOWN
 
 _HARMONICS = 16
 
@@ -60,6 +61,7 @@ class FlowMLP(nn.Module):
             y = y + self.label(label)
         for layer in self.layers:
             y = y + layer(nn.silu(y))
+            self.sow(SOWN, "y", y[:, None, None])
         return nn.silu(y)[:, None, None]
 
     def __call__(

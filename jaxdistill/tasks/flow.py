@@ -29,7 +29,7 @@ from jaxdistill.nn.flow_mlp import FlowMLP
 from jaxdistill.nn.unet import UNet
 from jaxdistill.parallel.mesh import fully_sharded, make_mesh
 from jaxdistill.settings import Data, Experiment, Parallel, Row, Run, resolve
-from jaxdistill.task import FlowTask, Part
+from jaxdistill.task import FlowTask, Part, Stored
 from jaxdistill.tasks import (
     Loaded,
     image_facts,
@@ -162,7 +162,10 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
         source = source_of(data)
     read = functools.cache(lambda: _teacher(experiment, task, source, workdir, should_stop))
     return Loaded(
-        task._replace(teacher=task.teacher._replace(load=lambda: {"teacher": read()[0]})),
+        task._replace(
+            teacher=task.teacher._replace(load=lambda: {"teacher": read()[0]}),
+            student=lambda folder, shapes: _student(folder, shapes, lambda: read()[1]),
+        ),
         data,
         source,
         lambda: {"teacher_sha256": read()[1]},
@@ -251,7 +254,7 @@ def _task(groups, name, shape, num_classes, batches, data, examples, target) -> 
     _check(groups, name, shape, num_classes, target)
     trunk = network(groups.model, shape[-1], num_classes)
     params = jax.eval_shape(functools.partial(adapt.fresh_trunk, trunk, shape), jax.random.key(0))
-    velocity, nfe = _velocity(groups.teacher, trunk, num_classes, target)
+    velocity, plain, nfe = _velocities(groups.teacher, trunk, num_classes, target)
     sharded = groups.parallel.fully_sharded
     return FlowTask(
         name,
@@ -263,8 +266,11 @@ def _task(groups, name, shape, num_classes, batches, data, examples, target) -> 
         trunk,
         velocity,
         nfe,
+        plain,
+        groups.teacher.guidance,
         Part({"teacher": params}),
         examples,
+        lambda folder, shapes: _student(folder, shapes, None),
         fully_sharded if sharded else replicated,
     )
 
@@ -321,18 +327,41 @@ def network(model: Model, channels: int, num_classes: int) -> Any:
     )
 
 
-def _velocity(teacher: Teacher, trunk: Any, num_classes: int, target: Target | None):
-    """What students follow, and how many network calls it takes."""
+def _velocities(teacher: Teacher, trunk: Any, num_classes: int, target: Target | None):
+    """What students follow, the same without guidance, and the network calls of the first."""
     if teacher.exact:
-        return lambda frozen, x, t, label: target.velocity(x, t), 1
+        exact = lambda frozen, x, t, label: target.velocity(x, t)  # noqa: E731
+        return exact, exact, 1
+
+    def plain(frozen, x, t, label):
+        return trunk.apply({"params": frozen["teacher"]}, x, t, label)
 
     def velocity(frozen, x, t, label):
-        def plain(x, t, label):
-            return trunk.apply({"params": frozen["teacher"]}, x, t, label)
+        one = lambda x, t, label: plain(frozen, x, t, label)  # noqa: E731
+        return guided(one, label, num_classes or None, teacher.guidance)(x, t)
 
-        return guided(plain, label, num_classes or None, teacher.guidance)(x, t)
+    return velocity, plain, 1 if teacher.guidance == 1.0 else 2
 
-    return velocity, 1 if teacher.guidance == 1.0 else 2
+
+def _student(folder: str, shapes: PyTree, teacher: Callable[[], str] | None) -> Stored:
+    """A student on disk, to begin from.
+
+    Args:
+        folder: Where it lies, as of `load_student`.
+        shapes: Those of what it has learned.
+        teacher: Gives the checksum of the teacher that it must be of.
+    """
+
+    @functools.cache
+    def read():
+        where = _artefact(folder)
+        params, card = weights.load(where, "student")
+        if teacher is not None and card.get("provenance", {}).get("teacher_sha256") != teacher():
+            raise InputError(f"the student in {where} is of another teacher; give one of this one")
+        weights.check_shapes(f"the student in {where}", params, shapes)
+        return params, card["sha256"]
+
+    return Stored(lambda: read()[0], lambda: read()[1])
 
 
 # ---------------------------------------------------------------------------- the teacher
@@ -428,9 +457,7 @@ def load_student(
     Raises:
         InputError: If there is no student, or its teacher is not there or is another.
     """
-    folder = expanded(folder)
-    inner = folder / "artifacts"
-    folder = inner if (inner / ARTEFACT).is_file() else folder
+    folder = _artefact(folder)
     params, card = weights.load(folder, "student")
     try:
         experiment = resolve(card["config"])
@@ -464,6 +491,13 @@ def load_student(
         return compiled(card["nfe"] if nfe is None else nfe)(params, frozen, noise, label)
 
     return Trained(sample, shape, num_classes, card)
+
+
+def _artefact(folder: str | os.PathLike[str]) -> Path:
+    """The folder with a student: `artifacts` of a run, or itself."""
+    folder = expanded(folder)
+    inner = folder / "artifacts"
+    return inner if (inner / ARTEFACT).is_file() else folder
 
 
 def _beside(folder: Path) -> Path:

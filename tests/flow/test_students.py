@@ -8,15 +8,20 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill import runner
+from jaxdistill import config as configs
+from jaxdistill import keywords, runner, settings, stage
 from jaxdistill.errors import InputError
-from jaxdistill.flow import paths, samplers, transports
+from jaxdistill.flow import adapt, paths, samplers, transports
 from jaxdistill.flow.arcflow import _gaps, arcflow
+from jaxdistill.flow.dmd2 import Critic, Game, Matching, Optimizers, Positives, dmd2
 from jaxdistill.flow.endpoint import endpoint_regression
+from jaxdistill.flow.gan import Discriminator
 from jaxdistill.flow.matching import flow_matching
+from jaxdistill.flow.pcm import Phases, pcm
 from jaxdistill.flow.policies import gaussian_policy, momentum_policy
 from jaxdistill.flow.progressive import progressive
 from jaxdistill.flow.students import (
+    Segment,
     Student,
     elastic,
     fixed,
@@ -24,10 +29,13 @@ from jaxdistill.flow.students import (
     from_noise,
     power_average,
     sample,
+    student_method,
 )
 from jaxdistill.flow.targets import soft4
 from jaxdistill.flow.ucgm import Unified, ucgm
 from jaxdistill.method import BatchSpec
+from jaxdistill.nn.flow_mlp import FlowMLP
+from jaxdistill.task import Part
 from tests.test_backends import assert_backends_agree, run_on, toy_data
 from tests.test_method_contract import together
 
@@ -127,8 +135,51 @@ def methods():
             ema_from=1,
         )
 
+    def line(params, frozen, x, t, label):
+        return (network(params, x, t) @ params["out"]).reshape(x.shape)
+
+    def flat(key, frozen):
+        return init_network(key, 66) | {"out": 0.1 * jnp.ones((WIDTH, 64))}
+
+    eyes = Discriminator(
+        lambda key: {"d": jax.random.normal(key, (64,))},
+        lambda params, blocks: (blocks.reshape(*blocks.shape[:2], -1) @ params["d"]).T,
+        optax.sgd(0.1),
+        "hinge",
+    )
+    two = {
+        "student": student(image, curved=False),
+        "teacher": straight,
+        "data": images,
+        "discriminator": eyes,
+        "adversarial": 0.3,
+    }
+    phases = Phases(grid=4)
+    game = Game(
+        plain=straight,
+        critic_init=flat,
+        critic=line,
+        shape=image,
+        num_classes=8,
+        guidance=1.5,
+        matching=Matching(augment_times=(0.5, 0.9), transition="sde", anchor=0.5),
+        updates=Critic(critic_updates=2),
+        phases=phases,
+        positives=Positives(sees="critic", real=0.5, teacher_steps=2),
+        blocks=lambda params, *args: line(params, *args)[None],
+        **two,
+    )
     seen = from_data(uniform, images, fixed(3, 0.5), 2.0)
     return {
+        "pcm": pcm(
+            optimizer=optimizer,
+            batches=uniform,
+            phases=phases,
+            blocks=lambda frozen, x, t, label: x[None],
+            ema_from=1,
+            **two,
+        ),
+        "dmd2": dmd2(game, Optimizers(optimizer, optax.adam(1e-3)), batches=uniform, ema_from=1),
         "arcflow": arcflow(
             student(), exact, optimizer, source=noise_source(), mode_dropout=0.3, **OPTIONS
         ),
@@ -243,6 +294,38 @@ def test_a_sampler_calls_the_network_as_often_as_it_says():
     assert len(calls) == 3
 
 
+class _Counted(FlowMLP):
+    """A trunk that says when it is called."""
+
+    def features(self, x, t, label):
+        jax.debug.callback(lambda: CALLS.append(1))
+        return super().features(x, t, label)
+
+
+CALLS = []
+
+
+@pytest.mark.parametrize("name", settings.modules("jaxdistill.flow", "recipe"))
+def test_every_recipe_samples_with_as_many_calls_as_it_is_asked(name):
+    resolved = settings.resolve(configs.load("flow:baselines=,smoke"))
+    trunk = _Counted(2, width=8, depth=1)
+    params = adapt.fresh_trunk(trunk, SHAPE, jax.random.key(0))
+    shapes = Part({"teacher": jax.eval_shape(lambda: params)})
+    task = resolved.family.shapes(resolved)._replace(trunk=trunk, teacher=shapes)
+    module = settings.method(name, "jaxdistill.flow")
+    for more in ({}, {"transition": "sde"} if name == "dmd2" else {}):
+        recipe = module.recipe(task, **keywords.defaults(module.recipe) | more)
+        made = stage.output_shapes(recipe, task.examples)
+        student = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made)
+        noise, label = jnp.ones((3, *SHAPE)), jnp.zeros(3, jnp.int32)
+        for nfe in (1, 3):
+            jax.effects_barrier()
+            CALLS.clear()
+            recipe.sample(student, {"teacher": params}, noise, label, nfe=nfe).block_until_ready()
+            jax.effects_barrier()
+            assert len(CALLS) == nfe
+
+
 def test_teacher_calls_are_counted_by_the_program():
     calls = []
 
@@ -268,6 +351,41 @@ def test_progressive_counts_the_teacher_of_its_first_round_as_often_as_it_is_cal
     method = progressive(student(curved=False), exact, optax.sgd(0.1), teacher_nfe=2, **made)
     _, state = run_on(1, "jit", method, (), (), 4)
     assert int(state.queries) == 2 * (2 * 2) + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("source", "by_length", "weights"),
+    [
+        (noise_source(schedule=fixed(2, 0.5)), True, [2 / 3, 1 / 3]),
+        (noise_source(schedule=fixed(2, 0.5)), False, [1, 1]),
+        (noise_source(schedule=elastic((1,))), True, [1, 0]),
+        (noise_source(schedule=elastic((1,))), False, [1, 0]),
+        (from_data(BatchSpec("keys", 16), points, fixed(1), 1.0), False, [1]),
+    ],
+)
+def test_a_segment_weighs_what_it_should(source, by_length, weights):
+    """Loss and gradient are sums over segments: each by its length, and one of none not at all."""
+
+    # What is asked of a segment differs with where it starts; a student of one number.
+    def match(field, x, start, end, keys, query, step):
+        return Segment(field * (1 + start), x, jnp.int32(0))
+
+    passes = momentum_policy()._replace(begin=lambda outputs, x, start, end: outputs)
+    made = Student(
+        lambda key, frozen: {"a": jnp.float32(2)},
+        lambda trainable, frozen, x, t, label: jnp.square(trainable["a"]) * jnp.ones(len(x)),
+        passes,
+    )
+    method = student_method(
+        match, made, exact, optax.sgd(1.0), source=source, weight_by_length=by_length
+    )
+    batch = {"keys": jax.random.split(jax.random.key(0), 16)}
+    state = method.init(jax.random.key(1), (), batch)
+    after, metrics = method.step(state, (), batch, jax.random.key(2))
+    starts = source.start(batch).raw[:-1].mean(1)
+    total = sum(w * (1 + float(s)) for w, s in zip(weights, starts, strict=True))
+    np.testing.assert_allclose(metrics["loss"], 4 * total, rtol=1e-5)
+    np.testing.assert_allclose(state.trainable["a"] - after.trainable["a"], 4 * total, rtol=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
