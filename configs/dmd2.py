@@ -1,19 +1,19 @@
 """DMD2: students whose examples become as likely as the teacher's, from a warm start.
 
     jaxdistill --config=pcm:dataset=fashion_mnist --workdir=runs/pcm
-    jaxdistill --config=dmd2:dataset=fashion_mnist --workdir=runs/dmd2 \\
-        --config.method.start=runs/pcm --config.teacher.dir=runs/pcm/teacher
+    jaxdistill --config=dmd2:dataset=fashion_mnist,start=runs/pcm --workdir=runs/dmd2
 
 Arguments, joined by commas behind the colon:
 
     dataset=    soft4 (default) and other points, digits, fashion_mnist, and the rest, as in `flow`
     baselines=  rows beside it, joined by +: linear (default), adversarial, gan, and those of
                 `flow`; empty for none
+    start=      the workdir of another student of the same teacher, which is then that run's too
     nfe=        network calls of the student (2)
     smoke       a run of seconds that only shows that everything works
 
 The row `adversarial` is DMD2 with a discriminator, `gan` the discriminator alone; both start where
-the method does, which is the teacher unless `method.start` is a folder. Data, teacher and network
+the method does, which is the teacher unless there is a `start`. Data, teacher and network
 are those of `flow`. A step is five of the critic and one of the student and takes as long as ten to
 twenty of other students, so there are fewer.
 
@@ -21,6 +21,8 @@ twenty of other students, so there are fewer.
     dmd2:dataset=soft4 and other points 2 CPU cores, minutes
     dmd2:dataset=fashion_mnist          2 CPU cores, hours; not run here to its end
 """
+
+from pathlib import Path
 
 from jaxdistill import config as configs
 
@@ -34,7 +36,7 @@ _OWN = {
 def get_config(argument=None, dataset=None):
     """The recipe of a data set."""
     arg = configs.parse_argument(
-        argument, words=("smoke",), dataset="soft4", baselines="linear", nfe=2, seed=0
+        argument, words=("smoke",), dataset="soft4", baselines="linear", start="", nfe=2, seed=0
     )
     dataset = arg["dataset"] if dataset is None else dataset
     names = [name for name in arg["baselines"].split("+") if name]
@@ -49,6 +51,9 @@ def get_config(argument=None, dataset=None):
         row.critic_updates = 2
     else:
         row.steps = max(row.steps // _FEWER, 1)
+    if arg["start"]:
+        row.start = arg["start"]
+        config.teacher.dir = str(Path(arg["start"]) / "teacher")
     row.learning_rate = row.critic_learning_rate = min(row.learning_rate, 1e-3)
     for name in names:
         if name in _OWN:

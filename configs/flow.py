@@ -4,7 +4,7 @@
 
 Arguments, joined by commas behind the colon:
 
-    dataset=    soft4 (default), ring8, checkerboard, spirals: points in the plane;
+    dataset=    soft4 (default), ring8, grid25, checkerboard, spirals: points in the plane;
                 digits, fashion_mnist, cifar10, any other TFDS name, or a path, as in `ncfm`;
                 latents_imagenet, latents_1mp: shapes alone, to compile for accelerators
     method=     arcflow (default), linear, straight, gaussian, endpoint, endpoint_8x, progressive,
@@ -90,6 +90,7 @@ _LARGE = _IMAGES | {
 _RECIPES = {
     "soft4": _POINTS,
     "ring8": _POINTS,
+    "grid25": _POINTS,
     "checkerboard": _SHARP,
     "spirals": _SHARP | {"shift": 1.0},  # the arms part late, at little noise
     "digits": _IMAGES

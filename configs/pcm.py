@@ -5,13 +5,13 @@
 Arguments, joined by commas behind the colon:
 
     dataset=    soft4 (default) and other points, digits, fashion_mnist, and the rest, as in `flow`
-    baselines=  rows beside it, joined by +: progressive (default), adversarial, and those of `flow`;
-                empty for none
+    baselines=  rows beside it, joined by +: progressive (default), adversarial, and those of
+                `flow`; empty for none
     nfe=        phases, and network calls of the student (2)
     smoke       a run of seconds that only shows that everything works
 
 The row `adversarial` is PCM with a discriminator. Data, teacher, network and budget are those of
-`flow`. What it makes is what `dmd2` best starts from: give its workdir as `method.start` there.
+`flow`. What it makes is what `dmd2` best starts from: give its workdir as `start=` there.
 
     config                              hardware
     pcm:dataset=soft4 and other points  2 CPU cores, minutes

@@ -88,6 +88,10 @@ def _row(rows: Rows, ends: np.ndarray, data: np.ndarray, name: str) -> dict[str,
     made = made.reshape(-1, 2)
     error = np.linalg.norm(made - ends, axis=1)
     sliced = functools.partial(generative.sliced_wasserstein, key=jax.random.key(2))
+    modes, found = rows.bench.data.modes, {}
+    if modes is not None:
+        found = generative.modes_found(made, *modes)._asdict()
+        found = {name.replace("_", " "): value for name, value in found.items()}
     return {
         "nfe": generator.nfe,
         "endpoint RMSE": float(np.sqrt(np.square(error).mean())),
@@ -95,6 +99,7 @@ def _row(rows: Rows, ends: np.ndarray, data: np.ndarray, name: str) -> dict[str,
         "p90": float(np.quantile(error, 0.9)),
         "sliced W2 to data": sliced(made, data),
         "to exact ends": sliced(made, ends),
+        **found,
         **cost,
     }
 

@@ -15,6 +15,20 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxdistill.flow.paths import Examples, Times, expand
 
 
+class Modes(NamedTuple):
+    """A mixture of round Gaussians.
+
+    Attributes:
+        weights: (j,). Their masses.
+        means: (j, 2).
+        stds: (j,). Their deviations.
+    """
+
+    weights: Float[np.ndarray, " j"]
+    means: Float[np.ndarray, "j 2"]
+    stds: Float[np.ndarray, " j"]
+
+
 class Target(NamedTuple):
     """A distribution of points.
 
@@ -22,17 +36,20 @@ class Target(NamedTuple):
         sample: `key -> (1, 1, 2)`, one point.
         velocity: `(x, t) -> u`, of the straight path from its points to noise; None where only
             samples are known.
+        modes: What it is a mixture of, where it is one.
     """
 
     sample: Callable[[PRNGKeyArray], Float[Array, "1 1 2"]]
     velocity: Callable[[Examples, Times], Examples] | None
+    modes: Modes | None = None
 
 
 def gaussian_mixture(
     weights: Float[np.ndarray, " j"], means: Float[np.ndarray, "j 2"], stds: Float[np.ndarray, " j"]
 ) -> Target:
     """A mixture of round Gaussians, and its velocity in closed form."""
-    weights, means, stds = (jnp.asarray(x, jnp.float32) for x in (weights, means, stds))
+    modes = Modes(weights, means, stds)
+    weights, means, stds = (jnp.asarray(x, jnp.float32) for x in modes)
 
     def sample(key):
         k_mode, k_noise = jax.random.split(key)
@@ -49,7 +66,7 @@ def gaussian_mixture(
         towards = (t - (1 - t) * jnp.square(stds[:, None])) / variance * away - means
         return jnp.sum(jax.nn.softmax(logits, -1)[..., None] * towards, -2)
 
-    return Target(sample, velocity)
+    return Target(sample, velocity, modes)
 
 
 def ring8() -> Target:
@@ -63,6 +80,12 @@ def soft4() -> Target:
     """Four wide modes: a smooth map."""
     means = np.array([[1.2, 0.9], [-1.1, 0.8], [-0.6, -1.3], [1.0, -0.7]])
     return gaussian_mixture(np.array([0.3, 0.2, 0.3, 0.2]), means, np.array([0.35, 0.3, 0.4, 0.3]))
+
+
+def grid25() -> Target:
+    """Twenty-five narrow modes on a grid, which are easily lost."""
+    means = 0.7 * np.stack(np.meshgrid(np.arange(-2, 3), np.arange(-2, 3)), -1).reshape(-1, 2)
+    return gaussian_mixture(np.full(25, 1 / 25), means, np.full(25, 0.06))
 
 
 def checkerboard() -> Target:
@@ -95,6 +118,7 @@ def spirals() -> Target:
 TARGETS: dict[str, Callable[[], Target]] = {
     "ring8": ring8,
     "soft4": soft4,
+    "grid25": grid25,
     "checkerboard": checkerboard,
     "spirals": spirals,
 }

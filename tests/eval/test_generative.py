@@ -20,11 +20,13 @@ from jaxdistill.eval.generative import (
     frechet,
     kid,
     leakage,
+    modes_found,
     moments,
     nearest,
     precision_recall,
     sliced_wasserstein,
 )
+from jaxdistill.flow.targets import grid25
 from jaxdistill.nn.judge import Judge
 
 KEY = jax.random.key(0)
@@ -260,6 +262,21 @@ def test_endpoints_of_pairs():
     assert endpoint_rmse(a, jnp.asarray(b)) == pytest.approx(1)  # (4 + 4 * 1) / 8
     x, y = np.array([[3.0, 0], [0, 2], [1, 1]]), np.array([[5.0, 0], [0, -1], [1, 0]])
     assert endpoint_cosine(x, y) == pytest.approx(math.sqrt(0.5) / 3)
+
+
+def test_modes_are_found_with_their_mass():
+    modes = grid25().modes
+    keys = jax.random.split(KEY, 5000)
+    own = np.asarray(jax.vmap(grid25().sample)(keys)).reshape(-1, 2)
+    found = modes_found(own, *modes)
+    assert found.modes == 25 and found.mass_off < 0.05 and found.outside < 0.002
+    # Half of the points in one place, a quarter nowhere, and the rest where they should be.
+    own[:2500], own[2500:3750] = modes.means[7], 9.0
+    some = modes_found(own, *modes)
+    assert some.modes == 25 and some.outside == pytest.approx(0.25, abs=0.001)
+    assert some.mass_off == pytest.approx(0.75 * 24 / 25, abs=0.02)
+    collapsed = modes_found(np.zeros((10, 2)), *modes)
+    assert collapsed == (1, pytest.approx(24 / 25), 0.0)
 
 
 def test_sliced_wasserstein_on_a_line_is_wasserstein():
