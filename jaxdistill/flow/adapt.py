@@ -14,7 +14,9 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdistill.errors import InputError
 from jaxdistill.flow import students
+from jaxdistill.flow.paths import boundaries, shifted
 from jaxdistill.flow.policies import Policy
+from jaxdistill.flow.samplers import own_keys
 from jaxdistill.flow.students import Source, Student, elastic, fixed, from_data, from_noise
 from jaxdistill.keywords import Between, Count, Fraction, Natural, Rate, Weight
 from jaxdistill.method import Method
@@ -81,7 +83,9 @@ def fresh_trunk(trunk: Any, shape: Sequence[int], key: PRNGKeyArray) -> PyTree:
     return trunk.init(key, examples, t, label)["params"]
 
 
-def adapted(task: FlowTask, head: Any, policy: Policy, training: Training) -> Student:
+def adapted(
+    task: FlowTask, head: Any, policy: Policy, training: Training, *, spans: bool = False
+) -> Student:
     """The teacher's trunk, adapters on it, and a head.
 
     Args:
@@ -90,12 +94,16 @@ def adapted(task: FlowTask, head: Any, policy: Policy, training: Training) -> St
             starts from the teacher's output layer.
         policy: What its outputs mean.
         training: Rank, alpha and targets of the adapters.
+        spans: Whether `apply` takes one more argument, how far the answer reaches, for which there
+            is one more layer.
 
     Raises:
         InputError: If the trunk takes no adapters. What fits no layer is refused by `init`.
     """
     module, rank = task.trunk, training.rank
     features = _overlaid(training, functools.partial(module.apply, method="features"))
+    if isinstance(module, UNet) and spans:
+        raise InputError("a UNet is not told how far its answer reaches; take a DiT")
     if isinstance(module, UNet) and rank:
         raise InputError(
             "adapters go on dense layers, and a UNet does its work in others; set method.rank=0"
@@ -119,14 +127,24 @@ def adapted(task: FlowTask, head: Any, policy: Policy, training: Training) -> St
             # The head takes the place of the output layer.
             body = {name: layer for name, layer in params.items() if name != "output"}
             params = lora.add(k_lora, body, rank=rank, targets=training.targets)
-        trunk = jax.tree.map(lambda x: x.astype(jnp.float32), lora.split(params, trained)[1])
+        own = lora.split(params, trained)[1]
+        if spans:
+            own = own | {"span": _fresh_span(module, task.shape, jax.random.fold_in(key, 1))}
+        trunk = jax.tree.map(lambda x: x.astype(jnp.float32), own)
         return {"trunk": trunk, "head": heads}
 
-    def apply(trainable, frozen, x, t, label):
-        tokens = features(trainable, frozen, x, t, label)
+    def apply(trainable, frozen, x, t, label, *span):
+        tokens = features(trainable, frozen, x, t, label, *span)
         return head.apply({"params": trainable["head"]}, tokens)
 
     return Student(init, apply, policy)
+
+
+def _fresh_span(trunk: Any, shape: Sequence[int], key: PRNGKeyArray) -> PyTree:
+    """Fresh parameters of the layer that says how far an answer reaches."""
+    zeros = jnp.zeros(1)
+    args = jnp.zeros((1, *shape)), zeros, jnp.zeros(1, jnp.int32), zeros
+    return trunk.init(key, *args, method="features")["params"]["span"]
 
 
 def block_features(task: FlowTask, training: Training) -> Callable[..., Array]:
@@ -241,6 +259,32 @@ def options(task: FlowTask, training: Training, segments: Segments) -> dict[str,
     }
 
 
+def with_fresh_noise(made: Recipe, task: FlowTask, student: Student) -> Recipe:
+    """A recipe of a student whose calls lead to the data, with fresh noise in between.
+
+    Args:
+        made: The recipe, as of a student that goes on along its own velocity.
+        task: What it is for.
+        student: The student.
+    """
+
+    def after(calls, output, frozen, noise, label, nfe):
+        times = shifted(boundaries(nfe), task.shift)
+        keys = own_keys(noise)
+        return students.walked(
+            student, output, frozen, noise, label, keys, times=times, stop=calls, fresh=True
+        )
+
+    def sample(output, frozen, noise, label, *, nfe):
+        return after(nfe, output, frozen, noise, label, nfe)
+
+    def trace(output, frozen, noise, label, *, nfe, parts):
+        calls = [after(i, output, frozen, noise, label, nfe) for i in range(nfe + 1)]
+        return students.straight_lines(jnp.stack(calls), parts)
+
+    return made._replace(sample=sample, trace=trace)
+
+
 def student_recipe(
     task: FlowTask, student: Student, method: Method, training: Training, *, last: float = 1.0
 ) -> Recipe:
@@ -257,7 +301,10 @@ def student_recipe(
         InputError: If the adapters fit no layer.
     """
     made = jax.eval_shape(student.init, jax.random.key(0), task.teacher.shapes)
-    trained, whole = lora.count(made), lora.count(task.teacher.shapes) + lora.count(made["head"])
+    # The head takes the place of the teacher's output layer.
+    kept = {n: layer for n, layer in task.teacher.shapes["teacher"].items() if n != "output"}
+    trained = lora.count(made)
+    whole = lora.count(lora.overlay(kept, made["trunk"])) + lora.count(made["head"])
     used = {"shift": task.shift, "last": last}
 
     def cost(state) -> dict[str, PyTree]:

@@ -23,18 +23,19 @@ from jaxdistill.flow.gan import Adversary, Discriminator
 from jaxdistill.flow.paths import Examples, Times, boundaries, expand, interpolate, shifted
 from jaxdistill.flow.pcm import Phases, check_grid, consistency, draw_point
 from jaxdistill.flow.policies import momentum_policy
-from jaxdistill.flow.samplers import euler, own_keys
+from jaxdistill.flow.samplers import euler
 from jaxdistill.flow.students import (
     Labels,
     Student,
     Teacher,
     check_velocity,
     chosen,
+    ended,
     mean_square,
     noise_like,
     power_average,
-    straight_lines,
     streams,
+    walked,
 )
 from jaxdistill.keywords import Between, Fraction, Rate, Weight, grouped
 from jaxdistill.method import Batch, BatchSpec, Frozen, Method
@@ -238,23 +239,6 @@ class Game(NamedTuple):
         return shifted(boundaries(self.nfe), self.shift)
 
 
-def ended(
-    game: Game,
-    trainable: PyTree,
-    frozen: Frozen,
-    x: Examples,
-    label: Labels,
-    t: Times,
-    end: Times | None = None,
-) -> Examples:
-    """Where one call of the student leads: to the data, or to a noise level on the way there."""
-    end = jnp.zeros_like(t) if end is None else end
-    x, t, end = collective.by_example((x, t, end))
-    outputs = game.student.apply(trainable, frozen, x, t, label)
-    field = game.student.policy.begin(collective.by_example(outputs), x, t, end)
-    return game.student.policy.transition(field, x, t, end)
-
-
 def rollout(
     game: Game,
     trainable: PyTree,
@@ -264,27 +248,19 @@ def rollout(
     keys: Key[Array, " n"],
     stop: Int32[Array, ""] | int,
 ) -> Examples:
-    """Where the student stands after some of its calls.
-
-    Args:
-        game: The game.
-        trainable: What the student trains.
-        frozen: The rest.
-        noise: Where it starts.
-        label: What is asked for.
-        keys: A key for each example, for the noise of `sde`.
-        stop: How many calls; may be traced.
-    """
-    times = game.times()
-
-    def call(i, x):
-        t, after = (jnp.full(len(x), times[j]) for j in (i, i + 1))
-        if game.matching.transition == "ode":
-            return ended(game, trainable, frozen, x, label, t, after)
-        fresh = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), x.shape[1:]))(keys)
-        return interpolate(ended(game, trainable, frozen, x, label, t), fresh, after)
-
-    return jax.lax.fori_loop(0, stop, call, noise)
+    """Where the student stands after some of its calls, without gradient; see `students.walked`."""
+    x = walked(
+        game.student,
+        jax.lax.stop_gradient(trainable),
+        frozen,
+        noise,
+        label,
+        keys,
+        times=game.times(),
+        stop=stop,
+        fresh=game.matching.transition == "sde",
+    )
+    return jax.lax.stop_gradient(x)
 
 
 class Begun(NamedTuple):
@@ -301,6 +277,12 @@ class Begun(NamedTuple):
     t: Times
     label: Labels
     keys: Key[Array, " n"]
+
+
+def generated(game: Game, trainable: PyTree, frozen: Frozen, begin: Begun) -> Examples:
+    """The data that the call which is trained points to."""
+    data = jnp.zeros_like(begin.t)
+    return ended(game.student, trainable, frozen, begin.x, begin.label, begin.t, data)
 
 
 def begun(
@@ -326,7 +308,6 @@ def begun(
 
     noise, label = collective.by_example(jax.vmap(one)(k_first))
     x = rollout(game, trainable, frozen, noise, label, k_way, stop)
-    x = jax.lax.stop_gradient(x)
     return Begun(x, jnp.full(len(x), game.times()[stop]), label, k_rest)
 
 
@@ -529,7 +510,7 @@ def dmd2(
             batch, key = part
             begin = begun(game, state.trainable, still, batch["keys"], key)
             k_real, k_rest = streams(begin.keys, 2)
-            x = ended(game, state.trainable, still, begin.x, begin.label, begin.t)
+            x = generated(game, state.trainable, still, begin)
             real = real_examples(game, still, batch, begin.label, k_real) if game.played else None
 
             def loss(critic, heads):
@@ -555,10 +536,7 @@ def dmd2(
         begin = begun(game, state.trainable, still, own["keys"], k_student)
         k_push, k_anchor = streams(begin.keys, 2)
 
-        def make(trainable):
-            return ended(game, trainable, still, begin.x, begin.label, begin.t)
-
-        x, back = jax.vjp(make, state.trainable)
+        x, back = jax.vjp(lambda p: generated(game, p, still, begin), state.trainable)
         push, said = pushed(game, critic, heads, still, x, begin.label, k_push)
         (grads,) = back(push)
         metrics |= said
@@ -761,18 +739,4 @@ def recipe(
     made = made._replace(frozen=frozen, rates=("learning_rate", "critic_learning_rate"))
     if start is not None:
         made = made._replace(source=lambda: {"start_sha256": stored.sha256()})
-    if matching.transition == "ode":
-        return made
-
-    def after(calls, output, frozen, noise, label, nfe):
-        ready = game._replace(nfe=nfe)
-        return rollout(ready, output, frozen, noise, label, own_keys(noise), calls)
-
-    def sample(output, frozen, noise, label, *, nfe):
-        return after(nfe, output, frozen, noise, label, nfe)
-
-    def trace(output, frozen, noise, label, *, nfe, parts):
-        calls = [after(i, output, frozen, noise, label, nfe) for i in range(nfe + 1)]
-        return straight_lines(jnp.stack(calls), parts)
-
-    return made._replace(sample=sample, trace=trace)
+    return made if matching.transition == "ode" else adapt.with_fresh_noise(made, task, student)

@@ -25,6 +25,7 @@ from jaxdistill.flow.students import (
     Student,
     Teacher,
     check_velocity,
+    ended,
     mean_square,
     noise_like,
     power_average,
@@ -115,10 +116,7 @@ def phased(
         label: What is asked for.
         shift: See `paths.shifted`.
     """
-    t, end = collective.by_example((shifted(raw, shift), shifted(edge, shift)))
-    outputs = student.apply(trainable, frozen, collective.by_example(x), t, label)
-    field = student.policy.begin(collective.by_example(outputs), x, t, end)
-    return student.policy.transition(field, x, t, end)
+    return ended(student, trainable, frozen, x, label, shifted(raw, shift), shifted(edge, shift))
 
 
 class Pair(NamedTuple):
@@ -320,6 +318,7 @@ def pcm(
 def recipe(
     task: FlowTask,
     *,
+    whole: bool = False,
     gan_loss: gan.Loss = "saturating",
     **rest: Annotated[Any, Phases, Adversary, adapt.Training],
 ) -> Recipe:
@@ -327,6 +326,8 @@ def recipe(
 
     Args:
         task: What it is for.
+        whole: Whether the way is one phase, as in consistency distillation (Song et al. 2023): each
+            call leads to the data, and more of them have fresh noise in between.
         gan_loss: What student and discriminator descend; see `gan.Loss`.
         **rest: Settings of `Phases`, `gan.Adversary` and `adapt.Training`.
 
@@ -343,7 +344,7 @@ def recipe(
         adapt.optimizer(training),
         batches=task.batches(training.batch_size),
         data=task.data,
-        nfe=training.nfe,
+        nfe=1 if whole else training.nfe,
         phases=phases,
         shift=task.shift,
         teacher_nfe=task.nfe,
@@ -353,4 +354,5 @@ def recipe(
         ema_power=training.ema_power,
         ema_from=adapt.warmup_of(training, training.steps),
     )
-    return adapt.student_recipe(task, student, method, training)
+    made = adapt.student_recipe(task, student, method, training)
+    return adapt.with_fresh_noise(made, task, student) if whole else made

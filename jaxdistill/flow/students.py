@@ -367,6 +367,60 @@ def sample(
     return jax.lax.scan(segment, noise, (times[:-1], times[1:]))[0]
 
 
+def ended(
+    student: Student,
+    trainable: PyTree,
+    frozen: Frozen,
+    x: Examples,
+    label: Labels,
+    t: Times,
+    end: Times,
+) -> Examples:
+    """Where one call of a student leads from a state, at a noise level before: 0 is the data."""
+    x, t, end = collective.by_example((x, t, end))
+    outputs = student.apply(trainable, frozen, x, t, label)
+    field = student.policy.begin(collective.by_example(outputs), x, t, end)
+    return student.policy.transition(field, x, t, end)
+
+
+def walked(
+    student: Student,
+    trainable: PyTree,
+    frozen: Frozen,
+    noise: Examples,
+    label: Labels,
+    keys: Key[Array, " n"],
+    *,
+    times: Float[Array, " boundaries"],
+    stop: Int32[Array, ""] | int,
+    fresh: bool,
+) -> Examples:
+    """Where a student stands after some of its calls.
+
+    Args:
+        student: The student.
+        trainable: What it trains.
+        frozen: The rest.
+        noise: Where it starts.
+        label: What is asked for.
+        keys: A key for each example, where noise is fresh.
+        times: Noise levels from 1 to 0.
+        stop: How many calls; may be traced.
+        fresh: Whether a call leads to the data, and fresh noise from there to the next level, or
+            along the student's own velocity.
+    """
+
+    def call(i, x):
+        t, after = (jnp.full(len(x), times[j]) for j in (i, i + 1))
+        if not fresh:
+            return ended(student, trainable, frozen, x, label, t, after)
+        own = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), x.shape[1:]))(keys)
+        data = ended(student, trainable, frozen, x, label, t, jnp.zeros_like(t))
+        return interpolate(data, own, after)
+
+    return jax.lax.fori_loop(0, stop, call, noise)
+
+
 def straight_lines(calls: Float[Array, "calls n ..."], parts: int) -> Float[Array, "times n ..."]:
     """The states between those at calls, for pictures, where no policy says what they are.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+_HARMONICS = 8
 _FREQUENCIES = 128  # 256 sines and cosines, as in DiT and its predecessors
 
 
@@ -23,6 +24,32 @@ def sinusoids(t: Float[Array, " n"], frequencies: int) -> Float[Array, "n d"]:
     rates = jnp.exp(-math.log(10_000) * jnp.arange(frequencies, dtype=jnp.float32) / frequencies)
     angles = 1000 * t.astype(jnp.float32)[:, None] * rates
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Span(nn.Module):
+    """One vector for how far a network's answer reaches; nothing at first.
+
+    It is smooth on the scale of a sampling step, and networks are differentiated by it.
+
+    Attributes:
+        width: Length of the vector.
+        dtype: Type of the computation, None for that of the parameters.
+        param_dtype: Type of the parameters.
+    """
+
+    width: int
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, span: Float[Array, " n"]) -> Float[Array, "n d"]:
+        """The vectors of spans in [0, 1]."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        angles = jnp.pi * span.astype(jnp.float32)[:, None] * jnp.arange(1, _HARMONICS + 1)
+        waves = jnp.concatenate([span[:, None], jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        y = nn.silu(nn.Dense(self.width, name="up", **types)(waves))
+        zeros = nn.initializers.zeros
+        return nn.Dense(self.width, kernel_init=zeros, name="down", **types)(y)
 
 
 class Condition(nn.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdistill.errors import InputError
 from jaxdistill.nn.attention import attention
-from jaxdistill.nn.condition import Condition
+from jaxdistill.nn.condition import Condition, Span
 from jaxdistill.nn.discriminator import SOWN
 from jaxdistill.nn.patches import patchify, unpatchify
 
@@ -144,6 +144,7 @@ class DiT(nn.Module):
             self.place,
             self.per_device,
         )
+        self.span = Span(self.width, **types)
         self.modulation = nn.Dense(2 * self.width, kernel_init=zeros, **types)
         self.output = nn.Dense(
             self.patch**2 * self.channels,
@@ -153,9 +154,21 @@ class DiT(nn.Module):
         )
 
     def features(
-        self, x: Float[Array, "n h w c"], t: Float[Array, " n"], label: Int[Array, " n"]
+        self,
+        x: Float[Array, "n h w c"],
+        t: Float[Array, " n"],
+        label: Int[Array, " n"],
+        span: Float[Array, " n"] | None = None,
     ) -> Float[Array, "n gh gw d"]:
-        """What the last layer sees, one vector of length `width` per patch, float32."""
+        """What the last layer sees, one vector of length `width` per patch, float32.
+
+        Args:
+            x: As of `__call__`.
+            t: Noise levels.
+            label: Labels.
+            span: How far down from t the answer reaches, for networks that learn mean velocities;
+                their parameters are more by `span`.
+        """
         if x.shape[-1] != self.channels:
             raise InputError(f"images of {x.shape[-1]} channels; this DiT takes {self.channels}")
         tokens = self.embed(patchify(x, self.patch))
@@ -163,6 +176,8 @@ class DiT(nn.Module):
         tokens = tokens + positions(gh, gw, self.width).astype(tokens.dtype)
         tokens = tokens.reshape(n, gh * gw, self.width)
         condition = self.condition(t, label)
+        if span is not None:
+            condition = condition + self.span(span)
         tokens, _ = self.blocks(tokens, condition)
         shift, scale = jnp.split(self.modulation(nn.silu(condition)), 2, axis=-1)
         features = _modulated(tokens.astype(jnp.float32), shift, scale)

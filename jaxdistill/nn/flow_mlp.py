@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdistill.errors import InputError
+from jaxdistill.nn.condition import Span
 from jaxdistill.nn.discriminator import SOWN
 
 _HARMONICS = 16
@@ -39,13 +40,25 @@ class FlowMLP(nn.Module):
         self.embed = nn.Dense(self.width)
         if self.num_classes:
             self.label = nn.Embed(self.num_classes + 1, self.width)
+        self.span = Span(self.width)
         self.layers = [nn.Dense(self.width) for _ in range(self.depth)]
         self.output = nn.Dense(self.channels, kernel_init=nn.initializers.zeros)
 
     def features(
-        self, x: Float[Array, "n h w c"], t: Float[Array, " n"], label: Int[Array, " n"]
+        self,
+        x: Float[Array, "n h w c"],
+        t: Float[Array, " n"],
+        label: Int[Array, " n"],
+        span: Float[Array, " n"] | None = None,
     ) -> Float[Array, "n h w d"]:
-        """What the last layer sees: one vector of length `width`."""
+        """What the last layer sees: one vector of length `width`.
+
+        Args:
+            x: As of `__call__`.
+            t: Noise levels.
+            label: Labels.
+            span: As of `DiT.features`.
+        """
         if x.shape[1:] != (1, 1, self.channels):
             raise InputError(
                 f"examples of shape {x.shape[1:]}; this network takes vectors of length "
@@ -59,6 +72,8 @@ class FlowMLP(nn.Module):
         y = self.embed(jnp.concatenate([x, *waves], axis=-1))
         if self.num_classes:
             y = y + self.label(label)
+        if span is not None:
+            y = y + self.span(span)
         for layer in self.layers:
             y = y + layer(nn.silu(y))
             self.sow(SOWN, "y", y[:, None, None])

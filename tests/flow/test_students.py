@@ -17,6 +17,7 @@ from jaxdistill.flow.dmd2 import Critic, Game, Matching, Optimizers, Positives, 
 from jaxdistill.flow.endpoint import endpoint_regression
 from jaxdistill.flow.gan import Discriminator
 from jaxdistill.flow.matching import flow_matching
+from jaxdistill.flow.meanflow import Means, meanflow
 from jaxdistill.flow.pcm import Phases, pcm
 from jaxdistill.flow.policies import gaussian_policy, momentum_policy
 from jaxdistill.flow.progressive import progressive
@@ -179,6 +180,18 @@ def methods():
             ema_from=1,
             **two,
         ),
+        "meanflow": meanflow(
+            flat,
+            lambda params, frozen, x, t, r, label: (
+                (1 + (t - r)[:, None, None, None]) * line(params, frozen, x, t, label)
+            ),
+            optimizer,
+            batches=uniform,
+            data=images,
+            means=Means(velocity="data", guidance=2.0, label_drop=0.5, apart=0.5),
+            null=8,
+            ema_from=1,
+        ),
         "dmd2": dmd2(game, Optimizers(optimizer, optax.adam(1e-3)), batches=uniform, ema_from=1),
         "arcflow": arcflow(
             student(), exact, optimizer, source=noise_source(), mode_dropout=0.3, **OPTIONS
@@ -297,9 +310,9 @@ def test_a_sampler_calls_the_network_as_often_as_it_says():
 class _Counted(FlowMLP):
     """A trunk that says when it is called."""
 
-    def features(self, x, t, label):
+    def features(self, *args):
         jax.debug.callback(lambda: CALLS.append(1))
-        return super().features(x, t, label)
+        return super().features(*args)
 
 
 CALLS = []
@@ -313,7 +326,8 @@ def test_every_recipe_samples_with_as_many_calls_as_it_is_asked(name):
     shapes = Part({"teacher": jax.eval_shape(lambda: params)})
     task = resolved.family.shapes(resolved)._replace(trunk=trunk, teacher=shapes)
     module = settings.method(name, "jaxdistill.flow")
-    for more in ({}, {"transition": "sde"} if name == "dmd2" else {}):
+    fresh = {"dmd2": {"transition": "sde"}, "pcm": {"whole": True}}
+    for more in ({}, fresh.get(name, {})):
         recipe = module.recipe(task, **keywords.defaults(module.recipe) | more)
         made = stage.output_shapes(recipe, task.examples)
         student = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made)

@@ -11,12 +11,13 @@ import pytest
 from jaxdistill import keywords
 from jaxdistill.errors import InputError
 from jaxdistill.flow import dmd2 as dmd2s
-from jaxdistill.flow import gan, paths, pcm, samplers
+from jaxdistill.flow import gan, meanflow, paths, pcm, samplers
 from jaxdistill.flow.dmd2 import Critic, Game, Matching, Optimizers, Positives, dmd2
 from jaxdistill.flow.gan import Adversary, Discriminator
+from jaxdistill.flow.meanflow import Means
 from jaxdistill.flow.pcm import Phases, draw_point
 from jaxdistill.flow.policies import momentum_policy
-from jaxdistill.flow.students import Student, sample
+from jaxdistill.flow.students import Student, ended, sample
 from jaxdistill.flow.targets import gaussian_mixture, soft4
 from jaxdistill.method import BatchSpec
 from jaxdistill.nn.discriminator import by_block
@@ -288,7 +289,7 @@ def test_the_way_of_a_student_is_that_of_its_sampling():
     np.testing.assert_array_equal(dmd2s.rollout(one, params, (), noise, LABEL, KEYS, 0), noise)
     fresh = one._replace(matching=Matching(transition="sde"))
     middle = dmd2s.rollout(fresh, params, (), noise, LABEL, KEYS, 1)
-    data = dmd2s.ended(one, params, (), noise, LABEL, jnp.ones(N))
+    data = ended(STUDENT, params, (), noise, LABEL, jnp.ones(N), jnp.zeros(N))
     t = float(paths.shifted(jnp.float32(2 / 3), 2.0))
     grain = (middle - (1 - t) * data) / t
     assert abs(grain.mean()) < 0.3 and 0.8 < grain.std() < 1.2
@@ -425,8 +426,7 @@ def test_a_linear_student_of_a_gaussian_becomes_it():
             def step(params, key):
                 keys = jax.random.split(key, 256)
                 start = dmd2s.begun(one, params, (), keys, key)
-                make = lambda p: dmd2s.ended(one, p, (), start.x, start.label, start.t)  # noqa: E731
-                x, back = jax.vjp(make, params)
+                x, back = jax.vjp(lambda p: dmd2s.generated(one, p, (), start), params)
                 push, _ = dmd2s.pushed(one, params, (), (), x, start.label, start.keys)
                 (grads,) = back(push)
                 return jax.tree.map(lambda p, g: p - 0.3 * g, params, grads), None
@@ -437,6 +437,91 @@ def test_a_linear_student_of_a_gaussian_becomes_it():
         centre, cov = law(params)
         np.testing.assert_allclose(centre, mean[0], atol=0.05)
         np.testing.assert_allclose(cov, 0.36 * np.eye(2), atol=0.06)
+
+
+# ---------------------------------------------------------------------------- mean velocities
+
+
+def test_the_mean_velocity_of_a_known_flow_is_what_it_is_drawn_to():
+    """Of dx/dt = a x, whose ways and means are known."""
+    x, _, t = some(1)
+    r = 0.4 * t
+    u = lambda x, t: paths.expand((1 - jnp.exp(-0.7 * (t - r))) / (t - r), x) * x  # noqa: E731
+    wanted = meanflow.mean_target(u, x, t, r, 0.7 * x)
+    np.testing.assert_allclose(wanted, u(x, t), rtol=1e-3, atol=1e-5)
+    # And only it: not the velocity itself.
+    other = meanflow.mean_target(lambda x, t: 0.7 * x, x, t, r, 0.7 * x)
+    assert np.abs(other - 0.7 * x).max() > 1e-2
+
+
+def test_times_of_means_are_those_of_the_paper():
+    means = Means(apart=0.25, centre=-0.4, spread=1.0)
+    t, r = (np.asarray(v) for v in meanflow.draw_times(jax.random.split(KEYS[0], 8000), means))
+    assert (r <= t).all() and abs((r < t).mean() - 0.25) < 0.02
+    draws = np.random.default_rng(0).normal(-0.4, 1.0, (100_000, 2)).max(1)
+    np.testing.assert_allclose(t.mean(), (1 / (1 + np.exp(-draws))).mean(), atol=0.01)
+
+
+def _mean_of(params, frozen, x, t, r, label):
+    """A network of mean velocities; a label moves it, and the span does."""
+    more = (t - r) * params["s"] + 0.1 * label
+    return velocity(params, frozen, x, t, label) + more[:, None, None, None]
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_step_of_meanflow_is_that_of_numpy(follows):
+    params = affine(jax.random.key(3)) | {"s": jnp.float32(0.4)}
+    means = Means(apart=0.5, velocity="teacher" if follows else "data")
+    guided = means if follows else means._replace(guidance=2.0, label_drop=0.3)
+    method = meanflow.meanflow(
+        lambda key, frozen: params, _mean_of, optax.sgd(1.0),
+        batches=BatchSpec("keys", N), data=points, teacher=exact, teacher_nfe=2, means=guided,
+        shift=2.0, null=5,
+    )  # fmt: skip
+    state = method.init(jax.random.key(0), (), {"keys": KEYS})
+    after, metrics = method.step(state, (), {"keys": KEYS}, jax.random.key(0))
+    assert int(after.queries) == (2 if follows else 0)
+    x0, label = points({"keys": KEYS})
+    k_noise, k_times, k_drop = pcm.streams(KEYS, 3)
+    noise = pcm.noise_like(x0, k_noise)
+    t, r = (paths.shifted(v, 2.0) for v in meanflow.draw_times(k_times, means))
+    x = paths.interpolate(x0, noise, t)
+    f = lambda v: np.asarray(v, np.float64).reshape(N, -1)  # noqa: E731
+    p = {k: np.asarray(v, np.float64) for k, v in params.items()}
+    u = np.asarray(exact((), x, t, label)) if follows else noise - x0
+    v, label = f(u), np.zeros((N, 1))
+    if not follows:
+        blank = f(x) @ p["w"] + f(t) * p["t"] + p["b"] + 0.5
+        dropped = f(jax.vmap(jax.random.uniform)(k_drop)) < 0.3
+        assert dropped.any() and not dropped.all()
+        v = np.where(dropped, v, blank + 2 * (v - blank))
+        label = np.where(dropped, 5, 0)
+    span = f(t) - f(r)
+    said = f(x) @ p["w"] + f(t) * p["t"] + p["b"] + span * p["s"] + 0.1 * label
+    change = v @ p["w"] + p["t"] + p["s"]  # along (v, 1), r held
+    gap = said - (v - span * change)
+    square = (gap**2).mean(1)
+    np.testing.assert_allclose(metrics["square"], square.mean(), rtol=1e-3)
+    weight = 1 / (square + 0.01)
+    np.testing.assert_allclose(metrics["loss"], (weight * square).mean(), rtol=1e-3)
+    slope = (weight[:, None] * gap).mean(0)  # by b: two numbers an example
+    np.testing.assert_allclose(params["b"] - after.trainable["b"], slope, rtol=2e-3)
+    slope = (weight * span[:, 0] * gap.sum(1)).mean()
+    np.testing.assert_allclose(params["s"] - after.trainable["s"], slope, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"teacher": None}, "velocity=teacher needs a teacher"),
+        ({"means": Means(guidance=2.0)}, r"guidance=2.0 is learned from data"),
+        ({"means": Means(velocity="data", guidance=2.0)}, r"guidance=2.0 needs labels"),
+    ],
+)
+def test_means_that_cannot_be_learned_are_refused(given, said):
+    options = {"batches": BatchSpec("keys", 4), "data": points, "teacher": exact}
+    with pytest.raises(InputError, match=said):
+        meanflow.meanflow(affine, _mean_of, optax.sgd(1.0), **options | given)
 
 
 # ---------------------------------------------------------------------------- discriminators
