@@ -17,6 +17,7 @@ the same command goes on.
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +109,9 @@ def _row(arm: dict, rate: float) -> dict:
 
 def _run(tokenizers: str, arm: str, rate: float, seed: int, args: argparse.Namespace) -> dict:
     config = _config(tokenizers, seed, args.tune)
-    # A row that all runs of a workdir have; they share the start of the students.
-    config.method = _row(_SFT, _RATES[1])
-    name = f"{arm.replace(' ', '-').replace(':', '').replace(',', '')}-{rate}"
+    # A row of one step that all runs of a workdir have; they share the start of the students.
+    config.method = _row(_SFT | {"steps": 1}, _RATES[1])
+    name = re.sub("[^a-z0-9]+", "-", f"{arm} {rate}")
     config.baselines = {name: _row(_ARMS[tokenizers][arm], rate)}
     workdir = args.workdir / f"{tokenizers}-{seed}{'-tuning' if args.tune else ''}"
     found = [r for r in jaxdistill.train(config, workdir) if r["row"] == name]
