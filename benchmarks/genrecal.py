@@ -33,6 +33,7 @@ _TEACHER = Path(__file__).parent / "gridvqa"
 _RATES = (0.0005, 0.001, 0.002)
 _ALIGN, _DISTIL, _TUNE = 600, 1000, 500
 _STEPS = _DISTIL + _TUNE  # of every student
+_BATCH = 32  # so that two cores carry it
 _LONGER = 2.5  # times as many, which is what GenRecal's cost of time amounts to
 _STAGES = {"name": "genrecal", "align": _ALIGN, "distil": _DISTIL, "tune": _TUNE}
 _SFT = {"name": "supervised", "steps": _STEPS}
@@ -104,7 +105,7 @@ def _config(tokenizers: str, seed: int, tuning: bool):
 
 
 def _row(arm: dict, rate: float) -> dict:
-    return arm | {"learning_rate": rate}
+    return arm | {"learning_rate": rate, "batch_size": _BATCH}
 
 
 def _run(tokenizers: str, arm: str, rate: float, seed: int, args: argparse.Namespace) -> dict:
