@@ -11,8 +11,8 @@ of one tokenizer read both as the teacher does. All students of a seed start fro
 see the same examples in the same order and take equally many steps, but for `sft, longer`, which
 takes as much time as GenRecal, and `blind`, which starts from nothing. A rate is chosen for each
 arm from the same three, by the questions of the validation split with seed 0, which no run of the
-table has; the questions of the test split are asked once for each of those. Records go to `benchmarks/records/genrecal.json` run by run, and
-the same command goes on.
+table has; the questions of the test split are asked once for each of those. Records go to
+`benchmarks/records/genrecal.json` run by run, and the same command goes on.
 """
 
 import argparse

@@ -94,7 +94,14 @@ def test_images_have_all_the_measures(images):
     assert card["cost"]["teacher_queries"] == 8 * 8 * 2 * 4 * 2
     lines = (images / "metrics.jsonl").read_text().splitlines()
     assert {m["queries"] for m in map(json.loads, lines) if "queries" in m} == {2 * 4 * 2}
-    assert {"FD to data", "FD to teacher", "recall", "class accuracy", "diversity"} <= set(student)
+    wanted = {"FD to data", "FD to teacher", "recall", "class accuracy", "diversity"}
+    wanted |= {"FD to data, by turns", "FD to teacher, by turns"}
+    assert wanted <= set(student)
+    # What nobody generated: without variety, and without new images.
+    means, repeated = rows["means of the classes"], rows["training images, each ten times"]
+    real = rows["real, training images"]
+    assert means["diversity"] < 1e-3 and means["recall"] == 0 and real["recall"] > 0.5
+    assert repeated["recall"] < real["recall"]
     assert all(np.isfinite(value) for row in rows.values() for value in row.values())
     leaves = {"/".join(k) for k in _paths(trained["trunk"])}
     layers = [f"{room}/{name}" for room in ("blocks", "condition") for name in ("up", "down")]

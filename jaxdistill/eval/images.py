@@ -1,5 +1,10 @@
-"""Students of flows on images, by the features of a classifier that is trained on the real ones."""
+"""Students of flows on images, by the features of networks that are trained on the real ones.
 
+One tells classes, and one how images were turned: two networks of other aims that no student was
+trained by. Where they rank students differently, it is the judge that is measured.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +34,10 @@ FAMILY = "flow"
 _BLOCKS = 10  # of the kernel distance
 _SHOWN = 20  # examples of each row in the picture
 _REAL = "real, training images"
+# What no measure may take for good: the mean of each class, and a tenth of the images repeated.
+_MEANS = "means of the classes"
+_REPEATED = "training images, each ten times"
+_SANITY = (_REAL, _MEANS, _REPEATED)
 # What integrates the teacher's paths. Not Heun's method: its last step asks for the velocity at
 # t = 0, where a teacher is hardly trained.
 _REFERENCE = "midpoint"
@@ -100,16 +109,21 @@ def evaluate(
     """
     rows = sampling.rows(bench, nfe, teacher_rows, batch_size)
     folder = expanded(judge_dir) if judge_dir else bench.workdir / "judge"
-    protocol = digest([examples, paired, reference_steps, judge_epochs, _REFERENCE, bench.identity])
-    names = [_REAL, *rows.generators]
+    protocol = digest(
+        [examples, paired, reference_steps, judge_epochs, _REFERENCE, _SANITY, bench.identity]
+    )
+    names = [*_SANITY, *rows.generators]
     missing = sampling.is_missing(bench, names, protocol)
     # In all processes, each of which waits for the others in it.
-    judge = classifier(bench, folder, judge_epochs) if missing else None
+    judges = None
+    if missing:
+        judge, turns = classifier(bench, folder, judge_epochs), _turned(bench.data)
+        judges = judge, classifier(bench._replace(data=turns), folder, judge_epochs)
 
     def work():
         if missing:
             made = _teachers_images(rows, folder, examples, paired, reference_steps)
-            measures = _Measures(rows, judge, *made)
+            measures = _Measures(rows, judges, *made)
             sampling.measure(bench, names, protocol, measures.row)
         if missing or not (bench.workdir / "artifacts" / "samples.png").is_file():
             _draw(rows)
@@ -156,6 +170,26 @@ def classifier(bench: Bench, folder: Path, epochs: int) -> Callable[[Any], tuple
     return functools.partial(judge, jax.tree.map(lambda x: x[0], many["trained"]))
 
 
+def _turned(data: Dataset) -> Dataset:
+    """Training images turned by a drawn quarter, or mirrored if they are not square; that is asked.
+
+    Labels are not needed for it, and what it teaches is another thing than classes.
+    """
+    rng = np.random.default_rng(2)
+    ways = rng.integers(0, 4, len(data.train.labels)).astype(np.int32)
+    square = data.image_shape[0] == data.image_shape[1]
+    images = data.train.images.copy()
+    for way in range(1, 4):
+        own = images[ways == way]
+        if square:
+            own = np.rot90(own, way, (1, 2))
+        else:
+            own = own[:, :: -1 if way % 2 else 1, :: -1 if way > 1 else 1]
+        images[ways == way] = own
+    train = data.train._replace(images=images, labels=ways)
+    return dataclasses.replace(data, train=train, class_names=("0", "1", "2", "3"))
+
+
 def _teachers_images(
     rows: Rows, folder: Path, number: int, paired: int, steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -193,9 +227,11 @@ def _teachers_images(
 class _Measures:
     """What images are compared with, and the comparison."""
 
-    def __init__(self, rows: Rows, judge: Callable, teachers: np.ndarray, ends: np.ndarray):
+    def __init__(
+        self, rows: Rows, judges: tuple[Callable, Callable], teachers: np.ndarray, ends: np.ndarray
+    ):
         data = rows.bench.data
-        self.rows, self.judge, self.ends = rows, judge, ends
+        self.rows, (self.judge, self.turns), self.ends = rows, judges, ends
         self.examples, self.paired = len(teachers), len(ends)
         order = _compared(len(data.test.labels), self.examples)
         self.labels = data.test.labels[order]
@@ -208,6 +244,8 @@ class _Measures:
         few = data.test.images[order[: self.paired]]
         self.test_distances = self._nearest(few / np.float32(255))
         self.teacher_moments = generative.moments(self._judged(teachers / np.float32(255))[0])
+        real = data.test.images[order], teachers / np.float32(255)
+        self.turns_moments = [generative.moments(self._turns(images)) for images in real]
         self.ends_features, _ = self._judged(pixels(ends))
 
     def _nearest(self, images: np.ndarray) -> np.ndarray:
@@ -218,12 +256,29 @@ class _Measures:
         parts = [jax.device_get(self.judge(images[i])) for i in sampling.batches(len(images), 500)]
         return tuple(np.concatenate(x)[: len(images)] for x in zip(*parts, strict=True))
 
+    def _turns(self, images: np.ndarray) -> np.ndarray:
+        """Features of the network that was asked how images are turned."""
+        parts = [jax.device_get(self.turns(images[i])[0])
+                 for i in sampling.batches(len(images), 500)]  # fmt: skip
+        return np.concatenate(parts)[: len(images)]
+
     def row(self, name: str) -> dict[str, Any]:
         """The measures of a row."""
-        if name == _REAL:  # training images in the place of generated ones: hard to beat
-            images, labels = (x[: self.examples] for x in self.train)
-            return {"nfe": 0} | self._against(images, labels)
+        if name in _SANITY:
+            return {"nfe": 0} | self._against(*self._known(name))
         return self._generated(self.rows.generators[name])
+
+    def _known(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Images that nobody generated, and their labels."""
+        images, labels = self.train
+        if name == _REAL:  # in the place of generated ones: hard to beat
+            return images[: self.examples], labels[: self.examples]
+        if name == _REPEATED:
+            few = np.resize(np.arange(max(self.examples // 10, 1)), self.examples)
+            return images[few], labels[few]
+        wanted = np.arange(self.examples, dtype=np.int32) % self.rows.bench.data.num_classes
+        means = [images[labels == c].mean(0) for c in range(self.rows.bench.data.num_classes)]
+        return np.rint(np.stack(means)).astype(np.uint8)[wanted], wanted
 
     def _generated(self, generator: Generator) -> dict[str, Any]:
         rows = self.rows
@@ -245,6 +300,7 @@ class _Measures:
     def _against(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         features, logits = self._judged(images)
         moments = generative.moments(features)
+        turned = generative.moments(self._turns(images))
         some = min(len(features), len(self.features), 5000)
         support = generative.precision_recall(self.features[:some], features[:some])
         block = min(1000, some // _BLOCKS)
@@ -254,6 +310,8 @@ class _Measures:
         return {
             "FD to data": generative.frechet(moments, self.moments),
             "FD to teacher": generative.frechet(moments, self.teacher_moments),
+            "FD to data, by turns": generative.frechet(turned, self.turns_moments[0]),
+            "FD to teacher, by turns": generative.frechet(turned, self.turns_moments[1]),
             "KID to data": kernel.mean,
             "precision": support.precision,
             "recall": support.recall,
