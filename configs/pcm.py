@@ -5,12 +5,13 @@
 Arguments, joined by commas behind the colon:
 
     dataset=    soft4 (default) and other points, digits, fashion_mnist, and the rest, as in `flow`
-    baselines=  rows beside it, joined by +: progressive (default), adversarial, and those of
-                `flow`; empty for none
+    baselines=  rows beside it, joined by +: progressive (default), adversarial, consistency, and
+                those of `flow`; empty for none
     nfe=        phases, and network calls of the student (2)
     smoke       a run of seconds that only shows that everything works
 
-The row `adversarial` is PCM with a discriminator. Data, teacher, network and budget are those of
+The row `adversarial` is PCM with a discriminator, `consistency` has one phase and fresh noise between
+its calls. Data, teacher, network and budget are those of
 `flow`. What it makes is what `dmd2` best starts from: give its workdir as `start=` there.
 
     config                              hardware
@@ -20,6 +21,8 @@ The row `adversarial` is PCM with a discriminator. Data, teacher, network and bu
 
 from jaxdistill import config as configs
 
+_OWN = {"adversarial": {"adversarial": 0.1}, "consistency": {"whole": True}}
+
 
 def get_config(argument=None, dataset=None):
     """The recipe of a data set."""
@@ -28,13 +31,14 @@ def get_config(argument=None, dataset=None):
     )
     dataset = arg["dataset"] if dataset is None else dataset
     names = [name for name in arg["baselines"].split("+") if name]
-    others = "+".join(name for name in names if name != "adversarial")
+    others = "+".join(name for name in names if name not in _OWN)
     smoke = ",smoke" if arg["smoke"] else ""
     config = configs.load(
         f"flow:method=pcm,baselines={others},nfe={arg['nfe']},seed={arg['seed']}{smoke}",
         {"data.name": dataset},
     ).unlock()
-    if "adversarial" in names:
-        config.baselines.adversarial = config.method.copy_and_resolve_references()
-        config.baselines.adversarial.adversarial = 0.1
+    for name in names:
+        if name in _OWN:
+            config.baselines[name] = config.method.copy_and_resolve_references()
+            config.baselines[name].update(_OWN[name])
     return config
