@@ -10,9 +10,9 @@ Arguments, joined by commas behind the colon:
     nfe=        phases, and network calls of the student (2)
     smoke       a run of seconds that only shows that everything works
 
-The row `adversarial` is PCM with a discriminator, `consistency` has one phase and fresh noise between
-its calls. Data, teacher, network and budget are those of
-`flow`. What it makes is what `dmd2` best starts from: give its workdir as `start=` there.
+The row `adversarial` is PCM with a discriminator, `consistency` has one phase and fresh noise
+between its calls. Data, teacher, network and budget are those of `flow`. What it makes is what
+`dmd2` best starts from: give its workdir as `start=` there.
 
     config                              hardware
     pcm:dataset=soft4 and other points  2 CPU cores, minutes
