@@ -267,7 +267,7 @@ def test_endpoints_of_pairs():
 def test_modes_are_found_with_their_mass():
     modes = grid25().modes
     keys = jax.random.split(KEY, 5000)
-    own = np.asarray(jax.vmap(grid25().sample)(keys)).reshape(-1, 2)
+    own = np.array(jax.vmap(grid25().sample)(keys)).reshape(-1, 2)
     found = modes_found(own, *modes)
     assert found.modes == 25 and found.mass_off < 0.05 and found.outside < 0.002
     # Half of the points in one place, a quarter nowhere, and the rest where they should be.
