@@ -243,8 +243,8 @@ def test_a_student_begins_where_another_of_its_teacher_ended(points, tmp_path):
         experiment.train(config, tmp_path / "new")
     with pytest.raises(InputError, match=r"the student in .*artifacts"):
         experiment.train(_begun(points, points), tmp_path / "new")  # with other modes
-    with pytest.raises(InputError, match="no file"):
-        experiment.train(_begun(points, tmp_path / "none"), tmp_path / "new")
+    with pytest.raises(InputError, match="none holds no student; give the workdir of a finished"):
+        experiment.set_up(_begun(points, tmp_path / "none"), tmp_path / "new")
     assert not (tmp_path / "new" / "artifacts").exists()
 
 

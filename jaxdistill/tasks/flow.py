@@ -349,14 +349,21 @@ def _student(folder: str, shapes: PyTree, teacher: Callable[[], str] | None) -> 
     Args:
         folder: Where it lies, as of `load_student`.
         shapes: Those of what it has learned.
-        teacher: Gives the checksum of the teacher that it must be of.
+        teacher: Gives the checksum of the teacher that it must be of; None where nothing is read.
+
+    Raises:
+        InputError: If none lies there. Whose it is will be seen when it is read.
     """
+    if teacher is not None and not (_artefact(folder) / ARTEFACT).is_file():
+        raise InputError(
+            f"method.start={folder} holds no student; give the workdir of a finished run"
+        )
 
     @functools.cache
     def read():
         where = _artefact(folder)
         params, card = weights.load(where, "student")
-        if teacher is not None and card.get("provenance", {}).get("teacher_sha256") != teacher():
+        if card.get("provenance", {}).get("teacher_sha256") != teacher():
             raise InputError(f"the student in {where} is of another teacher; give one of this one")
         weights.check_shapes(f"the student in {where}", params, shapes)
         return params, card["sha256"]

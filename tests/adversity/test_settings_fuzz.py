@@ -23,6 +23,7 @@ SPECS = {
     "ncfm:dataset=digits,ipc=1,smoke,baselines=dm+random+start": "condense",
     "flow:dataset=soft4,smoke,baselines=linear+progressive+endpoint_8x": "points",
     "flow:dataset=digits,smoke,baselines=straight+gaussian": "images",
+    "dmd2:smoke,baselines=adversarial+pcm+meanflow": "two calls",
     "genrecal:smoke,tokenizers=one,patches=one,"
     "baselines=alm+dskd+gkd+minillm+distillm+llava_kd": "answers",
 }
