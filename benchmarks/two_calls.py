@@ -65,7 +65,7 @@ def _slug(*parts: object) -> str:
 def _trained(name: str, method: str, own: dict, seed: int, workdir: Path, args) -> list[dict]:
     """One stage, in its folder."""
     overrides = {"teacher.dir": str(args.workdir / f"teacher-{name}" / "teacher")}
-    overrides |= {f"method.{key}": repr(value) for key, value in own.items()}
+    overrides |= {f"method.{key}": str(value) for key, value in own.items()}
     overrides |= {"evals.samples.teacher_rows": "()", "run.chunk": "50"}
     spec = f"flow:dataset={name},method={method},baselines=,seed={seed}"
     config = jaxdistill.load_config(spec, overrides)
