@@ -101,9 +101,11 @@ class FlowTask(NamedTuple):
         nfe: Network calls of one of its velocities.
         plain: As `velocity`, without guidance.
         guidance: The scale of the guidance in `velocity`; 1 for none.
+        null: The label that says nothing, where the teacher has learned one.
         teacher: `{"teacher": params}`.
         examples: What the steps' batches are drawn from, where they need real examples.
-        student: `(folder, shapes) -> Stored`: what another student of this teacher has learned.
+        student: `(folder, shapes, alpha) -> Stored`: what another student of this teacher has
+            learned, on adapters of that scale times their rank.
         specs: `(tree, mesh) -> PyTree`: how large trees are laid out on the devices.
     """
 
@@ -118,9 +120,10 @@ class FlowTask(NamedTuple):
     nfe: int
     plain: Callable[[Frozen, Array, Array, Array], Array]
     guidance: float
+    null: int | None
     teacher: Part
     examples: Part
-    student: Callable[[str, PyTree], Stored]
+    student: Callable[[str, PyTree, float], Stored]
     specs: Callable[[PyTree, Any], PyTree]
 
 

@@ -248,6 +248,24 @@ def test_a_student_begins_where_another_of_its_teacher_ended(points, tmp_path):
     assert not (tmp_path / "new" / "artifacts").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"method.alpha": "12.0"}, r"has adapters of method.alpha=12.0, this run's have 3.0"),
+        ({"method.unit": "step"}, "has gammas of a step"),
+    ],
+)
+def test_starts_that_would_be_other_functions_are_refused(given, said, tmp_path):
+    config = configs.load(f"{ALONE},method=arcflow", given)
+    card = {"config": config.to_dict(), "method": "arcflow"}
+    with pytest.raises(InputError, match=said):
+        flow._check_start(tmp_path, card, 3.0)
+    plain = {"config": configs.load(f"{ALONE},method=arcflow").to_dict(), "method": "arcflow"}
+    flow._check_start(tmp_path, plain, 3.0)
+    with pytest.raises(InputError, match="is not the card of a student of this version"):
+        flow._check_start(tmp_path, {}, 3.0)
+
+
 @pytest.mark.slow
 def test_every_student_runs(tmp_path, points):
     config = configs.load(
@@ -306,6 +324,11 @@ def test_a_student_starts_as_its_teacher(points):
         (POINTS, ["evals.samples.nfe=()"], "give the numbers of network calls"),
         (POINTS, ["teacher.guidance=2.0"], "needs a teacher that knows the null"),
         (POINTS, ["teacher.label_drop=0.1"], "soft4 has no labels to drop"),
+        (
+            "dmd2:dataset=digits,smoke,baselines=",
+            ["method.guidance=2.0", "teacher.label_drop=0.0"],
+            "a teacher that knows the null label",
+        ),
         (POINTS, ["model.network=dit"], r"model\.network=mlp goes with points"),
         (POINTS, ["method.elastic=(1,2)", "method.from_data=True"], "elastic goes with segments"),
         (

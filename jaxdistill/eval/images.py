@@ -274,7 +274,7 @@ class _Measures:
         if name == _REAL:  # in the place of generated ones: hard to beat
             return images[: self.examples], labels[: self.examples]
         if name == _REPEATED:
-            few = np.resize(np.arange(max(self.examples // 10, 1)), self.examples)
+            few = np.arange(self.examples) % max(min(self.examples, len(images)) // 10, 1)
             return images[few], labels[few]
         wanted = np.arange(self.examples, dtype=np.int32) % self.rows.bench.data.num_classes
         means = [images[labels == c].mean(0) for c in range(self.rows.bench.data.num_classes)]

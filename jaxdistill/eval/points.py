@@ -58,7 +58,7 @@ def evaluate(
         Interrupted: If it is stopped; what is measured by then is kept.
     """
     rows = sampling.rows(bench, nfe, teacher_rows, batch_size)
-    protocol = digest([examples, reference_steps, _REFERENCE, bench.identity])
+    protocol = digest([examples, reference_steps, _REFERENCE, "modes", bench.identity])
     names = list(rows.generators)
 
     def work():

@@ -44,6 +44,7 @@ from jaxdistill.nn.momentum_head import MomentumHead
 from jaxdistill.task import FlowTask, Part, Recipe
 
 _FLOOR = 1e-6  # of the normalizer
+_STUDENT = 0x73747564  # a number that splitting an example's key does not fold into it
 Interval = tuple[Annotated[float, Between(0, 1)], ...]
 
 
@@ -532,7 +533,7 @@ def dmd2(
         metrics = jax.tree.map(lambda x: x.mean(0), metrics)
 
         own = jax.tree.map(lambda x: x[0], parts)
-        own["keys"] = jax.vmap(lambda k: jax.random.fold_in(k, updates))(own["keys"])
+        own["keys"] = jax.vmap(lambda k: jax.random.fold_in(k, _STUDENT))(own["keys"])
         begin = begun(game, state.trainable, still, own["keys"], k_student)
         k_push, k_anchor = streams(begin.keys, 2)
 
@@ -568,6 +569,12 @@ def dmd2(
 
 def _in_parts(batch: Batch, number: int) -> Batch:
     """A batch as so many; each device's share of it becomes a share of each."""
+    size = len(jax.tree.leaves(batch)[0])
+    if size % number:
+        raise InputError(
+            f"a device's {size} examples are no multiple of method.critic_updates={number}; give a "
+            "method.batch_size that the devices divide, or parallel.backend=jit"
+        )
     return jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(len(x) // number, number, *x.shape[1:]), 1, 0), batch
     )
@@ -675,6 +682,12 @@ def recipe(
     matching, updates, adversary, positives, phases, training = grouped(rest, *groups)
     if updates.blend and modes > 1:
         raise InputError("method.blend mixes student and critic, which are alike for modes=1 alone")
+    guidance = task.guidance if matching.guidance is None else matching.guidance
+    if guidance != 1.0 and task.null is None:
+        raise InputError(
+            f"method.guidance={guidance} needs a teacher that knows the null label; set "
+            "method.guidance=1.0, or train it with teacher.label_drop above 0"
+        )
     played = adversary.adversarial > 0
     line = MomentumHead(1, task.shape[-1], task.trunk.patch, curved=False)
     critic = adapt.adapted(task, line, momentum_policy(), training)
@@ -685,7 +698,8 @@ def recipe(
     frozen, begin = task.teacher, student.init
     if start is not None:
         shapes = jax.eval_shape(student.init, jax.random.key(0), task.teacher.shapes)
-        stored = task.student(start, shapes)
+        alpha = training.rank if training.alpha is None else training.alpha
+        stored = task.student(start, shapes, float(alpha))
         frozen = Part(
             task.teacher.shapes | {"start": shapes},
             lambda: task.teacher.load() | {"start": stored.load()},
@@ -711,7 +725,7 @@ def recipe(
         task.num_classes,
         training.nfe,
         task.shift,
-        task.guidance if matching.guidance is None else matching.guidance,
+        guidance,
         matching,
         updates,
         phases,
@@ -722,6 +736,7 @@ def recipe(
         blocks,
     )
     size = training.batch_size * updates.critic_updates
+    heads = ("heads_learning_rate",) if played else ()
     slow = training._replace(learning_rate=updates.critic_learning_rate, warmup=0)
     options = {"b1": 0.0, "b2": 0.99}
     method = dmd2(
@@ -736,7 +751,7 @@ def recipe(
         ema_from=adapt.warmup_of(training, training.steps),
     )
     made = adapt.student_recipe(task, student, method, training)
-    made = made._replace(frozen=frozen, rates=("learning_rate", "critic_learning_rate"))
+    made = made._replace(frozen=frozen, rates=("learning_rate", "critic_learning_rate", *heads))
     if start is not None:
         made = made._replace(source=lambda: {"start_sha256": stored.sha256()})
     return made if matching.transition == "ode" else adapt.with_fresh_noise(made, task, student)

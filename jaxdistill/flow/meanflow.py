@@ -33,6 +33,7 @@ from jaxdistill.flow.students import (
 )
 from jaxdistill.keywords import Between, Fraction, Rate, grouped
 from jaxdistill.method import Batch, BatchSpec, Frozen, Method
+from jaxdistill.nn.dit import DiT
 from jaxdistill.nn.momentum_head import MomentumHead
 from jaxdistill.task import FlowTask, Recipe
 
@@ -220,6 +221,9 @@ def recipe(
     means, training = grouped(rest, Means, adapt.Training)
     if fresh and training.rank:
         raise InputError("method.fresh trains the whole network; set method.rank=0 with it")
+    if isinstance(task.trunk, DiT):
+        # The kernel of attention has no forward derivative.
+        task = task._replace(trunk=task.trunk.clone(per_device=None))
     head = MomentumHead(1, task.shape[-1], task.trunk.patch, curved=False)
     student = adapt.adapted(task, head, momentum_policy(), training, spans=True)
 

@@ -308,8 +308,10 @@ def pcm(
                 collective.mean(slope), heads_opt, heads
             )
             heads = optax.apply_updates(heads, updates)
-        metrics["queries"] = jnp.float32(teacher_nfe)
-        done = state.step + 1, state.queries + teacher_nfe
+        # What a discriminator sees are the blocks of the teacher, of both ends.
+        asked = teacher_nfe + 2 * played
+        metrics["queries"] = jnp.float32(asked)
+        done = state.step + 1, state.queries + asked
         return PCMState(trainable, heads, (opt, heads_opt), average, *done), metrics
 
     return Method(init, step, lambda state: state.average, batches)
@@ -355,4 +357,6 @@ def recipe(
         ema_from=adapt.warmup_of(training, training.steps),
     )
     made = adapt.student_recipe(task, student, method, training)
+    if played:
+        made = made._replace(rates=(*made.rates, "heads_learning_rate"))
     return adapt.with_fresh_noise(made, task, student) if whole else made

@@ -164,7 +164,7 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
     return Loaded(
         task._replace(
             teacher=task.teacher._replace(load=lambda: {"teacher": read()[0]}),
-            student=lambda folder, shapes: _student(folder, shapes, lambda: read()[1]),
+            student=lambda *args: _student(*args, lambda: read()[1]),
         ),
         data,
         source,
@@ -268,9 +268,10 @@ def _task(groups, name, shape, num_classes, batches, data, examples, target) -> 
         nfe,
         plain,
         groups.teacher.guidance,
+        num_classes if num_classes and groups.teacher.label_drop else None,
         Part({"teacher": params}),
         examples,
-        lambda folder, shapes: _student(folder, shapes, None),
+        lambda *args: _student(*args, None),
         fully_sharded if sharded else replicated,
     )
 
@@ -343,12 +344,15 @@ def _velocities(teacher: Teacher, trunk: Any, num_classes: int, target: Target |
     return velocity, plain, 1 if teacher.guidance == 1.0 else 2
 
 
-def _student(folder: str, shapes: PyTree, teacher: Callable[[], str] | None) -> Stored:
+def _student(
+    folder: str, shapes: PyTree, alpha: float, teacher: Callable[[], str] | None
+) -> Stored:
     """A student on disk, to begin from.
 
     Args:
         folder: Where it lies, as of `load_student`.
         shapes: Those of what it has learned.
+        alpha: What its adapters are scaled by, times their rank.
         teacher: Gives the checksum of the teacher that it must be of; None where nothing is read.
 
     Raises:
@@ -366,9 +370,36 @@ def _student(folder: str, shapes: PyTree, teacher: Callable[[], str] | None) -> 
         if card.get("provenance", {}).get("teacher_sha256") != teacher():
             raise InputError(f"the student in {where} is of another teacher; give one of this one")
         weights.check_shapes(f"the student in {where}", params, shapes)
+        _check_start(where, card, alpha)
         return params, card["sha256"]
 
     return Stored(lambda: read()[0], lambda: read()[1])
+
+
+def _check_start(folder: Path, card: dict, alpha: float) -> None:
+    """Refuses a student whose parameters would be another function here.
+
+    Raises:
+        InputError: If its settings say so, or cannot be read.
+    """
+    try:
+        settings = resolve(card["config"]).rows[card["method"]].settings
+    except (KeyError, TypeError, InputError) as error:
+        raise InputError(
+            f"{folder / 'student.json'} is not the card of a student of this version "
+            f"({one_line(error)}); train it again"
+        ) from error
+    known = settings["rank"] if settings["alpha"] is None else settings["alpha"]
+    if settings["rank"] and known != alpha:
+        raise InputError(
+            f"the student in {folder} has adapters of method.alpha={known}, this run's have "
+            f"{alpha}; give them the same"
+        )
+    if settings.get("unit", "time") != "time" or card.get("last", 1.0) != 1.0:
+        raise InputError(
+            f"the student in {folder} has gammas of a step, or a shorter last segment, which this "
+            "method has not; begin from another"
+        )
 
 
 # ---------------------------------------------------------------------------- the teacher

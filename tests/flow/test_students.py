@@ -1,6 +1,7 @@
 """The training of students: on one device and on eight, and that it reaches what it promises."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from jaxdistill import config as configs
 from jaxdistill import keywords, runner, settings, stage
 from jaxdistill.errors import InputError
+from jaxdistill.eval.generative import sliced_wasserstein
 from jaxdistill.flow import adapt, paths, samplers, transports
 from jaxdistill.flow.arcflow import _gaps, arcflow
 from jaxdistill.flow.dmd2 import Critic, Game, Matching, Optimizers, Positives, dmd2
@@ -42,6 +44,7 @@ from tests.test_method_contract import together
 
 MODES, WIDTH = 4, 24
 SHAPE = (1, 1, 2)
+KEY = jax.random.key(2)
 
 
 def network(params, x, t):
@@ -274,6 +277,54 @@ def test_curves_come_nearer_to_the_teachers_ends_than_lines():
     truth = samplers.rk4(soft4().velocity, z, paths.shifted(paths.boundaries(256), 3.2))
     untrained = jnp.sqrt(jnp.square(samplers.euler(soft4().velocity, z, times) - truth).mean())
     assert bent < 0.6 * straight < 0.6 * 0.5 * untrained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pcm", "meanflow", "dmd2"])
+def test_students_of_two_calls_are_nearer_to_the_data_than_euler(name):
+    """From nothing, in a few seconds; a loss of the other sign or of other times would not."""
+    keys, made = BatchSpec("keys", 256), student(curved=False)
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, 800))
+
+    def line(params, frozen, x, t, label):
+        return made.apply(params, frozen, x, t, label)[0].mean(-1)
+
+    fed = {"batches": keys, "data": points}
+
+    def mean(params, frozen, x, t, r, label):
+        more = (t - r)[:, None, None, None] * line(params[1], frozen, x, t, label)
+        return line(params[0], frozen, x, t, label) + more
+
+    method = {
+        "pcm": lambda: pcm(made, exact, optimizer, shift=3.2, phases=Phases(grid=16), **fed),
+        "meanflow": lambda: meanflow(
+            lambda key, frozen: [made.init(k, ()) for k in jax.random.split(key)],
+            mean, optimizer, teacher=exact, shift=3.2, means=Means(power=0.0, apart=0.75), **fed,
+        ),
+        "dmd2": lambda: dmd2(
+            Game(made, exact, exact, made.init, line, SHAPE, shift=3.2,
+                 updates=Critic(critic_updates=4)),
+            Optimizers(optax.adam(optax.cosine_decay_schedule(2e-3, 800)), optax.adam(5e-3)),
+            batches=BatchSpec("keys", 1024),
+        ),
+    }[name]()  # fmt: skip
+    state = runner.run(method, key=jax.random.key(0), steps=800, chunk=100)
+    params, label = method.output(state), jnp.zeros(2048, jnp.int32)
+    z = jax.random.normal(jax.random.key(9), (2048, *SHAPE))
+    times = paths.shifted(paths.boundaries(2), 3.2)
+    if name == "meanflow":
+        ends = z
+        for t, r in itertools.pairwise(times):
+            both = jnp.full(2048, t), jnp.full(2048, r)
+            ends = ends - (t - r) * mean(params, (), ends, *both, label)
+    else:
+        ends = sample(made, params, (), z, label, nfe=2, shift=3.2)
+    data, _ = points({"keys": jax.random.split(jax.random.key(10), 2048)})
+    far = [
+        sliced_wasserstein(np.asarray(x).reshape(-1, 2), np.asarray(data).reshape(-1, 2), KEY)
+        for x in (ends, samplers.euler(soft4().velocity, z, times))
+    ]
+    assert far[0] < 0.6 * far[1]
 
 
 @pytest.mark.slow

@@ -354,6 +354,117 @@ def test_each_player_moves_itself_alone():
     assert not any(jnp.any(x) for x in jax.tree.leaves(slope))
 
 
+def _f(x):
+    return np.asarray(x, np.float64).reshape(len(x), -1)
+
+
+def test_what_critic_and_discriminator_descend():
+    """Noise minus example for the one; real ones large and the student's small for the other."""
+    one = game(
+        adversarial=0.3, discriminator=EYES, blocks=lambda p, f, x, t, label: x[None],
+        positives=Positives(share=0.5), shift=2.0,
+    )  # fmt: skip
+    params, heads = affine(jax.random.key(3)), {"d": jnp.array([0.7, -0.4])}
+    x, real, _ = some(4)
+    begin = dmd2s.Begun(x, jnp.ones(N), LABEL, KEYS)
+    value, said = dmd2s.critic_loss(one, params, heads, (), begin, x, (real, LABEL))
+    k_critic, k_blur = pcm.streams(KEYS, 2)
+
+    def drawn(keys):
+        k_noise, k_time = pcm.streams(keys, 2)
+        raw = _f(jax.vmap(jax.random.uniform)(k_time))
+        return 2 * raw / (1 + raw), _f(pcm.noise_like(x, k_noise))
+
+    t, noise = drawn(k_critic)
+    p = {k: np.asarray(v, np.float64) for k, v in params.items()}
+    there = (1 - t) * _f(x) + t * noise
+    gap = there @ p["w"] + t * p["t"] + p["b"] - (noise - _f(x))
+    np.testing.assert_allclose(said["critic"], (gap**2).mean(), rtol=1e-4)
+    t, noise = drawn(k_blur)
+    d = np.array([0.7, -0.4])
+    looks = [((1 - t) * _f(v) + t * noise) @ d for v in (real, x)]
+    wanted = np.log1p(np.exp(-looks[0])).mean() + np.log1p(np.exp(looks[1])).mean()
+    np.testing.assert_allclose(said["discriminator"], wanted, rtol=1e-4)
+    np.testing.assert_allclose(value, said["critic"] + wanted / 2, rtol=1e-4)
+
+
+def test_noise_is_drawn_between_the_bounds():
+    x, *_ = some(4)
+    shown, t, noise = dmd2s.noised(x, KEYS, (0.4, 0.6), 2.0)
+    low, high = (2 * r / (1 + r) for r in (0.4, 0.6))
+    assert low <= t.min() < low + 0.05 and high - 0.05 < t.max() <= high
+    np.testing.assert_allclose(shown, paths.interpolate(x, noise, t), rtol=1e-6)
+
+
+def test_what_passes_for_real_is_shared_as_said():
+    """Data with labels of their own; the teacher's examples with those that were asked for."""
+    far = lambda batch: (jnp.full((len(batch["keys"]), *SHAPE), 50.0), LABEL + 7)  # noqa: E731
+    shares = {}
+    for real in (0.0, 0.25, 1.0):
+        one = game(positives=Positives(real=real, teacher_steps=4))._replace(data=far)
+        made, label = dmd2s.real_examples(one, (), {"keys": KEYS}, LABEL + 3, KEYS)
+        data = np.asarray(made[:, 0, 0, 0] == 50)
+        np.testing.assert_array_equal(label, np.where(data, 7, 3))
+        assert np.abs(np.asarray(made)[~data]).max(initial=0) < 10
+        shares[real] = data.mean()
+    assert shares[0.0] == 0 and shares[1.0] == 1 and 0.1 < shares[0.25] < 0.4
+
+
+def test_a_student_steps_against_its_push():
+    one = game(updates=Critic(critic_updates=2), shift=2.0)
+    optimizers = Optimizers(optax.sgd(1.0), optax.sgd(0.0))
+    method = dmd2(one, optimizers, batches=BatchSpec("keys", 2 * N))
+    batch = {"keys": jax.random.split(jax.random.key(5), 2 * N)}
+    state = method.init(jax.random.key(0), (), batch)
+    key = jax.random.key(4)
+    after, _ = jax.jit(method.step)(state, (), batch, key)
+    own = jax.vmap(lambda k: jax.random.fold_in(k, dmd2s._STUDENT))(batch["keys"][::2])
+    begin = dmd2s.begun(one, state.trainable, (), own, jax.random.split(key)[1])
+    x = dmd2s.generated(one, state.trainable, (), begin)
+    keys = pcm.streams(pcm.streams(begin.keys, 2)[0], 2)[0]
+    g = dmd2s.matched(one, state.critic, (), x, begin.label, keys)
+
+    def distance(params):
+        return jnp.square(dmd2s.generated(one, params, (), begin) - (x - g)).mean() / 2
+
+    slope = jax.grad(distance)(state.trainable)
+    for name, wanted in slope.items():
+        moved = state.trainable[name] - after.trainable[name]
+        np.testing.assert_allclose(moved, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_both_players_of_pcm():
+    """What tells the ends apart, and what the student descends beside consistency."""
+    method = pcm.pcm(
+        STUDENT, exact, optax.sgd(1.0),
+        batches=BatchSpec("keys", N), data=points, phases=Phases(grid=8), shift=2.0,
+        adversarial=0.5, discriminator=EYES, blocks=lambda f, x, t, label: (
+            x + t[:, None, None, None]
+        )[None],
+    )  # fmt: skip
+    state = method.init(jax.random.key(0), (), {"keys": KEYS})
+    after, said = method.step(state, (), {"keys": KEYS}, jax.random.key(0))
+    assert int(after.queries) == 3  # one step of the teacher's, and its blocks twice
+    x, _ = points({"keys": KEYS})
+    k_noise, k_place, *k_blur = pcm.streams(KEYS, 4)
+    at = draw_point(k_place, 8, 2)
+    args = x, pcm.noise_like(x, k_noise), at, LABEL, Phases(grid=8), 2.0
+    pair = pcm.consistency(STUDENT, exact, state.trainable, (), *args)
+    edge, level = (_f(paths.shifted(v, 2.0)) for v in (at.edge, at.re_noised))
+    keep = (1 - level) / (1 - edge)
+    std = np.sqrt(np.maximum(level**2 - (keep * edge) ** 2, 0))
+    d = np.asarray(state.heads["d"], np.float64)
+    fake, real = (
+        (keep * _f(end) + std * _f(pcm.noise_like(x, k)) + level) @ d
+        for end, k in zip((pair.made, pair.wanted), k_blur, strict=True)
+    )
+    fooled = np.log1p(np.exp(-fake)).mean()
+    np.testing.assert_allclose(said["generator"], fooled, rtol=1e-4)
+    apart = np.log1p(np.exp(-real)).mean() + np.log1p(np.exp(fake)).mean()
+    np.testing.assert_allclose(said["discriminator"], apart, rtol=1e-4)
+    np.testing.assert_allclose(said["loss"], said["consistency"] + fooled / 2, rtol=1e-4)
+
+
 def test_a_critic_takes_over_a_part_of_the_student():
     updates = Critic(critic_updates=2, blend=0.25)
     method, state, batch = played((0.1, 0.0), updates=updates)
