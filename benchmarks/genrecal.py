@@ -25,7 +25,7 @@ import recording
 
 import jaxdistill
 from jaxdistill.data import sources, vqa
-from jaxdistill.eval import results
+from jaxdistill.eval import answers, results
 
 _RECORD = recording.FOLDER / "genrecal.json"
 _TUNING = recording.FOLDER / "genrecal_tuning.json"
@@ -115,7 +115,9 @@ def _run(tokenizers: str, arm: str, rate: float, seed: int, args: argparse.Names
     name = re.sub("[^a-z0-9]+", "-", f"{arm} {rate}")
     config.baselines = {name: _row(_ARMS[tokenizers][arm], rate)}
     workdir = args.workdir / f"{tokenizers}-{seed}{'-tuning' if args.tune else ''}"
-    found = [r for r in jaxdistill.train(config, workdir) if r["row"] == name]
+    records = jaxdistill.train(config, workdir)
+    found = [r for r in records if r["row"] == name]
+    known = {r["row"]: r["value"] for r in records if r["metric"] == "exact match"}
     said = json.loads((workdir / "answers" / f"{name}.json").read_text())
     card = json.loads((workdir / "baselines" / name / "artifacts" / "student.json").read_text())
     return {
@@ -124,6 +126,7 @@ def _run(tokenizers: str, arm: str, rate: float, seed: int, args: argparse.Names
         "seed": seed,
         "rate": rate,
         "results": [{k: r[k] for k in ("evaluation", "metric", "value")} for r in found],
+        "beside": {row: known[row] for row in answers.ROWS},
         "answers": said if not args.tune else None,
         "cost": card["cost"],
         "settings": card["settings"]["method"],

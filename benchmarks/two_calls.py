@@ -6,13 +6,14 @@
 
 All students of a data set follow one teacher, that of the folder `teacher-NAME`. An arm has one
 stage or several, each of which begins where the one before ended, and they share its seconds; steps
-follow from the seconds that a step was measured to take here (`_SECONDS`), and the record has those
-that it took. A rate is chosen for each arm from the same three, with seed 100, which no run of the
+follow from the seconds that a step takes in two short runs before, and the record has those that it
+took. A rate is chosen for each arm from the same three, with seed 100, which no run of the
 table has, by the sliced Wasserstein distance to the data. Records go to
 `benchmarks/records/two_calls_NAME.json` run by run, and the same command goes on.
 """
 
 import argparse
+import json
 import re
 from pathlib import Path
 
@@ -26,6 +27,7 @@ _POINTS = ("grid25", "ring8", "soft4")
 _BUDGET = 45  # seconds of an arm
 _RATES = (0.0003, 0.001, 0.003)
 _TUNING_SEED = 100
+_PROBES = (100, 500)  # steps of the runs that a step is timed by
 _CHOSEN_BY = "sliced W2 to data"
 _GAN = {"adversarial": 1.0, "match": 0.0, "augment": 0.0, "match_norms": False}
 # What an arm goes through: a method, its settings, and its share of the seconds.
@@ -45,16 +47,6 @@ _ARMS = {
     ],
     "pcm, gan": [("pcm", {}, 1 / 3), ("dmd2", _GAN, 2 / 3)],
 }
-# CPU seconds of a step of 256 points, without compilation.
-_SECONDS = {
-    "linear": 0.026,
-    "arcflow": 0.034,
-    "progressive": 0.006,
-    "pcm": 0.005,
-    "meanflow": 0.008,
-    "dmd2": 0.03,
-    "dmd2 and heads": 0.13,
-}
 _COLUMNS = ("sliced W2 to data", "modes", "mass off", "outside", "endpoint RMSE")
 
 
@@ -62,14 +54,38 @@ def _slug(*parts: object) -> str:
     return re.sub("[^a-z0-9]+", "-", " ".join(map(str, parts)))
 
 
-def _trained(name: str, method: str, own: dict, seed: int, workdir: Path, args) -> list[dict]:
-    """One stage, in its folder."""
+def _config(name: str, method: str, own: dict, seed: int, args: argparse.Namespace):
+    """The config of one stage."""
     overrides = {"teacher.dir": str(args.workdir / f"teacher-{name}" / "teacher")}
     overrides |= {f"method.{key}": str(value) for key, value in own.items()}
     overrides |= {"evals.samples.teacher_rows": "()", "run.chunk": "50"}
     spec = f"flow:dataset={name},method={method},baselines=,seed={seed}"
-    config = jaxdistill.load_config(spec, overrides)
-    return recording.samples(jaxdistill.train(config, workdir))
+    return jaxdistill.load_config(spec, overrides).unlock()
+
+
+def _spent(workdir: Path) -> float:
+    """CPU seconds of the student of a folder."""
+    card = json.loads((workdir / "artifacts" / "student.json").read_text())
+    return card["cost"]["cpu_seconds"]
+
+
+def _seconds(name: str, method: str, own: dict, args: argparse.Namespace) -> float:
+    """CPU seconds of a step, by two runs whose compilation is alike; kept in the workdir."""
+    path = args.workdir / "seconds.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    key = _slug(name, method, *own)
+    if key not in known:
+        spent = []
+        # The first compiles for both.
+        for i, steps in enumerate((_PROBES[0], *_PROBES)):
+            config = _config(name, method, own | {"steps": steps, "batch_size": 256}, 0, args)
+            config.evals = {}
+            workdir = args.workdir / f"seconds-{key}-{i}"
+            jaxdistill.train(config, workdir)
+            spent.append(_spent(workdir))
+        known[key] = max((spent[2] - spent[1]) / (_PROBES[1] - _PROBES[0]), 1e-4)
+        recording.write(path, known)
+    return known[key]
 
 
 def _teacher(name: str, args: argparse.Namespace) -> None:
@@ -87,17 +103,16 @@ def _run(name: str, arm: str, rate: float, seed: int, args: argparse.Namespace) 
     """All stages of an arm; the record of the last."""
     start, spent = None, []
     for i, (method, own, share) in enumerate(_ARMS[arm]):
-        played = "dmd2 and heads" if own.get("adversarial") else method
-        steps = max(round(args.budget * share / _SECONDS[played]), 10)
+        steps = max(round(args.budget * share / _seconds(name, method, own, args)), 10)
         settings = own | {"learning_rate": rate, "steps": steps, "batch_size": 256}
         if method == "dmd2":
             settings["critic_learning_rate"] = rate
             if start is not None:
                 settings["start"] = str(start)
         workdir = args.workdir / _slug(name, arm, i, rate, seed)
-        rows = _trained(name, method, settings, seed, workdir, args)
-        card = recording.students(workdir, method, ())["costs"][method]
-        spent.append(card["cpu_seconds"])
+        config = _config(name, method, settings, seed, args)
+        rows = recording.samples(jaxdistill.train(config, workdir))
+        spent.append(_spent(workdir))
         start = workdir
     row = next(r for r in rows if not r["row"].startswith("teacher"))
     seconds = float(sum(spent))

@@ -8,7 +8,7 @@ Arguments, joined by commas behind the colon:
                 digits, fashion_mnist, cifar10, any other TFDS name, or a path, as in `ncfm`;
                 latents_imagenet, latents_1mp: shapes alone, to compile for accelerators
     method=     arcflow (default), linear, straight, gaussian, endpoint, endpoint_8x, progressive,
-                ucgm
+                ucgm, pcm, meanflow, dmd2
     baselines=  rows beside it, joined by +: linear (default); empty for none
     nfe=        network calls of the students (2)
     smoke       a run of seconds that only shows that everything works

@@ -245,22 +245,23 @@ class _Measures:
         self.test_distances = self._nearest(few / np.float32(255))
         self.teacher_moments = generative.moments(self._judged(teachers / np.float32(255))[0])
         real = data.test.images[order], teachers / np.float32(255)
-        self.turns_moments = [generative.moments(self._turns(images)) for images in real]
+        self.turns_moments = [self._turned(images) for images in real]
         self.ends_features, _ = self._judged(pixels(ends))
 
     def _nearest(self, images: np.ndarray) -> np.ndarray:
         return generative.nearest(images, self.train[0] / np.float32(255))
 
-    def _judged(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Features and logits."""
-        parts = [jax.device_get(self.judge(images[i])) for i in sampling.batches(len(images), 500)]
+    def _judged(
+        self, images: np.ndarray, judge: Callable | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Features and logits, by the network that tells classes if no other is given."""
+        judge = self.judge if judge is None else judge
+        parts = [jax.device_get(judge(images[i])) for i in sampling.batches(len(images), 500)]
         return tuple(np.concatenate(x)[: len(images)] for x in zip(*parts, strict=True))
 
-    def _turns(self, images: np.ndarray) -> np.ndarray:
-        """Features of the network that was asked how images are turned."""
-        parts = [jax.device_get(self.turns(images[i])[0])
-                 for i in sampling.batches(len(images), 500)]  # fmt: skip
-        return np.concatenate(parts)[: len(images)]
+    def _turned(self, images: np.ndarray) -> generative.Moments:
+        """Moments by the network that was asked how images are turned."""
+        return generative.moments(self._judged(images, self.turns)[0])
 
     def row(self, name: str) -> dict[str, Any]:
         """The measures of a row."""
@@ -300,7 +301,7 @@ class _Measures:
     def _against(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         features, logits = self._judged(images)
         moments = generative.moments(features)
-        turned = generative.moments(self._turns(images))
+        turned = self._turned(images)
         some = min(len(features), len(self.features), 5000)
         support = generative.precision_recall(self.features[:some], features[:some])
         block = min(1000, some // _BLOCKS)

@@ -259,6 +259,24 @@ def options(task: FlowTask, training: Training, segments: Segments) -> dict[str,
     }
 
 
+def by_states(made: Recipe, states: Callable[..., Array]) -> Recipe:
+    """A recipe of a student that is sampled in a way of its own, with straight lines in pictures.
+
+    Args:
+        made: The recipe.
+        states: `(output, frozen, noise, label, nfe) -> (nfe, n, ...)`, those after each call.
+    """
+
+    def sample(output, frozen, noise, label, *, nfe):
+        return states(output, frozen, noise, label, nfe)[-1]
+
+    def trace(output, frozen, noise, label, *, nfe, parts):
+        calls = jnp.concatenate([noise[None], states(output, frozen, noise, label, nfe)])
+        return students.straight_lines(calls, parts)
+
+    return made._replace(sample=sample, trace=trace)
+
+
 def with_fresh_noise(made: Recipe, task: FlowTask, student: Student) -> Recipe:
     """A recipe of a student whose calls lead to the data, with fresh noise in between.
 

@@ -30,16 +30,15 @@ from jaxdistill.flow.students import (
     Teacher,
     check_velocity,
     chosen,
+    descent,
     ended,
     mean_square,
     noise_like,
-    power_average,
     streams,
     walked,
 )
 from jaxdistill.keywords import Between, Fraction, Rate, Weight, grouped
 from jaxdistill.method import Batch, BatchSpec, Frozen, Method
-from jaxdistill.nn.discriminator import by_block
 from jaxdistill.nn.momentum_head import MomentumHead
 from jaxdistill.task import FlowTask, Part, Recipe
 
@@ -77,7 +76,7 @@ class Matching(NamedTuple):
     anchor: Weight = 0.0
 
 
-class Critic(NamedTuple):
+class Updates(NamedTuple):
     """How the critic is trained.
 
     Attributes:
@@ -207,7 +206,7 @@ class Game(NamedTuple):
     shift: float = 1.0
     guidance: float = 1.0
     matching: Matching = Matching()
-    updates: Critic = Critic()
+    updates: Updates = Updates()
     phases: Phases = Phases()
     data: Callable[[Batch], tuple[Examples, Labels]] | None = None
     adversarial: float = 0.0
@@ -486,6 +485,7 @@ def dmd2(
     """
     check(game, batches)
     updates, student = game.updates.critic_updates, game.student
+    descend = descent(optimizers.student, power=ema_power, begin=ema_from)
 
     def init(key, frozen, batch):
         del batch
@@ -549,20 +549,16 @@ def dmd2(
             metrics["anchor"], slope = jax.value_and_grad(loss)(state.trainable)
             add = lambda g, s: g + game.matching.anchor * s  # noqa: E731
             grads = jax.tree.map(add, grads, slope)
-        grads = collective.mean(grads)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        new, opt = optimizers.student.update(grads, state.opt[0], state.trainable)
-        trainable = optax.apply_updates(state.trainable, new)
-        average = power_average(
-            state.average, trainable, state.step, power=ema_power, begin=ema_from
+        moved, metrics["grad_norm"] = descend(
+            grads, state.trainable, state.opt[0], state.average, state.step
         )
         if game.updates.blend:
             part = game.updates.blend
-            critic = jax.tree.map(lambda c, s: (1 - part) * c + part * s, critic, trainable)
+            critic = jax.tree.map(lambda c, s: (1 - part) * c + part * s, critic, moved.trainable)
         asked = _queries(game, teacher_nfe)
         metrics["queries"] = jnp.float32(asked)
-        done = state.step + 1, state.queries + asked
-        return DMD2State(trainable, critic, heads, (opt, *opts), average, *done), metrics
+        opt, done = (moved.opt, *opts), (state.step + 1, state.queries + asked)
+        return DMD2State(moved.trainable, critic, heads, opt, moved.average, *done), metrics
 
     return Method(init, step, lambda state: state.average, batches)
 
@@ -662,7 +658,7 @@ def recipe(
     start: str | None = None,
     modes: Annotated[int, Between(1, 1000)] = 1,
     gan_loss: gan.Loss = "logistic",
-    **rest: Annotated[Any, Matching, Critic, Adversary, Positives, Phases, adapt.Training],
+    **rest: Annotated[Any, Matching, Updates, Adversary, Positives, Phases, adapt.Training],
 ) -> Recipe:
     """A student whose examples become as likely as the teacher's.
 
@@ -672,13 +668,13 @@ def recipe(
             adapters; by default it starts as the teacher.
         modes: Modes of the student's head: 1 is a straight line, more are ArcFlow's curve.
         gan_loss: What student and discriminator descend; see `gan.Loss`.
-        **rest: Settings of `Matching`, `Critic`, `gan.Adversary`, `Positives`, `pcm.Phases` (those
+        **rest: Settings of `Matching`, `Updates`, `gan.Adversary`, `Positives`, `pcm.Phases` (those
             of the anchor) and `adapt.Training`.
 
     Raises:
         InputError: If the settings do not fit each other or the task.
     """
-    groups = Matching, Critic, Adversary, Positives, Phases, adapt.Training
+    groups = Matching, Updates, Adversary, Positives, Phases, adapt.Training
     matching, updates, adversary, positives, phases, training = grouped(rest, *groups)
     if updates.blend and modes > 1:
         raise InputError("method.blend mixes student and critic, which are alike for modes=1 alone")
@@ -710,10 +706,10 @@ def recipe(
         field = critic.policy.begin(critic.apply(params, frozen, x, t, label), x, t, t)
         return critic.policy.velocity(field, x, t)
 
-    def blocks(params, frozen, x, t, label):
-        if positives.sees == "critic":
-            return adapt.block_features(task, training)(params, frozen, x, t, label)
-        return by_block(task.trunk, frozen["teacher"], x, t, label)
+    known = gan.blocks_of_teacher(task)
+    blocks = adapt.block_features(task, training)
+    if positives.sees == "teacher":
+        blocks = lambda params, *args: known(*args)  # noqa: E731
 
     game = Game(
         student._replace(init=begin),

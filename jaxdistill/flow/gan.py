@@ -97,6 +97,15 @@ def renoised(x: Examples, noise: Examples, start: Times, end: Times) -> Examples
     return expand(keep, x) * x + expand(deviation, x) * noise
 
 
+def blocks_of_teacher(task: FlowTask) -> Callable[..., Float[Array, "depth n gh gw d"]]:
+    """`(frozen, x, t, label) -> blocks` of the teacher's network.
+
+    Args:
+        task: Whose teacher it is.
+    """
+    return lambda frozen, x, t, label: by_block(task.trunk, frozen["teacher"], x, t, label)
+
+
 def discriminator(task: FlowTask, adversary: Adversary, loss: Loss) -> Discriminator:
     """A discriminator on the blocks of the teacher's network, or of one like it.
 

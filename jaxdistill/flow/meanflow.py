@@ -25,10 +25,9 @@ from jaxdistill.flow.students import (
     Teacher,
     check_velocity,
     chosen,
+    descent,
     mean_square,
     noise_like,
-    power_average,
-    straight_lines,
     streams,
 )
 from jaxdistill.keywords import Between, Fraction, Rate, grouped
@@ -140,6 +139,7 @@ def meanflow(
         InputError: If there is no teacher to follow, nothing that guides, or, from `init`, the
             teacher's output has not the shape of the examples.
     """
+    descend = descent(optimizer, power=ema_power, begin=ema_from)
     follows, guides = means.velocity == "teacher", means.guidance != 1.0
     if follows and teacher is None:
         raise InputError("velocity=teacher needs a teacher; give one, or take velocity=data")
@@ -187,17 +187,12 @@ def meanflow(
             return weighted(square, means).mean(), square.mean()
 
         (value, square), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
-        grads = collective.mean(grads)
-        updates, opt = optimizer.update(grads, state.opt, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        average = power_average(
-            state.average, trainable, state.step, power=ema_power, begin=ema_from
-        )
+        moved, norm = descend(grads, state.trainable, state.opt, state.average, state.step)
         asked = teacher_nfe if follows else 0
-        metrics = {"loss": value, "square": square, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": value, "square": square, "grad_norm": norm}
         metrics["queries"] = jnp.float32(asked)
         done = state.step + 1, state.queries + asked
-        return StudentState(trainable, opt, average, *done), metrics
+        return StudentState(*moved, *done), metrics
 
     return Method(make, step, lambda state: state.average, batches)
 
@@ -261,12 +256,4 @@ def recipe(
 
         return jax.lax.scan(call, noise, (times[:-1], times[1:]))[1]
 
-    def sample(output, frozen, noise, label, *, nfe):
-        return states(output, frozen, noise, label, nfe)[-1]
-
-    def trace(output, frozen, noise, label, *, nfe, parts):
-        calls = jnp.concatenate([noise[None], states(output, frozen, noise, label, nfe)])
-        return straight_lines(calls, parts)
-
-    made = adapt.student_recipe(task, student, method, training)
-    return made._replace(sample=sample, trace=trace)
+    return adapt.by_states(adapt.student_recipe(task, student, method, training), states)

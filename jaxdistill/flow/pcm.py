@@ -25,15 +25,14 @@ from jaxdistill.flow.students import (
     Student,
     Teacher,
     check_velocity,
+    descent,
     ended,
     mean_square,
     noise_like,
-    power_average,
     streams,
 )
 from jaxdistill.keywords import Between, grouped
 from jaxdistill.method import Batch, BatchSpec, Frozen, Method
-from jaxdistill.nn.discriminator import by_block
 from jaxdistill.nn.momentum_head import MomentumHead
 from jaxdistill.task import FlowTask, Recipe
 
@@ -94,31 +93,6 @@ def draw_point(keys: Key[Array, " n"], grid: int, phases: int, phase: int | None
     return jax.vmap(one)(keys)
 
 
-def phased(
-    student: Student,
-    trainable: PyTree,
-    frozen: Frozen,
-    x: Examples,
-    raw: Times,
-    edge: Times,
-    label: Labels,
-    shift: float,
-) -> Examples:
-    """Where a student ends a phase: f(x, t), which is x itself at the edge.
-
-    Args:
-        student: The student.
-        trainable: What it trains.
-        frozen: The rest.
-        x: The states.
-        raw: Their raw times.
-        edge: The end of the phase.
-        label: What is asked for.
-        shift: See `paths.shifted`.
-    """
-    return ended(student, trainable, frozen, x, label, shifted(raw, shift), shifted(edge, shift))
-
-
 class Pair(NamedTuple):
     """The two ends that should be one.
 
@@ -162,9 +136,9 @@ def consistency(
     t, t_after = shifted(at.start, shift), shifted(at.after, shift)
     x, t = collective.by_example((interpolate(data, noise, t), t))
     after = x + expand(t_after - t, x) * teacher(frozen, x, t, label)
-    end = lambda x, raw: phased(student, trainable, frozen, x, raw, at.edge, label, shift)  # noqa: E731
-    wanted = jax.lax.stop_gradient(end(after, at.after))
-    made = end(x, at.start)
+    edge = shifted(at.edge, shift)
+    wanted = jax.lax.stop_gradient(ended(student, trainable, frozen, after, label, t_after, edge))
+    made = ended(student, trainable, frozen, x, label, t, edge)
     if phases.distance == "square":
         return Pair(made, wanted, mean_square(made - wanted))
     far = jnp.sqrt(jnp.square(made - wanted) + phases.huber**2) - phases.huber
@@ -250,6 +224,7 @@ def pcm(
     """
     check_grid(phases.grid, nfe)
     played = adversarial > 0
+    descend = descent(optimizer, power=ema_power, begin=ema_from)
 
     def init(key, frozen, batch):
         x, label = data(batch)
@@ -289,13 +264,8 @@ def pcm(
             return value, (metrics, shown)
 
         (value, (metrics, shown)), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
-        grads = collective.mean(grads)
-        updates, opt = optimizer.update(grads, state.opt[0], state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        average = power_average(
-            state.average, trainable, state.step, power=ema_power, begin=ema_from
-        )
-        metrics |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        moved, norm = descend(grads, state.trainable, state.opt[0], state.average, state.step)
+        metrics |= {"loss": value, "grad_norm": norm}
         heads, heads_opt = state.heads, state.opt[1]
         if played:
 
@@ -311,8 +281,8 @@ def pcm(
         # What a discriminator sees are the blocks of the teacher, of both ends.
         asked = teacher_nfe + 2 * played
         metrics["queries"] = jnp.float32(asked)
-        done = state.step + 1, state.queries + asked
-        return PCMState(trainable, heads, (opt, heads_opt), average, *done), metrics
+        opt, done = (moved.opt, heads_opt), (state.step + 1, state.queries + asked)
+        return PCMState(moved.trainable, heads, opt, moved.average, *done), metrics
 
     return Method(init, step, lambda state: state.average, batches)
 
@@ -352,7 +322,7 @@ def recipe(
         teacher_nfe=task.nfe,
         adversarial=adversary.adversarial,
         discriminator=gan.discriminator(task, adversary, gan_loss) if played else None,
-        blocks=lambda frozen, x, t, label: by_block(task.trunk, frozen["teacher"], x, t, label),
+        blocks=gan.blocks_of_teacher(task),
         ema_power=training.ema_power,
         ema_from=adapt.warmup_of(training, training.steps),
     )

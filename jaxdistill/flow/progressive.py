@@ -9,7 +9,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int32, PyTree
 
-from jaxdistill import collective
 from jaxdistill.errors import InputError
 from jaxdistill.flow import adapt
 from jaxdistill.flow.paths import Examples, expand, interpolate, shifted
@@ -20,8 +19,8 @@ from jaxdistill.flow.students import (
     Student,
     Teacher,
     check_velocity,
+    descent,
     noise_like,
-    power_average,
     streams,
 )
 from jaxdistill.keywords import Between, grouped
@@ -98,6 +97,7 @@ def progressive(
     # Evenly shared: as many steps a round, or one more.
     starts = np.array([-(-i * steps // rounds) for i in range(rounds)])
     policy = student.policy
+    descend = descent(optimizer, power=ema_power, begin=ema_from)
 
     def init(key, frozen, batch):
         x, label = data(batch)
@@ -143,16 +143,12 @@ def progressive(
             return jnp.square(u - wanted).mean()
 
         value, grads = jax.value_and_grad(loss)(state.trainable)
-        grads = collective.mean(grads)
-        updates, opt = optimizer.update(grads, state.opt, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        average = power_average(state.average, trainable, within, power=ema_power, begin=ema_from)
+        moved, _ = descend(grads, state.trainable, state.opt, state.average, within)
         # Of the round before, whose student is a teacher too.
         queries = jnp.where(done == 0, 2 * teacher_nfe, 2)
         metrics = {"loss": value, "nfe": count, "queries": queries.astype(jnp.float32)}
-        state = ProgressiveState(
-            trainable, state.teacher, opt, average, state.step + 1, state.queries + queries
-        )
+        done = {"step": state.step + 1, "queries": state.queries + queries}
+        state = state._replace(**moved._asdict(), **done)
         return state, metrics
 
     def next_round(state):

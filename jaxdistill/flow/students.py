@@ -258,6 +258,7 @@ def student_method(
     Returns:
         A method whose output is the average of what is trained.
     """
+    descend = descent(optimizer, power=ema_power, begin=ema_from)
 
     def init(key, frozen, batch):
         first = source.start(batch)
@@ -300,19 +301,53 @@ def student_method(
             (first.x, jax.tree.map(jnp.zeros_like, state.trainable)),
             (first.raw[:-1], first.raw[1:], indices),
         )
-        grads = collective.mean(grads)
-        updates, opt = optimizer.update(grads, state.opt, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        average = power_average(
-            state.average, trainable, state.step, power=ema_power, begin=ema_from
-        )
+        moved, norm = descend(grads, state.trainable, state.opt, state.average, state.step)
         asked = teacher_nfe * queries.sum().astype(jnp.int32)
-        metrics = {"loss": losses.sum(), "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": losses.sum(), "grad_norm": norm}
         metrics["queries"] = asked.astype(jnp.float32)
         total = state.queries + asked
-        return StudentState(trainable, opt, average, state.step + 1, total), metrics
+        return StudentState(*moved, state.step + 1, total), metrics
 
     return Method(init, step, lambda state: state.average, source.batches)
+
+
+class Moved(NamedTuple):
+    """What a step down a gradient changes, in the order in which states have it.
+
+    Attributes:
+        trainable: What is trained.
+        opt: The optimizer's state.
+        average: The moving average of `trainable`.
+    """
+
+    trainable: PyTree
+    opt: PyTree
+    average: PyTree
+
+
+def descent(
+    optimizer: optax.GradientTransformation, *, power: float, begin: int
+) -> Callable[..., tuple[Moved, Float[Array, ""]]]:
+    """The end of every student's step: the optimizer, and the moving average.
+
+    Args:
+        optimizer: The optimizer.
+        power: See `power_average`.
+        begin: Steps before the average begins.
+
+    Returns:
+        `(grads, trainable, opt, average, step) -> (Moved, norm of the gradients)`, where gradients
+        are those of this device's examples.
+    """
+
+    def descend(grads, trainable, opt, average, step):
+        grads = collective.mean(grads)
+        updates, opt = optimizer.update(grads, opt, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        average = power_average(average, trainable, step, power=power, begin=begin)
+        return Moved(trainable, opt, average), optax.tree.norm(grads)
+
+    return descend
 
 
 def power_average(

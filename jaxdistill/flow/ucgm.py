@@ -25,10 +25,10 @@ from jaxdistill.flow.samplers import own_keys, ucgm_states
 from jaxdistill.flow.students import (
     Labels,
     chosen,
+    descent,
     mean_square,
     noise_like,
     power_average,
-    straight_lines,
     streams,
 )
 from jaxdistill.flow.transports import (
@@ -233,6 +233,7 @@ def ucgm(
     Raises:
         InputError: If what is enhanced has nobody to be guided by.
     """
+    descend = descent(optimizer, power=ema_power, begin=ema_from)
     ratio, zeta = unified.consistency, unified.enhancement
     if len(unified.times) != 3:
         raise InputError(f"times={unified.times}; give three numbers, (a, b, c)")
@@ -295,21 +296,16 @@ def ucgm(
             return (weight * far).mean(), mean_square(output - wanted).mean()
 
         (value, residual), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
-        grads = collective.mean(grads)
-        updates, opt = optimizer.update(grads, state.opt, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        average = power_average(
-            state.average, trainable, state.step, power=ema_power, begin=ema_from
-        )
+        moved, norm = descend(grads, state.trainable, state.opt, state.average, state.step)
         reference = state.reference
         if own:
             # The code's decay d <- d + (1 - d) (0.999 - d) / 2 goes as 1 - 2 / n, as this does.
-            reference = power_average(reference, trainable, state.step, power=1.0, begin=0)
+            reference = power_average(reference, moved.trainable, state.step, power=1.0, begin=0)
         asked = teacher_nfe if zeta != 0 and not own else 0
-        metrics = {"loss": value, "residual": residual, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": value, "residual": residual, "grad_norm": norm}
         metrics["queries"] = jnp.float32(asked)
         done = state.step + 1, state.queries + asked
-        return UCGMState(trainable, opt, average, reference, *done), metrics
+        return UCGMState(*moved, reference, *done), metrics
 
     return Method(make, step, lambda state: state.average, batches)
 
@@ -407,12 +403,4 @@ def recipe(
             transport=path,
         )
 
-    def sample(output, frozen, noise, label, *, nfe):
-        return states(output, frozen, noise, label, nfe)[-1]
-
-    def trace(output, frozen, noise, label, *, nfe, parts):
-        calls = jnp.concatenate([noise[None], states(output, frozen, noise, label, nfe)])
-        return straight_lines(calls, parts)
-
-    made = adapt.student_recipe(task, student, method, training)
-    return made._replace(sample=sample, trace=trace)
+    return adapt.by_states(adapt.student_recipe(task, student, method, training), states)

@@ -257,22 +257,22 @@ def _task(groups, name, shape, num_classes, batches, data, examples, target) -> 
     velocity, plain, nfe = _velocities(groups.teacher, trunk, num_classes, target)
     sharded = groups.parallel.fully_sharded
     return FlowTask(
-        name,
-        shape,
-        num_classes,
-        groups.path.shift,
-        batches,
-        data,
-        trunk,
-        velocity,
-        nfe,
-        plain,
-        groups.teacher.guidance,
-        num_classes if num_classes and groups.teacher.label_drop else None,
-        Part({"teacher": params}),
-        examples,
-        lambda *args: _student(*args, None),
-        fully_sharded if sharded else replicated,
+        name=name,
+        shape=shape,
+        num_classes=num_classes,
+        shift=groups.path.shift,
+        batches=batches,
+        data=data,
+        trunk=trunk,
+        velocity=velocity,
+        nfe=nfe,
+        plain=plain,
+        guidance=groups.teacher.guidance,
+        null=num_classes if num_classes and groups.teacher.label_drop else None,
+        teacher=Part({"teacher": params}),
+        examples=examples,
+        student=lambda *args: _student(*args, None),
+        specs=fully_sharded if sharded else replicated,
     )
 
 

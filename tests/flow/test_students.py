@@ -15,7 +15,7 @@ from jaxdistill.errors import InputError
 from jaxdistill.eval.generative import sliced_wasserstein
 from jaxdistill.flow import adapt, paths, samplers, transports
 from jaxdistill.flow.arcflow import _gaps, arcflow
-from jaxdistill.flow.dmd2 import Critic, Game, Matching, Optimizers, Positives, dmd2
+from jaxdistill.flow.dmd2 import Game, Matching, Optimizers, Positives, Updates, dmd2
 from jaxdistill.flow.endpoint import endpoint_regression
 from jaxdistill.flow.gan import Discriminator
 from jaxdistill.flow.matching import flow_matching
@@ -167,7 +167,7 @@ def methods():
         num_classes=8,
         guidance=1.5,
         matching=Matching(augment_times=(0.5, 0.9), transition="sde", anchor=0.5),
-        updates=Critic(critic_updates=2),
+        updates=Updates(critic_updates=2),
         phases=phases,
         positives=Positives(sees="critic", real=0.5, teacher_steps=2),
         blocks=lambda params, *args: line(params, *args)[None],
@@ -303,7 +303,7 @@ def test_students_of_two_calls_are_nearer_to_the_data_than_euler(name):
         ),
         "dmd2": lambda: dmd2(
             Game(made, exact, exact, made.init, line, SHAPE, shift=3.2,
-                 updates=Critic(critic_updates=4)),
+                 updates=Updates(critic_updates=4)),
             Optimizers(optax.adam(optax.cosine_decay_schedule(2e-3, 800)), optax.adam(5e-3)),
             batches=BatchSpec("keys", 1024),
         ),

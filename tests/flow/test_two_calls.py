@@ -12,7 +12,7 @@ from jaxdistill import keywords
 from jaxdistill.errors import InputError
 from jaxdistill.flow import dmd2 as dmd2s
 from jaxdistill.flow import gan, meanflow, paths, pcm, samplers
-from jaxdistill.flow.dmd2 import Critic, Game, Matching, Optimizers, Positives, dmd2
+from jaxdistill.flow.dmd2 import Game, Matching, Optimizers, Positives, Updates, dmd2
 from jaxdistill.flow.gan import Adversary, Discriminator
 from jaxdistill.flow.meanflow import Means
 from jaxdistill.flow.pcm import Phases, draw_point
@@ -164,7 +164,8 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_over_examples():
             STUDENT, exact, state.trainable, (), x, noise, at, LABEL, phases, 2.0
         )
         start = paths.interpolate(x, noise, paths.shifted(at.start, 2.0))
-        made = pcm.phased(STUDENT, params, (), start, at.start, at.edge, LABEL, 2.0)
+        t, edge = (paths.shifted(raw, 2.0) for raw in (at.start, at.edge))
+        made = ended(STUDENT, params, (), start, LABEL, t, edge)
         return jnp.square(made - held.wanted).mean()
 
     for name, slope in jax.grad(value)(params).items():
@@ -316,7 +317,7 @@ def played(rates=(0.1, 0.1), **given):
     positives = Positives(sees="critic", real=0.5, teacher_steps=2)
     whole = game(
         adversarial=0.3, discriminator=EYES, blocks=as_blocks, positives=positives,
-        matching=Matching(anchor=0.5), updates=Critic(critic_updates=2), phases=Phases(grid=4),
+        matching=Matching(anchor=0.5), updates=Updates(critic_updates=2), phases=Phases(grid=4),
     )  # fmt: skip
     whole = whole._replace(**given)
     method = dmd2(whole, Optimizers(*map(optax.sgd, rates)), batches=BatchSpec("keys", 2 * N))
@@ -411,7 +412,7 @@ def test_what_passes_for_real_is_shared_as_said():
 
 
 def test_a_student_steps_against_its_push():
-    one = game(updates=Critic(critic_updates=2), shift=2.0)
+    one = game(updates=Updates(critic_updates=2), shift=2.0)
     optimizers = Optimizers(optax.sgd(1.0), optax.sgd(0.0))
     method = dmd2(one, optimizers, batches=BatchSpec("keys", 2 * N))
     batch = {"keys": jax.random.split(jax.random.key(5), 2 * N)}
@@ -466,7 +467,7 @@ def test_both_players_of_pcm():
 
 
 def test_a_critic_takes_over_a_part_of_the_student():
-    updates = Critic(critic_updates=2, blend=0.25)
+    updates = Updates(critic_updates=2, blend=0.25)
     method, state, batch = played((0.1, 0.0), updates=updates)
     after, _ = jax.jit(method.step)(state, (), batch, jax.random.key(0))
     for name, critic in after.critic.items():
@@ -492,7 +493,7 @@ def test_calls_of_the_teacher_are_counted():
             game()._replace(
                 adversarial=0.3, discriminator=EYES, blocks=as_blocks,
                 positives=Positives(sees="critic", real=0.5, teacher_steps=2),
-                updates=Critic(critic_updates=2), **whole,
+                updates=Updates(critic_updates=2), **whole,
             ),
             Optimizers(*map(optax.sgd, (0.1, 0.1))),
             batches=BatchSpec("keys", 2 * N), teacher_nfe=2,
@@ -668,6 +669,10 @@ def test_blocks_of_a_trunk_and_heads_on_them(trunk, shape, grid):
     # The last block is all that the features depend on.
     plain = trunk.apply({"params": params}, x, t, label, method="features")
     assert plain.shape == blocks.shape[1:]
+    ends = (
+        jax.nn.standardize(blocks[-1], epsilon=1e-6) if grid == (2, 2) else jax.nn.silu(blocks[-1])
+    )
+    np.testing.assert_allclose(plain, ends, rtol=1e-4, atol=1e-5)
     made = gan.discriminator(_task(trunk, params, shape), Adversary(heads_at=(0.4, 1.0)), "hinge")
     heads = made.init(jax.random.key(1))
     assert {name for name in heads if name.startswith("conv")} == {"conv_0", "conv_1"}
@@ -704,13 +709,13 @@ def test_discriminators_that_cannot_be_are_refused():
         ({"adversarial": 1.0}, r"adversarial=1.0 needs a discriminator"),
         ({"matching": Matching(anchor=1.0), "data": None}, "need data; give it, or set"),
         ({"matching": Matching(anchor=1.0), "nfe": 5}, "do not divide into method.nfe=5 phases"),
-        ({"updates": Critic(critic_updates=3)}, "16 examples is no multiple of critic_updates=3"),
+        ({"updates": Updates(critic_updates=3)}, "16 examples is no multiple of critic_updates=3"),
     ],
 )
 def test_settings_that_do_not_fit_each_other_are_refused(given, said):
     with pytest.raises(InputError, match=said):
         dmd2(
-            game()._replace(updates=Critic(critic_updates=2))._replace(**given),
+            game()._replace(updates=Updates(critic_updates=2))._replace(**given),
             Optimizers(optax.sgd(1.0), optax.sgd(1.0)),
             batches=BatchSpec("keys", 16),
         )
