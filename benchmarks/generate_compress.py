@@ -1,19 +1,20 @@
 """Real images against generated ones, condensed alike: Fashion-MNIST, tested on real images.
 
-    python benchmarks/generate_compress.py --teacher=runs/flow/fashion_mnist-0 --workdir=runs/gc
+    python benchmarks/generate_compress.py --workdir=runs/gc
     python benchmarks/generate_compress.py --arms tail filled --workdir=runs/gc
-    python benchmarks/generate_compress.py --arms five --teacher=... --workdir=runs/gc
+    python benchmarks/generate_compress.py --arms all five --workdir=runs/gc
     python benchmarks/generate_compress.py --arms real generated --method=ncfm --workdir=runs/gc
     python benchmarks/generate_compress.py --table
     python benchmarks/generate_compress.py --picture --workdir=runs/gc
 
-A two-call ArcFlow student of the frozen teacher, trained as in the tables of flows, makes as many
-images of each class as there are real ones. Each arm is condensed by RDED, with an observer that is
-trained on the arm's own images, and beside it stand images drawn at random from the arm; networks
-are trained on both by one recipe, with equal images and steps. In the arm `five` there are five
-times as many generated images as real ones, and in the arms `all` and `five` RDED chooses from all
-that there are, else from 300 of a class. With `--method=ncfm` arms are condensed by NCFM, with
-networks that are trained on the arm. Interrupted, the same command goes on.
+A two-call ArcFlow student of a teacher (`--teacher`, or one that is trained first), both trained as
+in the tables of flows, makes as many images of each class as there are real ones. Each arm is
+condensed by RDED, with an observer that is trained on the arm's own images, and beside it stand
+images drawn at random from the arm; networks are trained on both by one recipe, with equal images
+and steps. In the arm `five` there are five times as many generated images as real ones, and in the
+arms `all` and `five` RDED chooses from one crop of all that there are, else from five crops of 300
+of a class. With `--method=ncfm` arms are condensed by NCFM, with networks that are trained on the
+arm. Interrupted, the same command goes on.
 
 Of the arm `tail` the training split is long-tailed: the classes, in an order that is drawn once,
 have from 6,000 images down to 60. In `filled` those below 600 are filled up to that number by a
@@ -45,11 +46,8 @@ def _generate(args: argparse.Namespace) -> list[dict]:
     """The data sets of all arms but the first, by one generator."""
     config = jaxdistill.load_config(
         "flow:dataset=fashion_mnist,baselines=",
-        {
-            "teacher.dir": str(args.teacher / "teacher"),
-            "method.steps": "300",
-            "method.batch_size": "32",
-        },
+        {"method.steps": "300", "method.batch_size": "32"}
+        | ({"teacher.dir": str(args.teacher / "teacher")} if args.teacher else {}),
     ).unlock()
     one = {"name": "generate", "per_class": _PER_CLASS}
     made = {
@@ -130,6 +128,7 @@ def _run(arm: str, seed: int, args: argparse.Namespace) -> dict:
         spec = f"rded:ipc=10,baselines=random,seed={seed}"
         if arm in ("all", "five"):
             overrides["method.mipc"] = str(_PER_CLASS * (_TIMES if arm == "five" else 1))
+            overrides["method.num_crop"] = "1"
     else:
         spec = f"ncfm:dataset=fashion_mnist,ipc=10,baselines=random,seed={seed}"
         overrides |= {"method.steps": "300", "extractor.width": "32"}
@@ -209,7 +208,7 @@ def main() -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/generate_compress"))
-    parser.add_argument("--teacher", type=Path, help="a workdir with the frozen teacher")
+    parser.add_argument("--teacher", type=Path, help="a workdir whose teacher is used")
     parser.add_argument("--arms", nargs="*", choices=_ARMS, default=_ARMS)
     parser.add_argument("--method", choices=("rded", "ncfm"), default="rded")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])

@@ -232,6 +232,14 @@ def test_a_student_begins_where_another_of_its_teacher_ended(points, tmp_path):
     experiment.train(config, tmp_path / "run")
     begun, left = (weights.load(w / "artifacts", "student")[0] for w in (start, tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, begun, left)
+    # The same student in another place is the same start; none is another.
+    moved = shutil.copytree(start, tmp_path / "moved")
+    config.method.start = str(moved)
+    experiment.train(config, tmp_path / "run")
+    config.method.start = None
+    with pytest.raises(InputError, match="start_sha256"):
+        experiment.train(config, tmp_path / "run")
+    config.method.start = str(start)
     # Another student in the same place is another start.
     params, card = weights.load(start / "artifacts", "student")
     other = jax.tree.map(lambda x: 2 * x, params)

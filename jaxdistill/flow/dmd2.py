@@ -37,7 +37,7 @@ from jaxdistill.flow.students import (
     streams,
     walked,
 )
-from jaxdistill.keywords import Between, Fraction, Rate, Weight, grouped
+from jaxdistill.keywords import Between, Folder, Fraction, Rate, Weight, grouped
 from jaxdistill.method import Batch, BatchSpec, Frozen, Method
 from jaxdistill.nn.momentum_head import MomentumHead
 from jaxdistill.task import FlowTask, Part, Recipe
@@ -98,7 +98,7 @@ class Positives(NamedTuple):
         real: Part of it that is data; the rest are examples of the teacher, made on the way.
         teacher_steps: Euler steps of the teacher, guidance included, in which those are made.
         sees: Blocks of the frozen `teacher`, or of the `critic`, which is then trained for it too.
-        share: Weight of the discriminator's loss in that training.
+        share: Weight of the discriminator's loss in what that critic descends.
         match_norms: Whether the adversarial gradient at the examples is brought to the norm of that
             of matching, before its weight.
     """
@@ -372,9 +372,15 @@ def critic_loss(
         fake, t, noise = noised(x, k_blur, (0.0, 1.0), game.shift)
         pairs = (interpolate(real[0], noise, t), real[1]), (fake, begin.label)
         seen = [game.blocks(params, frozen, x, t, label) for x, label in pairs]
-        said = [game.discriminator.apply(heads, blocks) for blocks in seen]
-        metrics["discriminator"] = gan.discriminator_loss(game.discriminator.loss, *said)
-        value += game.positives.share * metrics["discriminator"]
+
+        def told_apart(heads, seen):
+            said = [game.discriminator.apply(heads, blocks) for blocks in seen]
+            return gan.discriminator_loss(game.discriminator.loss, *said)
+
+        metrics["discriminator"] = told_apart(heads, jax.lax.stop_gradient(seen))
+        value += metrics["discriminator"]
+        if game.positives.sees == "critic":
+            value += game.positives.share * told_apart(jax.lax.stop_gradient(heads), seen)
     return value, metrics
 
 
@@ -655,7 +661,7 @@ def check(game: Game, batches: BatchSpec) -> None:
 def recipe(
     task: FlowTask,
     *,
-    start: str | None = None,
+    start: Folder = None,
     modes: Annotated[int, Between(1, 1000)] = 1,
     gan_loss: gan.Loss = "logistic",
     **rest: Annotated[Any, Matching, Updates, Adversary, Positives, Phases, adapt.Training],
@@ -691,7 +697,7 @@ def recipe(
     if modes > 1:
         head = MomentumHead(modes, task.shape[-1], task.trunk.patch)
         student = adapt.adapted(task, head, momentum_policy(), training)
-    frozen, begin = task.teacher, student.init
+    frozen, begin, source = task.teacher, student.init, lambda: {"start_sha256": None}
     if start is not None:
         shapes = jax.eval_shape(student.init, jax.random.key(0), task.teacher.shapes)
         alpha = training.rank if training.alpha is None else training.alpha
@@ -701,6 +707,7 @@ def recipe(
             lambda: task.teacher.load() | {"start": stored.load()},
         )
         begin = lambda key, frozen: jax.tree.map(jnp.copy, frozen["start"])  # noqa: E731
+        source = lambda: {"start_sha256": stored.sha256()}  # noqa: E731
 
     def velocity(params, frozen, x, t, label):
         field = critic.policy.begin(critic.apply(params, frozen, x, t, label), x, t, t)
@@ -747,7 +754,6 @@ def recipe(
         ema_from=adapt.warmup_of(training, training.steps),
     )
     made = adapt.student_recipe(task, student, method, training)
-    made = made._replace(frozen=frozen, rates=("learning_rate", "critic_learning_rate", *heads))
-    if start is not None:
-        made = made._replace(source=lambda: {"start_sha256": stored.sha256()})
+    rates = "learning_rate", "critic_learning_rate", *heads
+    made = made._replace(frozen=frozen, rates=rates, source=source)
     return made if matching.transition == "ode" else adapt.with_fresh_noise(made, task, student)

@@ -359,16 +359,20 @@ def _f(x):
     return np.asarray(x, np.float64).reshape(len(x), -1)
 
 
-def test_what_critic_and_discriminator_descend():
+@pytest.mark.parametrize(("sees", "share"), [("teacher", 0.5), ("critic", 0.5), ("critic", 0.0)])
+def test_what_critic_and_discriminator_descend(sees, share):
     """Noise minus example for the one; real ones large and the student's small for the other."""
     one = game(
-        adversarial=0.3, discriminator=EYES, blocks=lambda p, f, x, t, label: x[None],
-        positives=Positives(share=0.5), shift=2.0,
+        adversarial=0.3, discriminator=EYES,
+        blocks=lambda p, f, x, t, label: (x * (p["t"] if sees == "critic" else 1.0))[None],
+        positives=Positives(share=share, sees=sees), shift=2.0,
     )  # fmt: skip
     params, heads = affine(jax.random.key(3)), {"d": jnp.array([0.7, -0.4])}
     x, real, _ = some(4)
     begin = dmd2s.Begun(x, jnp.ones(N), LABEL, KEYS)
-    value, said = dmd2s.critic_loss(one, params, heads, (), begin, x, (real, LABEL))
+    (value, said), slopes = jax.value_and_grad(
+        lambda p, h: dmd2s.critic_loss(one, p, h, (), begin, x, (real, LABEL)), (0, 1), has_aux=True
+    )(params, heads)
     k_critic, k_blur = pcm.streams(KEYS, 2)
 
     def drawn(keys):
@@ -381,12 +385,22 @@ def test_what_critic_and_discriminator_descend():
     there = (1 - t) * _f(x) + t * noise
     gap = there @ p["w"] + t * p["t"] + p["b"] - (noise - _f(x))
     np.testing.assert_allclose(said["critic"], (gap**2).mean(), rtol=1e-4)
+    own = (2 * gap * t).mean(0) / gap.shape[1]
     t, noise = drawn(k_blur)
     d = np.array([0.7, -0.4])
-    looks = [((1 - t) * _f(v) + t * noise) @ d for v in (real, x)]
+    scale = p["t"] if sees == "critic" else np.ones(2)
+    noisy = [(1 - t) * _f(v) + t * noise for v in (real, x)]
+    looks = [v * scale @ d for v in noisy]
     wanted = np.log1p(np.exp(-looks[0])).mean() + np.log1p(np.exp(looks[1])).mean()
     np.testing.assert_allclose(said["discriminator"], wanted, rtol=1e-4)
-    np.testing.assert_allclose(value, said["critic"] + wanted / 2, rtol=1e-4)
+    added = share * wanted if sees == "critic" else 0.0
+    np.testing.assert_allclose(value, said["critic"] + wanted + added, rtol=1e-4)
+    # Heads learn from all of it, whatever the critic's share, and the critic from its share.
+    signs = -1 / (1 + np.exp(looks[0])), 1 / (1 + np.exp(-looks[1]))
+    pull = sum((s[:, None] * v).mean(0) for s, v in zip(signs, noisy, strict=True))
+    np.testing.assert_allclose(slopes[1]["d"], pull * scale, rtol=1e-3, atol=1e-6)
+    taught = share * pull * d if sees == "critic" else 0.0
+    np.testing.assert_allclose(slopes[0]["t"], own + taught, rtol=1e-3, atol=1e-5)
 
 
 def test_noise_is_drawn_between_the_bounds():
