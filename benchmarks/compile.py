@@ -37,6 +37,14 @@ ROWS = [
         "--config.method.rank=0 --config.run.chunk=1",
         "v5e:4x4",
     ),
+    # Student and critic are adapters on one teacher; a step is five of the critic and one of the
+    # student. The second is as large as Qwen-Image, 20 billion parameters.
+    ("dmd2:dataset=latents_1mp,baselines= --config.method.adversarial=0.1", "v5e:8x8"),
+    (
+        "dmd2:dataset=latents_1mp,baselines= --config.method.adversarial=0.1 "
+        "--config.model.depth=120",
+        "v5e:8x8",
+    ),
     # All three stages of 8 billion parameters that 78 teach, 64 questions a step.
     ("genrecal:dataset=pairs_448,baselines=", "v5p:2x2x4"),
     ("genrecal:dataset=pairs_448,baselines=", "v5p:2x2x2"),

@@ -12,6 +12,7 @@ import pytest
 from jaxdistill.condense import charfn
 from jaxdistill.condense.coreset import Table
 from jaxdistill.condense.dm import dm
+from jaxdistill.condense.gradient import gradient_matching
 from jaxdistill.condense.herding import herding
 from jaxdistill.condense.k_center import k_center
 from jaxdistill.condense.ncfm import OBJECTIVES, ncfm
@@ -84,6 +85,23 @@ def dm_case(strategy="flip_crop"):
     return Case(dm(features, network_init, optax.sgd(0.1), **options), (), IPC)
 
 
+def gradient_case(strategy="flip_crop", **options):
+    # Two steps a network, so that one is trained between.
+    method = gradient_matching(
+        logits,
+        lambda key: jax.tree.map(lambda x: x * jax.random.uniform(key), network(0)),
+        optax.sgd(1e-2, momentum=0.5),
+        normalize=NORMALIZE,
+        ipc=IPC,
+        batch_real=REAL,
+        outer_steps=2,
+        inner_epochs=2,
+        strategy=strategy,
+        **options,
+    )
+    return Case(method, (), IPC)
+
+
 def coreset_case(name):
     data, _ = toy_data()
     images = jnp.asarray(data.examples["images"].reshape(-1, *data.shapes[0]))
@@ -106,6 +124,7 @@ CASES = {
     "ncfm, learned": partial(ncfm_case, learned=True, warmup=1),
     "ncfm, fine-tuned": partial(ncfm_case, finetune_learning_rate=0.01, calibration=1.0),
     "dm": dm_case,
+    "gradient": gradient_case,
     "rded": rded_case,
     **{name: partial(coreset_case, name) for name in CORESETS},
 }
@@ -188,6 +207,7 @@ def test_any_number_of_devices_gives_the_same():
         **{o: ncfm_case(learned=True, objective=o, strategy="none") for o in OBJECTIVES},
         "fine-tuned": ncfm_case(finetune_learning_rate=0.01, calibration=1.0, strategy="none"),
         "dm": dm_case(strategy="flip"),
+        "gradient": gradient_case(strategy="flip"),
         "rded": rded_case(),
     }
     tested = together({name: case.method for name, case in cases.items()})
