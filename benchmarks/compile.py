@@ -45,6 +45,11 @@ ROWS = [
         "--config.model.depth=120",
         "v5e:8x8",
     ),
+    (
+        "dmd2:dataset=latents_1mp,baselines= --config.method.adversarial=0.1 "
+        "--config.model.depth=120",
+        "v5p:4x4x4",
+    ),
     # All three stages of 8 billion parameters that 78 teach, 64 questions a step.
     ("genrecal:dataset=pairs_448,baselines=", "v5p:2x2x4"),
     ("genrecal:dataset=pairs_448,baselines=", "v5p:2x2x2"),

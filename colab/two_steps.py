@@ -97,8 +97,9 @@ config.evals.samples.teacher_rows = ()  # they are in PCM's table
 records["PCM, DMD2"] = jaxdistill.train(config, dmd2)
 
 # %% [markdown]
-# Without PCM, DMD2 starts as the teacher, whose single step is a blur: the examples of a class begin
-# at one place, and may never reach all that there are. This run shows what the start is worth.
+# Without PCM, DMD2 starts as the teacher, whose single step is a blur: the examples of a class
+# begin at one place, and may never reach all that there are. This run shows what the start is
+# worth.
 
 # %%
 alone = place / "dmd2-alone"
@@ -140,8 +141,9 @@ for name, found in records.items():
     display(Markdown(f"**{name}**\n\n{results.table(shown)}"))
 
 # %% [markdown]
-# The critic's loss does not fall to nothing and need not: it is the spread of the noise, on what the
-# student makes now. What should shrink is `matching`, the mean size of the gradient at the examples.
+# The critic's loss does not fall to nothing and need not: it is the spread of the noise, on what
+# the student makes now. What should shrink is `matching`, the mean size of the gradient at the
+# examples.
 
 # %%
 import json

@@ -133,7 +133,7 @@ def table(record: dict) -> str:
     mesh = " x ".join(f"{size} {axis}" for axis, size in record["mesh"].items())
     cost = record["cost"]
     rows = [("devices", f"{record['devices']} {record['kind']}, {mesh}")]
-    if record["fits"]:
+    if record["peak"]:  # it compiled
         rows += [
             (name, _gigabytes(record[name]))
             for name in ("arguments", "temporaries", "output", "aliased", "code", "peak")

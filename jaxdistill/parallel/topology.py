@@ -103,8 +103,9 @@ class Report(NamedTuple):
         code: Bytes of the program.
         peak: Bytes at most in use.
         hbm: Bytes that the device has, None where it is not known.
-        fits: Whether the compiler accepts it.
-        refusal: What it said if not.
+        fits: Whether the compiler accepts it, and `peak` is no more than `hbm`: it has accepted
+            programs whose arrays, by its own sizes, are more than that.
+        refusal: What it said if not, or by how much it is too large.
         cost: The cost of one run of the program, in which loops of unknown length count once.
         seconds: The compiler's estimate of the time of its kernels, None where it makes none. It
             is no measurement. The `optimal_seconds` of JAX's `cost_analysis` are not used: of a
@@ -146,6 +147,10 @@ def report(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> Report
         "code": memory.generated_code_size_in_bytes,
     }
     peak = sum(sizes.values()) - 2 * sizes["aliased"]
+    over = peak - chip.hbm if chip else 0
+    if over > 0:
+        said = f"{peak / 1e9:.2f} GB are needed, {over / 1e9:.2f} more than there are"
+        known = known._replace(fits=False, refusal=said)
     seconds = cost.cycles / chip.clock if chip and chip.clock and cost.cycles else None
     return known._replace(**sizes, peak=peak, cost=cost, seconds=seconds)
 

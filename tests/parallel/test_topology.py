@@ -23,6 +23,18 @@ def test_a_program_for_devices_that_are_there():
     assert found.cost.flops == 2 * 64**3
 
 
+def test_what_compiles_and_is_larger_than_the_device_does_not_fit(monkeypatch):
+    """The TPU compiler has accepted a program of 19.6 GB for chips of 16.9."""
+    lowered = jax.jit(jnp.dot).lower(shape(64, 64), shape(64, 64))
+    kind = jax.devices()[0].device_kind
+    needed = topology.report(lowered, jax.devices()[:1]).peak
+    for spare, fits in ((0, True), (-1, False)):
+        monkeypatch.setitem(topology._CHIPS, kind, topology._Chip(needed + spare, None))
+        found = topology.report(lowered, jax.devices()[:1])
+        assert (found.fits, found.peak) == (fits, needed)
+    assert "GB are needed, 0.00 more than there are" in found.refusal
+
+
 def test_without_the_tpu_compiler_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'jaxdistill\[tpu\]'"):
