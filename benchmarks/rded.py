@@ -82,25 +82,21 @@ def table(records: list[dict], ipc: int, cosine: str) -> str:
         chosen = (x for x in results if (x["row"], x["metric"]) == (row, metric))
         return {(x["set"], x["seed"]): 100 * x["value"] for x in chosen}
 
-    lines = [["images", *(m.removeprefix("convnet, ") for m in metrics), "margin, hard labels"]]
-    plain = values("random", metrics[0])
+    heads = [m.removeprefix("convnet, ") for m in metrics]
+    margins = [f"margin, {head.removesuffix(' labels')}" for head in heads]
+    lines = [["images", *heads, *margins]]
+    plain = {m: values("random", m) for m in metrics}
     for row in rows:
-        cells = [[*values(row, m).values()] for m in metrics]
-        own = values(row, metrics[0])
+        own = {m: values(row, m) for m in metrics}
         # The same set's seed and the same network's: pairs.
-        margins = [own[key] - plain[key] for key in own]
-        lines.append(
-            [
-                row,
-                *(f"{np.mean(c):.1f} ± {np.std(c):.1f}" for c in cells),
-                f"{np.mean(margins):+.1f} ± {np.std(margins):.1f}",
-            ]
+        apart = [[own[m][key] - plain[m][key] for key in own[m]] for m in metrics]
+        cells = (
+            f"{np.mean(c):.1f} ± {np.std(c):.1f}" for c in ([*x.values()] for x in own.values())
         )
+        lines.append([row, *cells, *(f"{np.mean(c):+.1f} ± {np.std(c):.1f}" for c in apart)])
+    networks = len(plain[metrics[0]]) // len(mine)
     epochs = mine[0]["config"]["evals"]["accuracy"]["epochs"]
-    head = (
-        f"{ipc} images a class, {cosine} cosine, {epochs} epochs, "
-        f"{len(mine)} sets x {len(plain) // len(mine)}"
-    )
+    head = f"{ipc} images a class, {cosine} cosine, {epochs} epochs, {len(mine)} sets x {networks}"
     return f"{head}\n\n{markdown(lines)}\n"
 
 

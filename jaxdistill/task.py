@@ -70,6 +70,9 @@ class CondenseTask(NamedTuple):
         examples: What the steps' batches are drawn from: `{"images": ...}` by class.
         microbatch: Images in one pass of a network, on each device.
         distilled: `path -> (images, labels)` of a distilled set on disk, to start from.
+        trajectories: `(settings, first, snapshots) -> Part`: what networks of that shape are after
+            each epoch of a training on the real images, `{"trajectory": (snapshots, parameters)}`
+            for each, from the epoch `first` on; see `condense.trajectory.Experts`.
     """
 
     name: str
@@ -83,6 +86,7 @@ class CondenseTask(NamedTuple):
     examples: Part
     microbatch: int
     distilled: Callable[[str], tuple[Any, Any]]
+    trajectories: Callable[[Any, int, int], Part]
 
 
 class FlowTask(NamedTuple):

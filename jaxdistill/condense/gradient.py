@@ -14,16 +14,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, Int32, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int32, Key, PRNGKeyArray, PyTree
 
 from jaxdistill import collective
 from jaxdistill.condense.synthetic import (
     Factor,
     ImagesPerClass,
+    Logits,
     Pixels,
     by_class,
     decoded,
     initial_pixels,
+    loss_gradient,
     real_needed,
     start_of,
 )
@@ -31,8 +33,6 @@ from jaxdistill.data.augment import augment, parse
 from jaxdistill.keywords import Between, Count, Fraction, Rate
 from jaxdistill.method import BatchSpec, Method
 from jaxdistill.task import CondenseTask, Recipe
-
-Logits = Callable[[Any, Float[Array, "b h w c"]], Float[Array, "b classes"]]
 
 _FLOOR = 1e-6  # of the product of two norms; published
 _BATCH = 256  # images of a step of the network; published
@@ -77,50 +77,6 @@ def gradient_distance(synthetic: PyTree, real: PyTree) -> Float[Array, ""]:
 
     pairs = zip(jax.tree.leaves(synthetic), jax.tree.leaves(real), strict=True)
     return sum((layer(a, b) for a, b in pairs if a.ndim > 1), jnp.float32(0))
-
-
-def loss_gradient(
-    logits: Logits,
-    params: PyTree,
-    images: Float[Array, "n h w c"],
-    labels: Int[Array, " n"],
-    weights: Float[Array, " n"],
-    *,
-    microbatch: int,
-) -> PyTree:
-    """The gradient, by the parameters, of a weighted sum of cross-entropies.
-
-    It may be differentiated again; then a pass is computed anew rather than kept.
-
-    Args:
-        logits: `(params, normalized images) -> logits`.
-        params: The network's parameters.
-        images: Normalized images.
-        labels: Their classes.
-        weights: What each counts.
-        microbatch: Images in one pass.
-    """
-
-    def loss(params, images, labels, weights):
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels)
-        return jnp.sum(weights * losses)
-
-    gradient = jax.grad(loss)
-    n = images.shape[0]
-    parts = -(-n // microbatch)
-    if parts == 1:
-        return gradient(params, images, labels, weights)
-    size = -(-n // parts)
-    index = jnp.arange(parts * size)
-    weights = jnp.where(index < n, weights[index % n], 0)
-    batch = images[index % n], labels[index % n], weights
-    slices = jax.tree.map(lambda x: x.reshape(parts, size, *x.shape[1:]), batch)
-
-    @jax.checkpoint
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
-
-    return lax.scan(add, jax.tree.map(jnp.zeros_like, params), slices)[0]
 
 
 def gradient_matching(

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from jaxdistill import collective
 from jaxdistill.condense.coreset import feature_table
 from jaxdistill.condense.crops import boxes, cut
 from jaxdistill.condense.decode import check_factor
-from jaxdistill.condense.synthetic import Factor, ImagesPerClass
+from jaxdistill.condense.synthetic import Factor, ImagesPerClass, Logits
 from jaxdistill.errors import InputError
 from jaxdistill.keywords import Between, Count, Fraction
 from jaxdistill.method import CLASS_AXIS, BatchSpec, Method
@@ -65,7 +65,7 @@ def stitch(crops: Array, ipc: int, factor: int) -> Array:
 
 
 def rded(
-    logits: Callable[[Any, Float[Array, "b h w c"]], Float[Array, "b classes"]],
+    logits: Logits,
     *,
     normalize: Callable[[Array], Array],
     ipc: int,
@@ -273,6 +273,8 @@ def recipe(
         raise InputError(
             f"method.observers={observers}, but pool.size is {pool[0].shape[0]}; raise that"
         )
+    if not padded and factor > 1:
+        _check_small(task, factor)
     method = rded(
         task.network.logits,
         normalize=task.normalize,
@@ -291,35 +293,81 @@ def recipe(
         return {"observers": jax.tree.map(lambda x: x[:observers], pool["trained"])}
 
     def load() -> PyTree:
-        frozen = chosen(task.extractors.load())
-        _check_observers(task, frozen["observers"], least_accuracy)
+        frozen, train = chosen(task.extractors.load()), task.train.load()
+        check_observers(
+            task.network.logits,
+            frozen["observers"],
+            train["images"],
+            train["labels"],
+            normalize=task.normalize,
+            least_accuracy=least_accuracy,
+            microbatch=task.microbatch,
+        )
         return frozen
 
     shapes = jax.eval_shape(chosen, task.extractors.shapes)
     return Recipe(method, steps=1, frozen=Part(shapes, load), rates=())
 
 
-def _check_observers(task: CondenseTask, observers: PyTree, least: float) -> None:
-    """Makes sure that the observers know the data.
+def _check_small(task: CondenseTask, factor: int) -> None:
+    """Refuses observers that take no images of a crop's size.
+
+    Raises:
+        InputError: In such a case.
+    """
+    height, width, channels = task.image_shape
+    crop = jax.ShapeDtypeStruct((1, height // factor, width // factor, channels), jnp.float32)
+    one = jax.eval_shape(
+        lambda pool: jax.tree.map(lambda x: x[0], pool["trained"]), task.extractors.shapes
+    )
+    try:
+        jax.eval_shape(task.network.logits, one, crop)
+    except Exception as error:  # of several kinds, by the library that the network is of
+        raise InputError(
+            f"method.padded=false shows crops of {crop.shape[1]}x{crop.shape[2]} alone, and this "
+            f"network takes images of {height}x{width}; set method.padded=true, or take one that "
+            "pools whatever is left, such as extractor.network=resnet18"
+        ) from error
+
+
+def check_observers(
+    logits: Logits,
+    observers: PyTree,
+    images: UInt8[np.ndarray, "n h w c"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    normalize: Callable[[Array], Array],
+    least_accuracy: float = 0.3,
+    microbatch: int = 128,
+) -> None:
+    """Makes sure that observers know the data: some thousands of the images are looked at.
+
+    Args:
+        logits: `(params, normalized images) -> logits`.
+        observers: Parameters, with a leading axis of observers.
+        images: The training images.
+        labels: Their classes.
+        normalize: Images to normalized images.
+        least_accuracy: The fraction of them on which each observer must be right.
+        microbatch: Images in one pass.
 
     Raises:
         InputError: If one does not.
     """
-    train = task.train.load()
-    some = np.unique(np.linspace(0, len(train["labels"]) - 1, _LOOKED_AT).astype(int))
-    images, labels = jnp.asarray(train["images"][some]), jnp.asarray(train["labels"][some])
+    some = np.unique(np.linspace(0, len(labels) - 1, _LOOKED_AT).astype(int))
+    seen, known = jnp.asarray(images[some]), jnp.asarray(labels[some])
 
     @jax.jit
     def accuracy(observer):
-        options = {"normalize": task.normalize, "microbatch": task.microbatch}
-        said = feature_table(task.network.logits, observer, images, **options)
-        return (said.argmax(-1) == labels).mean()
+        options = {"normalize": normalize, "microbatch": microbatch}
+        said = feature_table(logits, observer, seen, **options)
+        return (said.argmax(-1) == known).mean()
 
     found = np.asarray(lax.map(accuracy, observers))
-    if found.min() < least:
+    if found.min() < least_accuracy:
         raise InputError(
             f"an observer is right on {100 * found.min():.1f} % of the training images, and "
-            f"method.least_accuracy asks for {100 * least:.1f} %; train it longer (pool.epochs), "
-            "or check that its classes are in the order of the data's: observers of other programs "
-            "often have them in another"
+            f"least_accuracy asks for {100 * least_accuracy:.1f} %; train it longer "
+            "(pool.epochs), or check that its classes are in the order of the data's: observers of "
+            "other programs often have them in another"
         )

@@ -10,10 +10,11 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree, UInt8
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree, UInt8
 
 from jaxdistill import collective
 from jaxdistill.condense.decode import check_factor, decode, encode
@@ -25,6 +26,7 @@ from jaxdistill.task import CondenseTask
 
 Pixels = Float[Array, "classes ipc h w c"]
 Features = Callable[[Any, Float[Array, "b h w c"]], Float[Array, "b d"]]
+Logits = Callable[[Any, Float[Array, "b h w c"]], Float[Array, "b classes"]]
 
 STARTS = ("tiled", "random", "noise")
 
@@ -352,6 +354,50 @@ def synthetic_outputs(
     if group:
         return over_classes(run, pixels, keys, group, **augmentation), rows
     return in_microbatches(run, rows.images, microbatch), rows
+
+
+def loss_gradient(
+    logits: Logits,
+    params: PyTree,
+    images: Float[Array, "n h w c"],
+    labels: Int[Array, " n"],
+    weights: Float[Array, " n"],
+    *,
+    microbatch: int,
+) -> PyTree:
+    """The gradient, by the parameters, of a weighted sum of cross-entropies.
+
+    It may be differentiated again; then a pass is computed anew rather than kept.
+
+    Args:
+        logits: `(params, normalized images) -> logits`.
+        params: The network's parameters.
+        images: Normalized images.
+        labels: Their classes.
+        weights: What each counts.
+        microbatch: Images in one pass.
+    """
+
+    def loss(params, images, labels, weights):
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels)
+        return jnp.sum(weights * losses)
+
+    gradient = jax.grad(loss)
+    n = images.shape[0]
+    parts = -(-n // microbatch)
+    if parts == 1:
+        return gradient(params, images, labels, weights)
+    size = -(-n // parts)
+    index = jnp.arange(parts * size)
+    weights = jnp.where(index < n, weights[index % n], 0)
+    batch = images[index % n], labels[index % n], weights
+    slices = jax.tree.map(lambda x: x.reshape(parts, size, *x.shape[1:]), batch)
+
+    @jax.checkpoint
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+    return lax.scan(add, jax.tree.map(jnp.zeros_like, params), slices)[0]
 
 
 def by_class(tree: PyTree, shape: tuple[int, ...]) -> PyTree:

@@ -153,18 +153,17 @@ def evaluate(
     teacher = jax.tree.map(lambda x: x[0], pool)
     stored = {}
     for cell in missing:
-        if metrics[cell.metric][1] == "views" and cell.row not in stored:
+        kind = metrics[cell.metric][1]
+        if kind in ("soft", "views") and (cell.row, kind) not in stored:
             row = bench.rows[cell.row]
-            stored[cell.row] = _stored(bench, row, teacher, protocols["views"], cell.protocol)
+            stored[cell.row, kind] = _stored(bench, row, teacher, protocols[kind], cell.protocol)
     todo = processes.mine(missing)
     bar = Progress(len(todo), 0, "evaluating") if todo else None
     for done, cell in enumerate(todo):
         name, kind = metrics[cell.metric]
         try:
-            row, views = bench.rows[cell.row], stored.get(cell.row) if kind == "views" else None
-            measured = _measure(
-                bench, row, judges[name], teacher, protocols[kind], cell.seed, views
-            )
+            row, said = bench.rows[cell.row], stored.get((cell.row, kind))
+            measured = _measure(bench, row, judges[name], teacher, protocols[kind], cell.seed, said)
         except Interrupted as stop:
             raise Interrupted(
                 f"stopped while evaluating; {len(wanted) - len(bench.results.missing(wanted))} of "
@@ -192,7 +191,7 @@ def _measure(
     teacher: Any,
     protocol: Protocol,
     seed: int,
-    views: "Views | None",
+    stored: "Stored | None",
 ) -> dict[str, Any]:
     """The accuracy of one fresh network, and what it took."""
     task, distilled = bench.task, row.output()
@@ -207,7 +206,7 @@ def _measure(
         num_classes=task.num_classes,
         normalize=task.normalize,
         protocol=protocol,
-        views=views,
+        stored=stored,
         should_stop=bench.should_stop,
     )
     test, labels = (jnp.asarray(x) for x in bench.data.test)
@@ -223,14 +222,15 @@ def _measure(
         normalize=task.normalize,
         microbatch=task.microbatch,
     )
-    sets = {"hard": 0, "soft": 1, "views": 0, "teacher": protocol.epochs}
-    label_bytes = 2 * sets[protocol.labels] * len(hard) * task.num_classes
+    label_bytes = sum(x.nbytes for x in jax.tree.leaves(stored))
+    if protocol.labels == "teacher":  # if they were kept
+        label_bytes = 2 * protocol.epochs * len(hard) * task.num_classes
     return {
         "value": math.nan if lost else found.value,
         "classes": list(found.classes),
         "images": len(hard),
         "epochs": protocol.epochs,
-        "label_bytes": label_bytes + (0 if views is None else sum(x.nbytes for x in views)),
+        "label_bytes": label_bytes,
         "wall_seconds": round(time.perf_counter() - start[0], 2),
         "cpu_seconds": round(time.process_time() - start[1], 2),
     }
@@ -249,7 +249,7 @@ def train(
     num_classes: int,
     normalize: Any,
     protocol: Protocol,
-    views: "Views | None" = None,
+    stored: "Stored | None" = None,
     should_stop: ShouldStop = never,
 ) -> Any:
     """Trains a fresh network and returns its parameters after the last epoch.
@@ -263,7 +263,8 @@ def train(
         num_classes: Number of classes.
         normalize: Images to normalized images.
         protocol: How.
-        views: What `stored_views` gives, where the labels are those of views.
+        stored: What `image_labels` gives where the labels are soft ones, and `stored_views` where
+            they are those of views.
         should_stop: Whether to give up.
 
     Raises:
@@ -273,10 +274,7 @@ def train(
     logits, known = teacher
     params = jax.jit(network.init)(k_init)
     carry = params, optimizer(protocol).init(params)
-    beforehand = None if views is None else jax.tree.map(jnp.asarray, views)
-    if protocol.labels == "soft":
-        said = jax.jit(lambda p, x: jax.nn.softmax(logits(p, normalize(x)) / protocol.temperature))
-        beforehand = _short(said(known, images))
+    beforehand = jax.tree.map(jnp.asarray, stored)
     steps = protocol.epochs * -(-len(images) // min(protocol.batch_size, len(images)))
     block = -(-steps // _BLOCKS)
     for first in range(0, steps, block):
@@ -442,6 +440,29 @@ class Views(NamedTuple):
     labels: Any
 
 
+Stored = Views | Array | np.ndarray
+"""Labels that were made before a training: those of views, or one of each image."""
+
+
+def image_labels(
+    images: Array, teacher: tuple[Any, Any], normalize: Any, protocol: Protocol
+) -> np.ndarray:
+    """What a teacher says of each image as it is.
+
+    Args:
+        images: float32 (n, h, w, c) in [0, 1].
+        teacher: `(params, normalized images) -> logits`, and the parameters.
+        normalize: Images to normalized images.
+        protocol: Its temperature.
+
+    Returns:
+        Probabilities, float16 (n, classes).
+    """
+    logits, params = teacher
+    said = jax.jit(lambda p, x: jax.nn.softmax(logits(p, normalize(x)) / protocol.temperature))
+    return np.asarray(said(params, images).astype(jnp.float16))
+
+
 def stored_views(
     key: Array,
     images: Array,
@@ -484,42 +505,50 @@ def stored_views(
     return jax.tree.map(lambda x: x.reshape(protocol.views, count, *x.shape[1:]), flat)
 
 
-def _stored(bench: Bench, row: Made, teacher: Any, protocol: Protocol, own: str) -> Views:
-    """The views of a row's set, which are written beside it where they are not.
+def _stored(bench: Bench, row: Made, teacher: Any, protocol: Protocol, own: str) -> Stored:
+    """The labels of a row's set, which are written beside it where they are not.
 
     Raises:
         InputError: If those that lie there are damaged.
         Interrupted: If it is stopped.
     """
-    task, distilled = bench.task, row.output()
+    distilled, kind = row.output(), protocol.labels
     name = digest([own, distilled.card.get("content_sha256")])
-    path = row.folder / f"views-{name}.npz"
+    path = row.folder / f"{kind}-{name}.npz"
     if not path.is_file():
-        bar = Progress(protocol.views, 0, f"views of {row.name}")
-
-        def on_view(done):
-            if bench.should_stop():
-                raise Interrupted("stopped while labelling views")
-            bar.update(done, {})
-
-        views = stored_views(
-            jax.random.key(_VIEWS),
-            jnp.asarray(distilled.images),
-            (task.network.logits, teacher),
-            task.normalize,
-            protocol,
-            on_view,
-        )
-        bar.close()
+        known = bench.task.network.logits, teacher
+        images = jnp.asarray(distilled.images)
+        if kind == "soft":
+            made = {"labels": image_labels(images, known, bench.task.normalize, protocol)}
+        else:
+            made = _views(bench, row, images, known, protocol)._asdict()
         if processes.is_first():
-            write_files({path: lambda file: np.savez(file, **views._asdict())})
-            labels, rest = views.labels.nbytes, sum(x.nbytes for x in views[:-1])
-            print(f"{row.name}: {path.name} has {labels:,} bytes of labels, {rest:,} of views")
-    processes.wait(f"the views of {row.name} are written")
+            write_files({path: lambda file: np.savez(file, **made)})
+            labels = made["labels"].nbytes
+            rest = sum(x.nbytes for x in made.values()) - labels
+            said = f", {rest:,} of views" if rest else ""
+            print(f"{row.name}: {path.name} has {labels:,} bytes of labels{said}")
+    processes.wait(f"the {kind} labels of {row.name} are written")
     try:
+        if kind == "soft":
+            return read_npz(path, ["labels"])["labels"]
         return Views(**read_npz(path, Views._fields))
     except InputError as error:
-        raise InputError(f"{path} holds no views ({error}); delete it") from error
+        raise InputError(f"{path} holds no {kind} labels ({error}); delete it") from error
+
+
+def _views(bench: Bench, row: Made, images: Array, known: tuple, protocol: Protocol) -> Views:
+    bar = Progress(protocol.views, 0, f"views of {row.name}")
+
+    def on_view(done):
+        if bench.should_stop():
+            raise Interrupted("stopped while labelling views")
+        bar.update(done, {})
+
+    key = jax.random.key(_VIEWS)
+    views = stored_views(key, images, known, bench.task.normalize, protocol, on_view)
+    bar.close()
+    return views
 
 
 def _batch(key, epoch, position, n, shape, protocol):
@@ -566,7 +595,7 @@ def _block(
         if protocol.labels == "hard":
             target = mixed(jax.nn.one_hot(hard[rows], classes))
         elif protocol.labels == "soft":
-            target = mixed(beforehand[rows])
+            target = mixed(beforehand[rows].astype(jnp.float32))
         elif protocol.labels == "views":
             target = said.astype(jnp.float32)
         else:

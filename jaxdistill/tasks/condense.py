@@ -12,9 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdistill import pool
+from jaxdistill import experts, pool
 from jaxdistill.data.augment import normalizer, parse
 from jaxdistill.data.dataset import per_class_table
+from jaxdistill.data.device import resident_shapes
+from jaxdistill.data.stream import stream, stream_shapes
 from jaxdistill.errors import InputError
 from jaxdistill.eval import train_on
 from jaxdistill.interrupt import ShouldStop
@@ -121,6 +123,7 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
         placed(groups.data, data),
         groups.run.microbatch,
         _distilled,
+        functools.partial(_trajectories, groups, network, data, normalize, workdir, should_stop),
     )
     return Loaded(task, data, source_of(data))
 
@@ -156,6 +159,7 @@ def shapes(experiment: Experiment) -> CondenseTask:
         placed_shapes(groups.data, image, facts.num_classes, per_class, count),
         groups.run.microbatch,
         _distilled,
+        functools.partial(_trajectory_shapes, network),
     )
 
 
@@ -253,6 +257,54 @@ def _train_pool(groups, network, data, normalize, workdir, should_stop) -> PyTre
         identity=digest([spec, shape, data.fingerprint()]),
         should_stop=should_stop,
     )
+
+
+def _trajectory_shapes(network, settings, first, snapshots, of=stream_shapes) -> Part:
+    """Streamed always: whole trajectories are too many for a device."""
+    del first
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    size = sum(x.size for x in jax.tree.leaves(params))
+    way = jax.ShapeDtypeStruct((snapshots, size), jnp.float32)
+    number = settings.experts
+    return Part(of({"trajectory": way}, 1, number, number, labelled=False))
+
+
+def _trajectories(
+    groups, network, data, normalize, workdir, should_stop, settings, first, snapshots
+) -> Part:
+    def load():
+        protocol = train_on.Protocol(
+            epochs=1,
+            batch=settings.expert_batch_size,
+            rate=settings.expert_learning_rate,
+            momentum=0.0,
+            weight_decay=0.0,
+            strategy=settings.expert_strategy,
+            decay_at=(),
+        )
+        found = experts.load_or_train(
+            expanded(settings.expert_dir) if settings.expert_dir else workdir / "experts",
+            settings.experts,
+            train_on.Network(network.init, network.logits),
+            data,
+            epochs=settings.expert_epochs,
+            normalize=normalize,
+            protocol=protocol,
+            microbatch=groups.run.microbatch,
+            identity=digest(
+                [
+                    protocol,
+                    settings.expert_epochs,
+                    groups.extractor._asdict(),
+                    data.fingerprint(),
+                ]
+            ),
+            should_stop=should_stop,
+        )
+        return stream({"trajectory": found.since(first, snapshots)})
+
+    shapes = _trajectory_shapes(network, settings, first, snapshots, resident_shapes).shapes
+    return Part(shapes, functools.cache(load))
 
 
 def _distilled(path: str) -> tuple[np.ndarray, np.ndarray]:

@@ -245,6 +245,33 @@ def test_an_observer_that_does_not_know_the_data_is_refused(task):
     _recipe(other, least_accuracy=0.0).frozen.load()
 
 
+def test_observers_of_elsewhere_are_checked_alike(task):
+    train = task.train.load()
+    options = {"normalize": task.normalize, "least_accuracy": 0.5}
+    known = task.extractors.load()["trained"]
+    module.check_observers(task.network.logits, known, train["images"], train["labels"], **options)
+    with pytest.raises(InputError, match="of other programs often have them in another"):
+        module.check_observers(
+            task.network.logits, known, train["images"], (train["labels"] + 1) % 10, **options
+        )
+
+
+def test_crops_alone_go_to_observers_that_take_them():
+    """A ConvNet has a layer of the image's size, ResNets pool what is left."""
+    for network, fits in (("convnet", False), ("resnet18", True)):
+        config = configs.load(
+            "rded:ipc=1,smoke", {"extractor.network": network, "method.factor": "2"}
+        )
+        config = configs.complete(config.unlock(), {"method.padded": "False"})
+        experiment = settings.resolve(config)
+        build = lambda e=experiment: e.rows["rded"].recipe(e.family.shapes(e))  # noqa: E731
+        if fits:
+            build()
+            continue
+        with pytest.raises(InputError, match=r"crops of 4x4 alone, and this network takes .* 8x8"):
+            build()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

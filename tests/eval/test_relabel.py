@@ -9,7 +9,15 @@ import pytest
 
 from jaxdistill.data.augment import normalizer
 from jaxdistill.eval import train_on
-from jaxdistill.eval.relabel import Protocol, draw, rate, stored_views, train, view
+from jaxdistill.eval.relabel import (
+    Protocol,
+    draw,
+    image_labels,
+    rate,
+    stored_views,
+    train,
+    view,
+)
 
 SIDE, CLASSES = 4, 3
 PLAIN = Protocol("hard", 4, 6, 0.05, 0.01, 20.0, True, False, 1, 2)
@@ -46,6 +54,9 @@ def stored(key, **changes):
 
 def trained(protocol, seed=0, views=None, **changes):
     images, labels = data()
+    if protocol.labels == "soft":
+        views = image_labels(images, (network().logits, TEACHER), NORMALIZE, protocol)
+        assert views.dtype == np.float16
     return train(
         jax.random.key(seed),
         network(),
@@ -55,7 +66,7 @@ def trained(protocol, seed=0, views=None, **changes):
         num_classes=CLASSES,
         normalize=NORMALIZE,
         protocol=protocol._replace(**changes),
-        views=views,
+        stored=views,
     )
 
 

@@ -1,0 +1,396 @@
+"""MTT: images on which a network goes the way that experts went on real data.
+
+Cazenavette et al., "Dataset Distillation by Matching Training Trajectories" (CVPR 2022). Experts
+are trained on the real data first, and what they were after each epoch is kept. A step takes one of
+them at some epoch, trains it on the synthetic images for a few steps, and asks how far it is then
+from where the expert was some epochs later. The gradient goes through all of these steps, exactly:
+each is computed again on the way back, so that memory holds one of them, whatever their number. The
+approximation of TESLA (Cui et al., ICML 2023) leaves out how a step changes the later ones.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, PyTree
+
+from jaxdistill import collective
+from jaxdistill.condense.synthetic import (
+    Factor,
+    ImagesPerClass,
+    Logits,
+    Pixels,
+    decoded,
+    initial_pixels,
+    loss_gradient,
+    real_needed,
+    start_of,
+)
+from jaxdistill.data.augment import augment, parse
+from jaxdistill.errors import InputError
+from jaxdistill.keywords import Between, Count, Folder, Fraction, Natural, Rate, grouped
+from jaxdistill.method import BatchSpec, Method
+from jaxdistill.task import CondenseTask, Part, Recipe
+
+Flat = Float[Array, " parameters"]
+
+_SPARE = 64  # real images of each class beside those that a start needs
+
+
+class Experts(NamedTuple):
+    """Who is followed; the settings of their training.
+
+    Attributes:
+        experts: How many.
+        expert_epochs: Epochs of each on the real images.
+        expert_batch_size: Images of a step.
+        expert_learning_rate: Of plain gradient descent; published: 0.01, without momentum.
+        expert_strategy: Augmentation in their training; see `jaxdistill.data.augment`.
+        expert_dir: Where they are kept; by default `experts` in the workdir. Runs may share one.
+    """
+
+    experts: Count = 10
+    expert_epochs: Count = 10
+    expert_batch_size: Count = 256
+    expert_learning_rate: Rate = 0.01
+    expert_strategy: str = "color_crop_cutout_flip_scale_rotate"
+    expert_dir: Folder = None
+
+
+class Window(NamedTuple):
+    """Which parts of the experts' ways are followed.
+
+    Attributes:
+        span: Epochs of an expert that are to be gone.
+        start_from: The first epoch to start at.
+        start_until: The last one.
+        grow_from: The last one in the first steps, where the window grows (DATM, Guo et al. 2024);
+            by default `start_until`.
+        grow_steps: Steps after which it reaches `start_until`.
+    """
+
+    span: Count = 2
+    start_from: Natural = 0
+    start_until: Natural = 2
+    grow_from: Natural | None = None
+    grow_steps: Count = 1000
+
+    @property
+    def snapshots(self) -> int:
+        """Snapshots of an expert that are looked at."""
+        return self.start_until - self.start_from + self.span + 1
+
+    def drawn(self, key: PRNGKeyArray, step: Int32[Array, ""]) -> Int32[Array, ""]:
+        """The epoch to start at, counted from `start_from`."""
+        last = self.start_until
+        if self.grow_from is not None:
+            grown = (self.start_until - self.grow_from) * step // self.grow_steps
+            last = jnp.minimum(self.grow_from + grown, self.start_until)
+        return jax.random.randint(key, (), 0, last - self.start_from + 1)
+
+
+class TrajectoryState(NamedTuple):
+    """What changes.
+
+    Attributes:
+        pixels: Synthetic images.
+        pixels_opt: The state of their optimizer.
+        log_rate: The logarithm of the learning rate that is learned with them.
+        rate_opt: The state of its optimizer.
+        step: Steps done.
+    """
+
+    pixels: Pixels
+    pixels_opt: Any
+    log_rate: Float[Array, ""]
+    rate_opt: Any
+    step: Int32[Array, ""]
+
+
+def unrolled(
+    logits: Logits,
+    unravel: Callable[[Flat], PyTree],
+    start: Flat,
+    images: Float[Array, "n h w c"],
+    labels: Int32[Array, " n"],
+    rate: Float[Array, ""],
+    key: PRNGKeyArray,
+    *,
+    steps: int,
+    batch_size: int,
+    normalize: Callable[[Array], Array],
+    strategy: str,
+    microbatch: int,
+) -> Flat:
+    """A network after some steps of plain gradient descent on images; differentiable in all.
+
+    Args:
+        logits: `(params, normalized images) -> logits`; it is differentiated twice.
+        unravel: A vector as parameters.
+        start: The network at first.
+        images: Images in [0, 1].
+        labels: Their classes.
+        rate: The learning rate.
+        key: Draws the order of the images, anew in each pass, and their augmentation.
+        steps: How many.
+        batch_size: Images of a step, at most as many as there are; the rest of a pass that is no
+            whole batch is left out.
+        normalize: Images to normalized ones.
+        strategy: Augmentation, another for each image.
+        microbatch: Images in one pass of the network.
+    """
+    n = images.shape[0]
+    size = min(batch_size, n)
+    a_pass = n // size
+
+    # Nothing of a step is kept but where it began.
+    @jax.checkpoint
+    def step(theta, i):
+        k_order, k_augment = jax.random.split(jax.random.fold_in(key, i // a_pass))
+        x, y = images, labels
+        if size < n:
+            order = jax.random.permutation(k_order, n)
+            mine = lax.dynamic_slice_in_dim(order, i % a_pass * size, size)
+            x, y = images[mine], labels[mine]
+        x = augment(jax.random.fold_in(k_augment, i), normalize(x), strategy)
+        weights = jnp.full(size, 1 / size)
+        params = unravel(theta)
+        slope = loss_gradient(logits, params, x, y, weights, microbatch=microbatch)
+        return theta - rate * ravel_pytree(slope)[0], None
+
+    return lax.scan(step, start, jnp.arange(steps))[0]
+
+
+def distance(there: Flat, wanted: Flat, start: Flat) -> Float[Array, ""]:
+    """How far a network is from where it should be, over how far it was: equation 2 of MTT."""
+    return jnp.square(there - wanted).sum() / jnp.square(start - wanted).sum()
+
+
+def trajectory_matching(
+    logits: Logits,
+    example: PyTree,
+    optimizer: optax.GradientTransformation,
+    rate_optimizer: optax.GradientTransformation,
+    *,
+    normalize: Callable[[Array], Array],
+    ipc: int,
+    factor: int = 1,
+    start: str = "random",
+    pixels: Pixels | None = None,
+    rate: float = 0.01,
+    window: Window = Window(),  # noqa: B008, a tuple of numbers
+    unroll: int = 30,
+    batch_size: int = 256,
+    batch_experts: int = 1,
+    strategy: str = "color_crop_cutout_flip_scale_rotate",
+    microbatch: int = 128,
+) -> Method:
+    """Builds the method.
+
+    Its `frozen` argument is `{"real": uint8 (classes, n, h, w, c)}`, real images to start from, and
+    is not used where `pixels` are given. A batch is `{"trajectory": (experts, snapshots,
+    parameters)}`, the parameters of an expert as vectors, from the epoch `window.start_from` on.
+
+    Args:
+        logits: `(params, normalized images) -> logits`; it is differentiated twice.
+        example: Parameters of the network, or their shapes.
+        optimizer: Optimizer of the pixels.
+        rate_optimizer: Optimizer of the logarithm of the learning rate.
+        normalize: Images to normalized ones.
+        ipc: Synthetic images per class.
+        factor: Tiles per side stored in each synthetic image (1 in the paper).
+        start: Initial images, see `initial_pixels`.
+        pixels: Initial images given outright, instead of `start`.
+        rate: The learning rate at first.
+        window: Which parts of the experts' ways are followed.
+        unroll: Steps of the network on the synthetic images.
+        batch_size: Synthetic images of one of them.
+        batch_experts: Experts of a step, whose losses are averaged; devices divide them.
+        strategy: Augmentation in the network's training, another for each image.
+        microbatch: Images in one pass of the network.
+
+    Returns:
+        A `Method`; its output is that of `ncfm`.
+    """
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
+    unravel = ravel_pytree(zeros)[1]
+    needed = 1 if pixels is not None else real_needed(start, ipc, factor)
+
+    def init(key, frozen, batch):
+        del batch
+        first = pixels
+        if pixels is None:
+            k_real, k_pixels = jax.random.split(key)
+            keys = jax.random.split(k_real, len(frozen["real"]))
+            real = jax.vmap(lambda k, x: x[jax.random.permutation(k, len(x))[:needed]])(
+                keys, frozen["real"]
+            )
+            first = initial_pixels(k_pixels, real, ipc=ipc, factor=factor, start=start)
+        first, log_rate = jnp.asarray(first, jnp.float32), jnp.log(jnp.float32(rate))
+        opt = optimizer.init(first), rate_optimizer.init(log_rate)
+        return TrajectoryState(first, opt[0], log_rate, opt[1], jnp.int32(0))
+
+    def step(state, frozen, batch, key):
+        del frozen
+        ways = batch["trajectory"]
+        begin = jax.vmap(lambda k: window.drawn(k, state.step))(batch["keys"])
+
+        def loss(learned):
+            pixels, log_rate = learned
+            images = decoded(pixels, factor)
+            classes = jnp.arange(images.shape[0], dtype=jnp.int32)
+            labels = jnp.repeat(classes, images.shape[1])
+            images = images.reshape(-1, *images.shape[2:])
+
+            def one(way, begin):
+                start, wanted = way[begin], way[begin + window.span]
+                # All experts of a step see the same images: a choice of one's own would have
+                # every operation of augmentation computed.
+                there = unrolled(
+                    logits,
+                    unravel,
+                    start,
+                    images,
+                    labels,
+                    jnp.exp(log_rate),
+                    key,
+                    steps=unroll,
+                    batch_size=batch_size,
+                    normalize=normalize,
+                    strategy=strategy,
+                    microbatch=microbatch,
+                )
+                return distance(there, wanted, start)
+
+            if len(ways) == 1:  # a mapped convolution is another one, and slow on a CPU
+                return one(ways[0], begin[0])
+            ways_, begin_ = collective.by_example((ways, begin))
+            return jax.vmap(one)(ways_, begin_).mean()
+
+        match, grads = jax.value_and_grad(loss)((state.pixels, state.log_rate))
+        # A way that leads nowhere is left out rather than followed.
+        grads = collective.mean(jax.tree.map(jnp.nan_to_num, grads))
+        updates, pixels_opt = optimizer.update(grads[0], state.pixels_opt, state.pixels)
+        moved = jnp.clip(optax.apply_updates(state.pixels, updates), 0.0, 1.0)
+        update, rate_opt = rate_optimizer.update(grads[1], state.rate_opt, state.log_rate)
+        log_rate = optax.apply_updates(state.log_rate, update)
+        metrics = {"match": match, "rate": jnp.exp(log_rate)}
+        return TrajectoryState(moved, pixels_opt, log_rate, rate_opt, state.step + 1), metrics
+
+    def output(state):
+        # Bilinear weights may sum to a hair above one.
+        images = jnp.clip(decoded(state.pixels, factor), 0.0, 1.0)
+        return {"images": images, "pixels": state.pixels}
+
+    return Method(init, step, output, BatchSpec("uniform", batch_experts))
+
+
+def recipe(
+    task: CondenseTask,
+    *,
+    ipc: ImagesPerClass = 1,
+    steps: Count = 5000,
+    factor: Factor = 1,
+    start: str = "random",
+    learning_rate: Rate = 0.01,
+    learning_rate_decay: Fraction = 0.05,
+    student_learning_rate: Annotated[float, Between(1e-9, 1e3)] = 0.01,
+    rate_learning_rate: Rate = 0.01,
+    unroll: Count = 30,
+    batch_synthetic: Count = 256,
+    batch_experts: Count = 1,
+    strategy: str = "color_crop_cutout_flip_scale_rotate",
+    **rest: Annotated[Any, Experts, Window],
+) -> Recipe:
+    """MTT with networks of the extractors' shape, and Adam on the pixels.
+
+    Args:
+        task: What it is for.
+        ipc: Synthetic images per class.
+        steps: Length of the run.
+        factor: Tiles per side that a synthetic image stores.
+        start: `tiled`, `random`, `noise`, or the path of a `distilled.npz`.
+        learning_rate: The pixels' learning rate. Published is plain gradient descent with rates
+            from 100 to 100,000, by data set.
+        learning_rate_decay: The last learning rate over the first, by a cosine.
+        student_learning_rate: The learning rate on the synthetic images, before it is learned.
+        rate_learning_rate: Adam's learning rate of its logarithm; 0 leaves it as it is.
+        unroll: Steps of the network on the synthetic images.
+        batch_synthetic: Images of one of them.
+        batch_experts: Experts of a step; devices divide them.
+        strategy: Augmentation; see `jaxdistill.data.augment`.
+        **rest: Settings of `Experts` and `Window`.
+
+    Raises:
+        InputError: If the settings do not fit each other or the task.
+    """
+    experts, window = grouped(rest, Experts, Window)
+    parse(strategy)
+    parse(experts.expert_strategy)
+    if window.start_until < window.start_from:
+        raise InputError(
+            f"method.start_until={window.start_until} is before "
+            f"method.start_from={window.start_from}; give a later epoch"
+        )
+    last = window.start_until + window.span
+    if last > experts.expert_epochs:
+        raise InputError(
+            f"an expert of {experts.expert_epochs} epochs has no epoch {last}, which "
+            f"method.start_until={window.start_until} and method.span={window.span} ask for; lower "
+            "them, or raise method.expert_epochs"
+        )
+    grow = window.grow_from
+    if grow is not None and not window.start_from <= grow <= window.start_until:
+        raise InputError(
+            f"method.grow_from={grow} is outside of the epochs from {window.start_from} to "
+            f"{window.start_until}; give one of them, or None"
+        )
+    if batch_experts > experts.experts:
+        raise InputError(
+            f"method.batch_experts={batch_experts} are more than method.experts={experts.experts}"
+        )
+    pixels = start_of(task, start=start, ipc=ipc, factor=factor)
+    method = trajectory_matching(
+        task.network.logits,
+        jax.eval_shape(task.network.init, jax.random.key(0)),
+        optax.adam(optax.cosine_decay_schedule(learning_rate, steps, learning_rate_decay)),
+        optax.adam(rate_learning_rate),
+        normalize=task.normalize,
+        ipc=ipc,
+        factor=factor,
+        start=start,
+        pixels=pixels,
+        rate=student_learning_rate,
+        window=window,
+        unroll=unroll,
+        batch_size=batch_synthetic,
+        batch_experts=batch_experts,
+        strategy=strategy,
+        microbatch=task.microbatch,
+    )
+    trajectories = task.trajectories(experts, window.start_from, window.snapshots)
+    cost = lambda state: {"student_learning_rate": float(jnp.exp(state.log_rate))}  # noqa: E731
+    real = Part() if pixels is not None else _real(task, real_needed(start, ipc, factor))
+    return Recipe(method, steps, real, examples=trajectories, cost=cost)
+
+
+def _real(task: CondenseTask, needed: int) -> Part:
+    """Some real images of each class, more than a start needs, so that seeds differ."""
+    count = min(task.smallest_class[0], needed + _SPARE)
+    shape = task.num_classes, count, *task.image_shape
+
+    def load():
+        train = task.train.load()
+        # From all over the class, in whatever order it lies.
+        rows = [
+            own[np.linspace(0, size - 1, count).astype(int)]
+            for own, size in zip(train["index"], train["counts"], strict=True)
+        ]
+        return {"real": train["images"][np.stack(rows)]}
+
+    return Part({"real": jax.ShapeDtypeStruct(shape, jnp.uint8)}, load)
