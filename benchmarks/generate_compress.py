@@ -151,7 +151,7 @@ def _run(arm: str, seed: int, args: argparse.Namespace) -> dict:
 
 
 def table(records: list[dict], method: str) -> str:
-    """Markdown: accuracies in %, mean ± std over the seeds of the choice and the network."""
+    """Markdown: accuracies in %, mean ± std over the seeds of the choice."""
     runs = [r for r in records if "results" in r and r.get("method", "rded") == method]
     metrics = list(dict.fromkeys(x["metric"] for r in runs for x in r["results"]))
     heads = [m.removeprefix("convnet, ") for m in metrics]

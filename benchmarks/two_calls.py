@@ -142,7 +142,7 @@ _KINDS = {"grid25": _POINTS, "ring8": _POINTS, "soft4": _POINTS, "fashion_mnist"
 _TUNING_SEED = 100
 # Lengths of the teacher's training that are compared on images held out of it, and its samplers.
 _TEACHERS = (4000, 8000, 16_000, 32_000)
-_SAMPLERS = ("euler:2", "euler:8", "euler:50", "midpoint:16")  # guidance doubles the calls
+_SAMPLERS = ("euler:2", "euler:8", "euler:50", "midpoint:16", "ucgm_s:8")  # guidance doubles
 _KEYS = ("arm", "seed", "rate", "part")
 
 

@@ -21,7 +21,9 @@ at any point, the same command goes on.
 
     config                                    hardware
     generate_compress:dataset=digits          2 CPU cores, minutes
-    generate_compress:dataset=fashion_mnist   2 CPU cores, hours
+    generate_compress:dataset=fashion_mnist   2 CPU cores, hours; with generator=arcflow and 6,000
+                                              images of each class 65.6 ± 0.2 with hard labels and
+                                              77.5 ± 0.2 with the observer's (docs page)
     every other data set                      accelerator, not run here
 """
 
