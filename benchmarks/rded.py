@@ -15,15 +15,19 @@ import argparse
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
+import optax
 import recording
-from PIL import Image
 
 import jaxdistill
+from jaxdistill import settings
 from jaxdistill.eval.results import markdown
-from jaxdistill.io import pictures
 
 _COSINES = ("half", "full")
+_SHOWN = 10  # crops of a row in the picture
 
 
 def _run(ipc: int, cosine: str, seed: int, args: argparse.Namespace) -> dict:
@@ -54,22 +58,43 @@ def _run(ipc: int, cosine: str, seed: int, args: argparse.Namespace) -> dict:
 
 
 def picture(workdir: Path, path: Path) -> None:
-    """What each row has of a class, and the observer's mean loss on all that it chose."""
-    shown, labels, names = [], [], []
-    for label in (7, 8):  # sneakers and bags
-        for row in ("rded", "medium", "hardest", "cropped", "random"):
-            folder = workdir if row == "rded" else workdir / "baselines" / row
-            made = jaxdistill.load_distilled(folder)
-            lines = (folder / "metrics.jsonl").read_text().splitlines()
-            loss = json.loads(lines[-1]).get("chosen")
-            own = made.images[made.labels == label]
-            shown.append(own)
-            labels += [len(names)] * len(own)
-            # Of whole images nobody was asked.
-            name = {"rded": "easiest", "cropped": "random crop"}.get(row, row)
-            names.append(name if row == "random" else f"{name} {loss:.2g}")
-    grid = pictures.grid(np.concatenate(shown), np.array(labels, np.int32), names)
-    Image.fromarray(grid).save(path)
+    """What each row has of two classes, with the observer's cross-entropy under each crop.
+
+    An image is a crop here, and is seen as it was when it was scored.
+    """
+    config = json.loads((workdir / "config.json").read_text())
+    config["pool"]["dir"] = str(workdir.parent / "pool")
+    experiment = settings.resolve(config)
+    task = experiment.family.load(experiment, workdir, lambda: False).task
+    observer = jax.tree.map(lambda x: x[0], task.extractors.load()["trained"])
+    rows = {
+        "easiest": "",
+        "medium": "baselines/medium",
+        "hardest": "baselines/hardest",
+        "random crop": "baselines/cropped",
+        "random": "baselines/random",
+    }
+    classes = {7: "sneakers", 8: "bags"}
+    figure, axes = plt.subplots(
+        len(classes) * len(rows), _SHOWN + 1, figsize=(9, 9.6), layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    shown = [(label, name) for label in classes for name in rows]
+    for line, (label, name) in zip(axes, shown, strict=True):
+        made = jaxdistill.load_distilled(workdir / rows[name])
+        images = made.images[made.labels == label]
+        said = task.network.logits(observer, task.normalize(jnp.asarray(images)))
+        hard = jnp.full(len(images), label)
+        losses = np.asarray(optax.softmax_cross_entropy_with_integer_labels(said, hard))
+        line[0].text(1, 0.5, f"{classes[label]},\n{name}", ha="right", va="center", fontsize=8)
+        # From the first to the last of those that are kept.
+        for axis, i in zip(
+            line[1:], np.linspace(0, len(images) - 1, _SHOWN).astype(int), strict=True
+        ):
+            axis.imshow(images[i][..., 0], cmap="gray", vmin=0, vmax=1)
+            axis.set_title(f"{losses[i]:.2g}", fontsize=7, pad=1)
+    figure.savefig(path, dpi=100)
 
 
 def table(records: list[dict], ipc: int, cosine: str) -> str:
@@ -117,7 +142,7 @@ def main() -> None:
     path = recording.FOLDER / f"{args.record}.json"
     if args.picture:
         images = Path(__file__).parent.parent / "docs" / "images"
-        picture(args.workdir / "10-0", images / "rded_fashion_mnist.png")
+        picture(args.workdir / f"{args.ipc[-1]}-0", images / "rded_fashion_mnist.png")
         return
     for seed in () if args.table else args.seeds:
         for ipc in args.ipc:

@@ -17,7 +17,7 @@ have a teacher in either case.
     config                              hardware, and the distance of two calls to the data
     ucgm:dataset=soft4                  2 CPU cores, minutes; `half` 0.10 ± 0.02, sliced W2
     ucgm:dataset=checkerboard           2 CPU cores, minutes; `half` 0.09 ± 0.02, sliced W2
-    ucgm:dataset=fashion_mnist          2 CPU cores, hours; `half` 9.7 ± 0.1, Fréchet, after 100 steps
+    ucgm:dataset=fashion_mnist          2 CPU cores, hours; `half` 9.7 ± 0.1, Fréchet, 100 steps
     ucgm:dataset=latents_imagenet       a TPU slice, compiled for it; not run
 """
 
