@@ -3,6 +3,7 @@
     python benchmarks/rded.py                 # what is missing, into benchmarks/records/rded.json
     python benchmarks/rded.py --ipc 50 --epochs 100
     python benchmarks/rded.py --data=FOLDER --record=rded_cifar10_jpeg75
+    python benchmarks/rded.py --labels teacher views --baselines=random --record=rded_views
     python benchmarks/rded.py --table         # the tables, from the record
     python benchmarks/rded.py --picture       # docs/images/rded_fashion_mnist.png, from the workdir
 
@@ -40,7 +41,8 @@ def _run(ipc: int, cosine: str, seed: int, args: argparse.Namespace) -> dict:
         "evals.accuracy.epochs": str(args.epochs),
         "data.name": args.data,
     }
-    config = jaxdistill.load_config(f"rded:ipc={ipc},seed={seed}", overrides)
+    spec = f"rded:ipc={ipc},seed={seed},baselines={args.baselines}"
+    config = jaxdistill.load_config(spec, overrides | {"evals.accuracy.labels": repr(args.labels)})
     results = jaxdistill.train(config, workdir)
     resolved = json.loads((workdir / "config.json").read_text())
     del resolved["pool"]["dir"]  # places on this machine
@@ -120,9 +122,11 @@ def table(records: list[dict], ipc: int, cosine: str) -> str:
         )
         lines.append([row, *cells, *(f"{np.mean(c):+.1f} ± {np.std(c):.1f}" for c in apart)])
     networks = len(plain[metrics[0]]) // len(mine)
+    sizes = {m: x["label_bytes"] for m in metrics for x in results if x["metric"] == m}
+    said = ", ".join(f"{m.removeprefix('convnet, ')} {sizes[m]:,}" for m in metrics)
     epochs = mine[0]["config"]["evals"]["accuracy"]["epochs"]
     head = f"{ipc} images a class, {cosine} cosine, {epochs} epochs, {len(mine)} sets x {networks}"
-    return f"{head}\n\n{markdown(lines)}\n"
+    return f"{head}\n\n{markdown(lines)}\n\nBytes of labels: {said}\n"
 
 
 def main() -> None:
@@ -136,9 +140,12 @@ def main() -> None:
     parser.add_argument("--ipc", type=int, nargs="*", default=[1, 10])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--students", type=int, default=2, help="networks on each set")
+    parser.add_argument("--labels", nargs="*", default=["hard", "soft", "teacher"])
+    parser.add_argument("--baselines", default="random+cropped+hardest+medium")
     parser.add_argument("--table", action="store_true", help="only print what is recorded")
     parser.add_argument("--picture", action="store_true", help="only draw what a run has left")
     args = parser.parse_args()
+    args.labels = tuple(args.labels)
     path = recording.FOLDER / f"{args.record}.json"
     if args.picture:
         images = Path(__file__).parent.parent / "docs" / "images"
