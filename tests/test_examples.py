@@ -11,8 +11,10 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 
-from jaxdistill import main, runner
+from jaxdistill import config as configs
+from jaxdistill import main, runner, settings
 from jaxdistill.data import device, sources
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.io import artifact
@@ -61,6 +63,25 @@ def test_the_library_example_closes_the_gap(tmp_path, monkeypatch, capsys):
     assert after < before / 2
     moved = np.square(names["players"]["freqs"] - names["freqs"])
     assert moved.mean() > 1e-3
+
+
+def test_a_plain_file_of_parameters_becomes_a_teacher(tmp_path, monkeypatch):
+    config = configs.load("ucgm:dataset=soft4,baselines=,smoke")
+    experiment = settings.resolve(config)
+    task = experiment.family.shapes(experiment)
+    label = jnp.zeros(1, jnp.int32)
+    args = jnp.zeros((1, *task.shape)), jnp.zeros(1), label
+    params = task.trunk.init(jax.random.key(0), *args)["params"]
+    flat = flatten_dict(jax.device_get(params), sep="/")
+    safetensors.numpy.save_file(flat, tmp_path / "network.safetensors")
+    names = run("teacher_from_file.py", tmp_path, monkeypatch)
+    assert {r["row"] for r in names["records"]} >= {"ucgm, 1", "ucgm, 2"}
+    card = json.loads((tmp_path / "runs/tuned/artifacts/student.json").read_text())
+    teacher = json.loads((tmp_path / "teacher/teacher.json").read_text())
+    assert card["provenance"]["teacher_sha256"] == teacher["sha256"]
+    safetensors.numpy.save_file({**flat, "one/more": np.zeros(3)}, tmp_path / "network.safetensors")
+    with pytest.raises(InputError, match="has one/more of shape"):
+        run("teacher_from_file.py", tmp_path, monkeypatch)
 
 
 def test_the_library_example_is_short():
