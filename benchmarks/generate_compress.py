@@ -13,8 +13,9 @@ condensed by RDED, with an observer that is trained on the arm's own images, and
 images drawn at random from the arm; networks are trained on both by one recipe, with equal images
 and steps. In the arm `five` there are five times as many generated images as real ones, and in the
 arms `all` and `five` RDED chooses from one crop of all that there are, else from five crops of 300
-of a class. Observers are trained for three epochs, that of `five` for one. With `--method=ncfm` arms are condensed by NCFM, with networks that are trained on the
-arm. Interrupted, the same command goes on.
+of a class. Observers are trained for three epochs, that of `five` for one. With `--method=ncfm`
+arms are condensed by NCFM, with networks that are trained on the arm. Interrupted, the same command
+goes on.
 
 Of the arm `tail` the training split is long-tailed: the classes, in an order that is drawn once,
 have from 6,000 images down to 60. In `filled` those below 600 are filled up to that number by a
