@@ -20,34 +20,13 @@ step is one change of the images; published are 1,000 times as many steps as ima
 
 from jaxdistill import config as configs
 
-# A tenth of the variance of the data's pixels; 0.01 where nothing is said.
-_RATES = {"digits": 0.014, "mnist": 0.0095, "fashion_mnist": 0.0125, "cifar10": 0.006}
-# On two CPU cores.
-_STEPS = {1: 400, 10: 200}
-
 
 def get_config(argument=None, dataset=None):
     """The recipe of a data set and a number of images per class."""
     arg = configs.parse_argument(
         argument, words=("smoke",), dataset="digits", ipc=1, baselines="random+herding", seed=0
     )
-    dataset = arg["dataset"] if dataset is None else dataset
-    names = [name for name in arg["baselines"].split("+") if name]
-    others = "+".join(name for name in names if name != "dc")
+    rest = f"ipc={arg['ipc']},baselines={arg['baselines']},seed={arg['seed']}"
     smoke = ",smoke" if arg["smoke"] else ""
-    config = configs.load(
-        f"ncfm:method=gradient,ipc={arg['ipc']},baselines={others},seed={arg['seed']}{smoke}",
-        {"data.name": dataset},
-    ).unlock()
-    row = config.method
-    row.learning_rate = _RATES.get(dataset, row.learning_rate)
-    row.steps = _STEPS.get(arg["ipc"], row.steps)
-    row.strategy = config.evals.accuracy.strategy
-    if config.run.microbatch < 64:  # of the recipes for CPUs
-        row.batch_real = 64
-    if arg["smoke"]:
-        row.steps, row.batch_real, row.outer_steps, row.inner_epochs = 4, 16, 2, 2
-    if "dc" in names:
-        config.baselines.dc = row.copy_and_resolve_references()
-        config.baselines.dc.strategy = "none"
-    return config
+    name = {"data.name": arg["dataset"] if dataset is None else dataset}
+    return configs.load(f"ncfm:method=gradient,{rest}{smoke}", name).unlock()

@@ -234,7 +234,7 @@ def recipe(
     start: str = "random",
     learning_rate: Rate = 0.01,
     momentum: Fraction = 0.5,
-    batch_real: Count = 256,
+    batch_real: Count | None = None,
     outer_steps: Count | None = None,
     inner_epochs: Annotated[int, Between(0, 10**6)] | None = None,
     inner_learning_rate: Rate = 0.01,
@@ -251,7 +251,8 @@ def recipe(
         learning_rate: The pixels' learning rate, of values from 0 to 1. Published: 0.1 of
             normalized ones, which is 0.1 times the variance of the data's pixels here.
         momentum: The pixels' momentum.
-        batch_real: Real images of each class in a step.
+        batch_real: Real images of each class in a step; by default 256, or those of the smallest
+            class, as many as eight devices share evenly.
         outer_steps: Steps with one network; by default as many as images per class.
         inner_epochs: Passes of the network over the images after a step; by default 500 over the
             images per class, at least 10, as published for 10 and 50.
@@ -262,6 +263,9 @@ def recipe(
         InputError: If the settings do not fit each other or the task.
     """
     parse(strategy)
+    if batch_real is None:
+        smallest = task.smallest_class[0]
+        batch_real = 256 if smallest >= 256 else max(smallest // 8 * 8, min(smallest, 8))
     method = gradient_matching(
         task.network.logits,
         task.network.init,
