@@ -106,7 +106,7 @@ def test_a_workdir_of_an_older_version_is_refused_in_one_line(tmp_path):
         ({"family": "condense", "data": 3}, "config.data is 3; it is a group, a dict"),
         ({"family": "condense", "data": {}}, "data.name is missing; it must be a text"),
         ({"shift": 1.0}, "setting shift is now called path.shift"),
-        ({"method": {"name": "synthetic"}}, "unknown method 'synthetic'; choose from dm, herding"),
+        ({"method": {"name": "synthetic"}}, "choose from dm, gradient, herding"),
         ({"method": {"name": "os"}}, "unknown method 'os'"),
         ({"method": {"name": "no.such"}}, "unknown method 'no.such'"),
         ({"method": {"ipc": 1}}, "method has no name"),
