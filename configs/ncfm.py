@@ -187,12 +187,12 @@ def get_config(argument=None, dataset=None, method=None):
         config.pool.size = config.pool.epochs = 1
         config.run.chunk, config.run.checkpoint_every = 2, 2
         config.evals.accuracy.epochs, config.evals.accuracy.seeds = 20, 2
-        smaller = {"steps": 4, "batch_real": 16, "num_freqs": 16, "unroll": 2}
-        smaller |= {"experts": 8, "expert_epochs": 2}
+        smaller = {"steps": 4, "batch_real": 16, "num_freqs": 16}
         for each in (config.method, *config.baselines.values()):
             each.update({name: value for name, value in smaller.items() if name in each})
             if each.name == "gradient":
                 each.outer_steps = each.inner_epochs = 2
             if each.name == "trajectory":  # as many as devices there might be
-                each.start_until, each.batch_experts = 0, 8
+                each.experts = each.batch_experts = 8
+                each.expert_epochs, each.start_until, each.unroll = 2, 0, 2
     return config
