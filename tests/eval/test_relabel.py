@@ -1,6 +1,8 @@
 """The protocol that labels as it trains: views, rates, labels, and what they take."""
 
 import functools
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,12 @@ import numpy as np
 import pytest
 
 from jaxdistill.data.augment import normalizer
+from jaxdistill.errors import InputError
 from jaxdistill.eval import train_on
+from jaxdistill.eval.bench import Bench, Made
 from jaxdistill.eval.relabel import (
     Protocol,
+    _stored,
     draw,
     image_labels,
     rate,
@@ -18,6 +23,8 @@ from jaxdistill.eval.relabel import (
     train,
     view,
 )
+from jaxdistill.io.artifact import Distilled
+from jaxdistill.task import Recipe
 
 SIDE, CLASSES = 4, 3
 PLAIN = Protocol("hard", 4, 6, 0.05, 0.01, 20.0, True, False, 1, 2)
@@ -185,3 +192,32 @@ def test_a_network_learns_what_its_teacher_says():
     images, _ = data()
     mine, its = (network().logits(p, images).argmax(1) for p in (found, TEACHER))
     assert (mine == its).mean() >= 0.9
+
+
+def test_labels_that_are_made_once_lie_beside_the_set(tmp_path, capsys):
+    """A file for each kind, found again, and refused when it is damaged."""
+    images, labels = data()
+    card = {"content_sha256": "of these images"}
+    made = Distilled(np.asarray(images), np.asarray(labels), None, card)
+    row = Made("rded", tmp_path, Recipe(None, 1), lambda: made, dict, dict)
+    task = SimpleNamespace(network=network(), normalize=NORMALIZE)
+    bench = Bench("accuracy", task, None, {"rded": row}, tmp_path, None, {})
+    for kind, rest in (("soft", ""), ("views", r", \d+ of views")):
+        protocol = PLAIN._replace(labels=kind)
+        first = _stored(bench, row, TEACHER, protocol, "protocol")
+        (file,) = tmp_path.glob(f"{kind}-*.npz")
+        # A row of three classes in 16 bits for each of ten images; twelve in two batches, twice.
+        size = 2 * 3 * {"soft": 10, "views": 24}[kind]
+        said = capsys.readouterr().out
+        assert re.fullmatch(rf"rded: {file.name} has {size} bytes of labels{rest}\n", said)
+        again = _stored(bench, row, TEACHER, protocol, "protocol")
+        jax.tree.map(np.testing.assert_array_equal, first, again)
+        assert capsys.readouterr().out == ""
+        assert sum(x.nbytes for x in jax.tree.leaves(first)) >= size
+        # Of other images, or another protocol, there are others.
+        _stored(bench, row, TEACHER, protocol, "another")
+        assert len(list(tmp_path.glob(f"{kind}-*.npz"))) == 2
+        capsys.readouterr()
+        file.write_bytes(b"no archive")
+        with pytest.raises(InputError, match=f"{file.name} holds no {kind} labels"):
+            _stored(bench, row, TEACHER, protocol, "protocol")
