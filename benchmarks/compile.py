@@ -87,7 +87,7 @@ def table(rows: list[dict]) -> str:
     one = {r["config"]: r["cost"]["flops"] for r in rows if r["devices"] == 1}
     for r in rows:
         start = f"| `{r['config']}` | {r['topology']} | {' x '.join(map(str, r['mesh'].values()))} "
-        if not r["fits"]:
+        if not r["peak"]:  # the compiler has refused it
             lines.append(start + f"| does not fit: {r['refusal']} | | | | | |")
             continue
         cost = r["cost"]
@@ -95,8 +95,9 @@ def table(rows: list[dict]) -> str:
         kinds = cost["collectives"].items()
         found = "; ".join(f"{kind} {c['count']}, {c['bytes'] / 1e6:.1f}" for kind, c in kinds)
         beside = f" and {cost['custom_kernels']} custom kernels" if cost["custom_kernels"] else ""
+        small = "" if r["fits"] else ", does not fit"
         lines.append(
-            start + f"| {r['peak'] / 1e9:.2f} | {r['arguments'] / 1e9:.2f} + "
+            start + f"| {r['peak'] / 1e9:.2f}{small} | {r['arguments'] / 1e9:.2f} + "
             f"{r['temporaries'] / 1e9:.2f} | {cost['flops'] / 1e12:.3f}{beside} "
             f"| {'' if total is None else f'{total:.2f}'} | {cost['bytes'] / 1e9:.1f} "
             f"| {found or 'none'} |"

@@ -21,6 +21,7 @@ from jaxdistill.interrupt import ShouldStop, never
 from jaxdistill.io.files import write_files
 from jaxdistill.io.writers import Progress
 from jaxdistill.parallel import processes
+from jaxdistill.pool import owed
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,7 @@ def load_or_train(
     start = jax.eval_shape(network.init, jax.random.key(0))
     size = sum(x.size for x in jax.tree.leaves(start))
     paths = [folder / f"{identity}-{i}.f32" for i in range(number)]
-    processes.wait("before the experts are counted")
-    missing = [i for i, path in enumerate(paths) if not path.is_file()]
-    processes.wait("before experts are trained")
-    if own := processes.mine(missing):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot keep experts in {folder}: {error.strerror}") from error
+    if own := owed(paths, "experts"):
         images = jnp.asarray(data.train.images)
         targets = train_on.one_hot(data.train.labels, data.num_classes)
         bar = Progress(len(own) * epochs, 0, "training experts")

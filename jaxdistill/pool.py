@@ -1,6 +1,6 @@
 """The pool of feature extractors: networks at their start and after training, kept on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import flax.traverse_util
@@ -56,14 +56,7 @@ def load_or_train(
     """
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     paths = [folder / f"{identity}-{i}.npz" for i in range(size)]
-    processes.wait("before the extractors are counted")
-    missing = [i for i, path in enumerate(paths) if not path.is_file()]
-    processes.wait("before extractors are trained")
-    if own := processes.mine(missing):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot keep extractors in {folder}: {error.strerror}") from error
+    if own := owed(paths, "extractors"):
         bar = Progress(len(own), 0, "pretraining extractors")
         images = jnp.asarray(data.train.images)
         targets = train_on.one_hot(data.train.labels, data.num_classes)
@@ -106,6 +99,29 @@ def load_or_train(
     processes.wait("the extractors are trained")
     members = [_read(path, {"initial": shapes, "trained": shapes}) for path in paths]
     return jax.tree.map(lambda *x: jnp.stack(x), *members)
+
+
+def owed(paths: Sequence[Path], what: str) -> Sequence[int]:
+    """Which of some files of a folder this process has to make; the folder is there then.
+
+    Args:
+        paths: The files. All processes must ask for the same.
+        what: What they hold, for messages.
+
+    Raises:
+        InputError: If the folder cannot be made.
+    """
+    processes.wait(f"before the {what} are counted")
+    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    processes.wait(f"before {what} are trained")
+    own = processes.mine(missing)
+    if own:
+        folder = paths[0].parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot keep {what} in {folder}: {error.strerror}") from error
+    return own
 
 
 def _write(path: Path, member: PyTree) -> None:

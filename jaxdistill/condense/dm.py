@@ -18,9 +18,10 @@ from jaxdistill.condense.synthetic import (
     Features,
     ImagesPerClass,
     Pixels,
-    by_class,
-    decoded,
+    descended,
+    distilled,
     initial_pixels,
+    pixels_by_class,
     real_needed,
     real_statistic,
     start_of,
@@ -110,22 +111,13 @@ def dm(
             return jnp.sum(jnp.square(rows.class_means(out) - target))
 
         value, grads = jax.value_and_grad(loss)(state.pixels)
-        updates, pixels_opt = optimizer.update(
-            collective.mean(grads), state.pixels_opt, state.pixels
-        )
-        pixels = jnp.clip(optax.apply_updates(state.pixels, updates), 0.0, 1.0)
+        pixels, pixels_opt = descended(optimizer, grads, state.pixels_opt, state.pixels)
         return DMState(pixels, pixels_opt), {"match": value / classes}
 
     def output(state):
-        # Bilinear weights may sum to a hair above one.
-        images = jnp.clip(decoded(state.pixels, factor), 0.0, 1.0)
-        return {"images": images, "pixels": state.pixels}
+        return distilled(state.pixels, factor)
 
-    def specs(state, mesh):
-        del mesh
-        return by_class(state, state.pixels.shape)
-
-    return Method(init, step, output, BatchSpec("per_class", num_real), specs)
+    return Method(init, step, output, BatchSpec("per_class", num_real), pixels_by_class)
 
 
 def recipe(

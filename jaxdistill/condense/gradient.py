@@ -22,11 +22,14 @@ from jaxdistill.condense.synthetic import (
     ImagesPerClass,
     Logits,
     Pixels,
-    by_class,
     decoded,
+    descended,
+    distilled,
     initial_pixels,
     loss_gradient,
+    pixels_by_class,
     real_needed,
+    shared_evenly,
     start_of,
 )
 from jaxdistill.data.augment import augment, parse
@@ -165,10 +168,7 @@ def gradient_matching(
 
         keys = collective.class_keys(k_match, classes)
         match, grads = lax.map(one_class, (real, state.pixels, collective.class_ids(classes), keys))
-        updates, pixels_opt = optimizer.update(
-            collective.mean(grads), state.pixels_opt, state.pixels
-        )
-        pixels = jnp.clip(optax.apply_updates(state.pixels, updates), 0.0, 1.0)
+        pixels, pixels_opt = descended(optimizer, grads, state.pixels_opt, state.pixels)
         if trains:
             keys = collective.class_keys(k_train, classes)
             network = lax.cond(
@@ -214,15 +214,9 @@ def gradient_matching(
         return lax.scan(descend, network, jnp.arange(inner_epochs * parts))[0]
 
     def output(state):
-        # Bilinear weights may sum to a hair above one.
-        images = jnp.clip(decoded(state.pixels, factor), 0.0, 1.0)
-        return {"images": images, "pixels": state.pixels}
+        return distilled(state.pixels, factor)
 
-    def specs(state, mesh):
-        del mesh
-        return by_class(state, state.pixels.shape)
-
-    return Method(init, step, output, BatchSpec("per_class", num_real), specs)
+    return Method(init, step, output, BatchSpec("per_class", num_real), pixels_by_class)
 
 
 def recipe(
@@ -264,8 +258,7 @@ def recipe(
     """
     parse(strategy)
     if batch_real is None:
-        smallest = task.smallest_class[0]
-        batch_real = 256 if smallest >= 256 else max(smallest // 8 * 8, min(smallest, 8))
+        batch_real = shared_evenly(256, task.smallest_class[0])
     method = gradient_matching(
         task.network.logits,
         task.network.init,

@@ -25,7 +25,8 @@ from jaxdistill.condense.synthetic import (
     Rows,
     by_class,
     classes_a_pass,
-    decoded,
+    descended,
+    distilled,
     in_microbatches,
     initial_pixels,
     over_classes,
@@ -287,10 +288,7 @@ def ncfm(
             return total, (metrics, syn, rows)
 
         (_, (metrics, syn, rows)), grads = jax.value_and_grad(loss, has_aux=True)(state.pixels)
-        updates, pixels_opt = optimizer.update(
-            collective.mean(grads), state.pixels_opt, state.pixels
-        )
-        new_pixels = jnp.clip(optax.apply_updates(state.pixels, updates), 0.0, 1.0)
+        new_pixels, pixels_opt = descended(optimizer, grads, state.pixels_opt, state.pixels)
 
         params, opt = state.sampler, state.sampler_opt
         if learned:
@@ -316,9 +314,7 @@ def ncfm(
         return state, metrics
 
     def output(state):
-        # Bilinear weights may sum to a hair above one.
-        images = jnp.clip(decoded(state.pixels, factor), 0.0, 1.0)
-        return {"images": images, "pixels": state.pixels}
+        return distilled(state.pixels, factor)
 
     return Method(init, step, output, BatchSpec("per_class", num_real), _specs)
 

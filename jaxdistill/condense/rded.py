@@ -22,7 +22,7 @@ from jaxdistill import collective
 from jaxdistill.condense.coreset import feature_table
 from jaxdistill.condense.crops import boxes, cut
 from jaxdistill.condense.decode import check_factor
-from jaxdistill.condense.synthetic import Factor, ImagesPerClass, Logits
+from jaxdistill.condense.synthetic import Factor, ImagesPerClass, Logits, shared_evenly
 from jaxdistill.errors import InputError
 from jaxdistill.keywords import Between, Count, Fraction
 from jaxdistill.method import CLASS_AXIS, BatchSpec, Method
@@ -260,7 +260,7 @@ def recipe(
     """
     smallest, name = task.smallest_class
     if mipc is None:
-        mipc = 300 if smallest >= 300 else max(smallest // 8 * 8, min(smallest, 8))
+        mipc = shared_evenly(300, smallest)
     elif mipc > smallest:
         raise InputError(
             f"method.mipc={mipc} images of each class are asked for, but class {name!r} has "

@@ -1,14 +1,13 @@
 """The undistilled start: what a method that learns pixels has before its first step."""
 
 import jax
-import jax.numpy as jnp
 
 from jaxdistill.condense.synthetic import (
     Factor,
     ImagesPerClass,
     Pixels,
     by_class,
-    decoded,
+    distilled,
     initial_pixels,
     real_needed,
     start_of,
@@ -45,7 +44,7 @@ def start_alone(
         return state, {"mean": state.mean()}
 
     def output(state):
-        return {"images": jnp.clip(decoded(state, factor), 0.0, 1.0), "pixels": state}
+        return distilled(state, factor)
 
     def specs(state, mesh):
         del mesh

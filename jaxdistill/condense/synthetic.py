@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree, UInt8
 
@@ -141,6 +141,32 @@ def initial_pixels(
 def decoded(pixels: Pixels, factor: int) -> Float[Array, "classes m h w c"]:
     """The images to train on: `m = ipc * factor**2` per class, cut from the stored ones."""
     return jax.vmap(lambda x: decode(x, factor))(pixels)
+
+
+def descended(
+    optimizer: optax.GradientTransformation, grads: Pixels, opt: PyTree, pixels: Pixels
+) -> tuple[Pixels, PyTree]:
+    """The pixels after a step, within [0, 1], and the state of their optimizer.
+
+    Args:
+        optimizer: Their optimizer.
+        grads: The gradient of this device's part of the batch.
+        opt: The state of the optimizer.
+        pixels: The pixels.
+    """
+    updates, opt = optimizer.update(collective.mean(grads), opt, pixels)
+    return jnp.clip(optax.apply_updates(pixels, updates), 0.0, 1.0), opt
+
+
+def distilled(pixels: Pixels, factor: int) -> dict[str, Array]:
+    """What a method that learns pixels puts out: the images to train on, and what is stored."""
+    # Bilinear weights may sum to a hair above one.
+    return {"images": jnp.clip(decoded(pixels, factor), 0.0, 1.0), "pixels": pixels}
+
+
+def shared_evenly(wanted: int, there: int) -> int:
+    """So many images of each class, or, of a class with fewer, as many as eight devices share."""
+    return wanted if there >= wanted else max(there // 8 * 8, min(there, 8))
 
 
 def real_statistic(
@@ -409,6 +435,12 @@ def by_class(tree: PyTree, shape: tuple[int, ...]) -> PyTree:
     """
     split, whole = PartitionSpec(CLASS_AXIS), PartitionSpec()
     return jax.tree.map(lambda x: split if x.shape == shape else whole, tree)
+
+
+def pixels_by_class(state: Any, mesh: Mesh) -> PyTree:
+    """The layout of a state with `pixels`: they, and what their optimizer keeps of each."""
+    del mesh
+    return by_class(state, state.pixels.shape)
 
 
 def in_microbatches(run: Callable[[Array], Array], batch: Array, microbatch: int) -> Array:

@@ -26,6 +26,8 @@ from jaxdistill.condense.synthetic import (
     Logits,
     Pixels,
     decoded,
+    descended,
+    distilled,
     initial_pixels,
     loss_gradient,
     real_needed,
@@ -237,8 +239,8 @@ def trajectory_matching(
 
     def step(state, frozen, batch, key):
         del frozen
-        ways = batch["trajectory"]
         begin = jax.vmap(lambda k: window.drawn(k, state.step))(batch["keys"])
+        ways, begin = collective.by_example((batch["trajectory"], begin))
 
         def loss(learned):
             pixels, log_rate = learned
@@ -269,23 +271,21 @@ def trajectory_matching(
 
             if len(ways) == 1:  # a mapped convolution is another one, and slow on a CPU
                 return one(ways[0], begin[0])
-            ways_, begin_ = collective.by_example((ways, begin))
-            return jax.vmap(one)(ways_, begin_).mean()
+            return jax.vmap(one)(ways, begin).mean()
 
         match, grads = jax.value_and_grad(loss)((state.pixels, state.log_rate))
-        # A way that leads nowhere is left out rather than followed.
-        grads = collective.mean(jax.tree.map(jnp.nan_to_num, grads))
-        updates, pixels_opt = optimizer.update(grads[0], state.pixels_opt, state.pixels)
-        moved = jnp.clip(optax.apply_updates(state.pixels, updates), 0.0, 1.0)
-        update, rate_opt = rate_optimizer.update(grads[1], state.rate_opt, state.log_rate)
+        # What is no number is left out rather than followed.
+        slope, rate_slope = jax.tree.map(jnp.nan_to_num, grads)
+        pixels, pixels_opt = descended(optimizer, slope, state.pixels_opt, state.pixels)
+        update, rate_opt = rate_optimizer.update(
+            collective.mean(rate_slope), state.rate_opt, state.log_rate
+        )
         log_rate = optax.apply_updates(state.log_rate, update)
         metrics = {"match": match, "rate": jnp.exp(log_rate)}
-        return TrajectoryState(moved, pixels_opt, log_rate, rate_opt, state.step + 1), metrics
+        return TrajectoryState(pixels, pixels_opt, log_rate, rate_opt, state.step + 1), metrics
 
     def output(state):
-        # Bilinear weights may sum to a hair above one.
-        images = jnp.clip(decoded(state.pixels, factor), 0.0, 1.0)
-        return {"images": images, "pixels": state.pixels}
+        return distilled(state.pixels, factor)
 
     return Method(init, step, output, BatchSpec("uniform", batch_experts))
 

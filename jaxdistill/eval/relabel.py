@@ -191,7 +191,7 @@ def _measure(
     teacher: Any,
     protocol: Protocol,
     seed: int,
-    stored: "Stored | None",
+    stored: "StoredLabels | None",
 ) -> dict[str, Any]:
     """The accuracy of one fresh network, and what it took."""
     task, distilled = bench.task, row.output()
@@ -249,7 +249,7 @@ def train(
     num_classes: int,
     normalize: Any,
     protocol: Protocol,
-    stored: "Stored | None" = None,
+    stored: "StoredLabels | None" = None,
     should_stop: ShouldStop = never,
 ) -> Any:
     """Trains a fresh network and returns its parameters after the last epoch.
@@ -440,7 +440,7 @@ class Views(NamedTuple):
     labels: Any
 
 
-Stored = Views | Array | np.ndarray
+StoredLabels = Views | Array | np.ndarray
 """Labels that were made before a training: those of views, or one of each image."""
 
 
@@ -505,7 +505,7 @@ def stored_views(
     return jax.tree.map(lambda x: x.reshape(protocol.views, count, *x.shape[1:]), flat)
 
 
-def _stored(bench: Bench, row: Made, teacher: Any, protocol: Protocol, own: str) -> Stored:
+def _stored(bench: Bench, row: Made, teacher: Any, protocol: Protocol, own: str) -> StoredLabels:
     """The labels of a row's set, which are written beside it where they are not.
 
     Raises:

@@ -147,9 +147,8 @@ def progressive(
         # Of the round before, whose student is a teacher too.
         queries = jnp.where(done == 0, 2 * teacher_nfe, 2)
         metrics = {"loss": value, "nfe": count, "queries": queries.astype(jnp.float32)}
-        done = {"step": state.step + 1, "queries": state.queries + queries}
-        state = state._replace(**moved._asdict(), **done)
-        return state, metrics
+        counts = {"step": state.step + 1, "queries": state.queries + queries}
+        return state._replace(**moved._asdict(), **counts), metrics
 
     def next_round(state):
         new = jax.tree.map(jnp.copy, state.average)

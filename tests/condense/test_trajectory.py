@@ -11,6 +11,7 @@ from jaxdistill import experts, settings
 from jaxdistill.condense.synthetic import loss_gradient
 from jaxdistill.condense.trajectory import Window, distance, trajectory_matching, unrolled
 from jaxdistill.data import sources
+from jaxdistill.data.augment import augment
 from jaxdistill.data.device import resident
 from jaxdistill.errors import InputError
 from jaxdistill.eval import train_on
@@ -97,8 +98,6 @@ def test_the_gradient_goes_through_every_step(batch_size, strategy):
         return unrolled(linear, unravel, start, images, labels, rate, jax.random.key(5), **options)
 
     def kept(images, rate):
-        from jaxdistill.data.augment import augment
-
         theta, size = start, min(batch_size, 6)
         for i in range(5):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(5), i // (6 // size)))
@@ -140,7 +139,6 @@ def test_images_come_to_lead_where_experts_went():
         way.append(np.asarray(w).reshape(-1))
         w = w - 0.3 * slope(np.float64(w), np.float64(real), labels)
     batch = {"trajectory": jnp.asarray(np.stack(way), jnp.float32)[None]}
-    method = make(start="noise")._replace()
     method = trajectory_matching(
         linear,
         jax.eval_shape(lambda: weights(outputs=CLASSES)),
@@ -178,7 +176,7 @@ def test_images_come_to_lead_where_experts_went():
     ],
 )
 def test_settings_that_do_not_fit_are_one_line(given, said):
-    overrides = {f"method.{name}": text for name, text in given.items()}
+    overrides = {f"method.{name}": text for name, text in ({"experts": "10"} | given).items()}
     config = configs.load("ncfm:method=trajectory,baselines=", overrides)
     experiment = settings.resolve(config)
     with pytest.raises(InputError, match=said):
