@@ -44,6 +44,7 @@ _TEACHER_ROWS = (
     *(f"{s}:80" for s in ("midpoint", "dpm_solver_2m")),
 )
 _LENGTHS = (50, 200, 400)  # of training, for two calls
+_POINT_LENGTHS = (30, 100, 300, 1000)
 _KAPPAS = (0.0, 0.2, 1 / 3, 0.4, 0.5, 0.75, 0.99)
 _STEPS = (4, 8, 16, 32, 64, 128)
 
@@ -129,6 +130,21 @@ def points(args: argparse.Namespace) -> None:
         for seed in args.seeds:
             slug = f"{name} {seed}"
             _put(path, slug, lambda n=name, s=slug, k=seed: _train(n, s, k, {}, args))
+        # One teacher for all lengths, trained by the first of them where it is not exact.
+        first = args.workdir / f"{name}, {_POINT_LENGTHS[0]} steps, {args.seeds[0]}"
+        for steps in _POINT_LENGTHS:
+            for seed in args.seeds:
+                slug = f"{name}, {steps} steps, {seed}"
+                own = {
+                    "steps": str(steps),
+                    "method.consistency": "0.5",
+                    "evals.samples.nfe": "(2,)",
+                }
+                if args.workdir / slug != first and (first / "teacher").is_dir():
+                    own["teacher.dir"] = str(first / "teacher")
+                _put(path, slug, lambda n=name, s=slug, k=seed, own=own: _train(
+                    n, s, k, own, args, alone=True
+                ))  # fmt: skip
 
 
 def kappa_curve() -> list[dict]:
@@ -181,6 +197,32 @@ def kappa_table(errors: list[dict], grid: str) -> str:
     return f"median distance to the exact ends, {grid} times\n\n{markdown(lines)}\n"
 
 
+def lengths_table(records: list[dict], name: str) -> str:
+    """Markdown: two calls of ratio 1/2 by length of training, beside eight of the teacher."""
+    found = {}
+    for record in records:
+        parts = record["run"].split(", ")
+        if parts[0] == name and len(parts) == 3:
+            found.setdefault(parts[1], []).append(record)
+    # The first seed's have compilation in them.
+    lines = [["", "seeds", "sliced W2 to data", "CPU s, the quickest"]]
+    for records in found.values():
+        for row in records[0]["rows"] if len(lines) == 1 else ():
+            if row["row"].startswith("teacher") and row["calls"] == 8:
+                lines.append([row["row"], "1", f"{row['sliced W2 to data']:.3f}", ""])
+    for length, records in found.items():
+        values = [
+            row["sliced W2 to data"]
+            for record in records
+            for row in record["rows"]
+            if row["row"].startswith("ucgm")
+        ]
+        spent = [record["costs"]["ucgm"]["cpu_seconds"] for record in records]
+        measured = f"{np.mean(values):.3f} ± {np.std(values):.3f}"
+        lines.append([length, str(len(values)), measured, f"{min(spent):.1f}"])
+    return markdown(lines) + "\n"
+
+
 def table(records: list[dict], columns: tuple[str, ...] = _SHOWN) -> str:
     """Markdown: mean ± population standard deviation over the seeds of training."""
     cells: dict[str, list[dict]] = {}
@@ -217,7 +259,8 @@ def main() -> None:
     if args.what == "points":
         records = recording.read(recording.FOLDER / "ucgm_points.json")
         for name in _POINTS:
-            print(f"{name}\n\n{table([r for r in records if r['run'].startswith(name)])}")
+            print(f"{name}\n\n{table([r for r in records if r['run'].startswith(f'{name} ')])}")
+            print(f"{name}, ratio 1/2 by length\n\n{lengths_table(records, name)}")
         for record in records:
             if record["run"] == "kappa":
                 for grid in ("even", "warped"):
