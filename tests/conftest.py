@@ -19,9 +19,13 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
-_programs = tempfile.mkdtemp(prefix="jaxdistill-programs-")
-atexit.register(shutil.rmtree, _programs, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+# Programs are large and run for milliseconds, here and in the processes that tests start.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # else the folder is that of all workers
+    _programs = tempfile.mkdtemp(prefix="jaxdistill-programs-")
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
 # Small ones cost less to compile again than to keep.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -37,26 +41,6 @@ def forgotten_programs():
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
-
-
-@pytest.fixture
-def quick_compilation():
-    """The programs are large and run for milliseconds."""
-    import jax  # only now that the environment is set
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def quickly():
-    """As `quick_compilation`, for a whole module and the fixtures that it shares."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

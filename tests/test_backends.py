@@ -16,8 +16,6 @@ from jaxdistill.parallel.mesh import fully_sharded, make_mesh
 
 CLASSES, SIDE, FEATURES, FREQS = 8, 8, 12, 32
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Recorder:
     """A writer that keeps what it is given."""

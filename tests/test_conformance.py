@@ -23,8 +23,6 @@ METHODS = [
     for name in settings.modules(settings.family(family).ROOM, "recipe")
 ]
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def small(family, name):
     """A config in which the method is the only row."""

@@ -32,9 +32,6 @@ STUDENTS = ("linear", "straight", "gaussian", "endpoint", "endpoint_8x", "progre
 CALLS = "--config.evals.samples.nfe=(1,2)"
 
 
-pytestmark = pytest.mark.usefixtures("quickly")
-
-
 @pytest.fixture(scope="module")
 def points(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("flow") / "points"

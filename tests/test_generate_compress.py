@@ -17,9 +17,6 @@ SPEC = "generate_compress:smoke"
 EVAL = "generator.evals.generated"
 
 
-pytestmark = pytest.mark.usefixtures("quickly")
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("pipeline") / "run"

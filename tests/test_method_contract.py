@@ -200,7 +200,6 @@ def together(methods):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_any_number_of_devices_gives_the_same():
     cases = {
         "gaussian": ncfm_case(strategy="crop"),

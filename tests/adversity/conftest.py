@@ -31,16 +31,6 @@ def write(path, seed=0, classes=2, per_class=8, side=8):
     return path
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quickly():
-    """The programs are large and run for milliseconds."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session", params=sorted(RUNS))
 def finished(request, tmp_path_factory):
     """The flags of a run that is finished, and its workdir, which is not to be written to."""

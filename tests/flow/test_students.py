@@ -238,7 +238,6 @@ def methods():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("kind", ["keys", "uniform"])
 def test_any_number_of_devices_gives_the_same(kind):
     fed = {name: m for name, m in methods().items() if m.batches.kind == kind}

@@ -29,8 +29,6 @@ from jaxdistill.task import FlowTask, Part
 SHAPE = (1, 1, 2)
 N = 64
 
-pytestmark = pytest.mark.usefixtures("quickly")
-
 
 def line(params, frozen, x, t, label):
     """A straight student: an affine map of x and t, as outputs of one mode."""

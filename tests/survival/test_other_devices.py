@@ -10,8 +10,6 @@ from tests.test_backends import differences, min_max, toy_data
 from tests.test_method_contract import ncfm_case
 from tests.test_runner import assert_same_bits, checkpoints
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Devices for classes x for examples, and the backend.
 JOURNEYS = {
     "8, 1, 2 devices": [(4, 2, "jit"), (1, 1, "jit"), (2, 1, "jit")],

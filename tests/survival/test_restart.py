@@ -23,8 +23,6 @@ SETTINGS = {
 }
 CURED = {"run.restarts": "1", "run.restart_factor": "1e-31"}
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def extractors(tmp_path_factory):

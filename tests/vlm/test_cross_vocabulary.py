@@ -21,7 +21,6 @@ OTHER = [0, 1, 5, 4, 6]  # ab é " a" b EOS
 
 
 # The programs are many and run for milliseconds.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)

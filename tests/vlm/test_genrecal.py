@@ -60,7 +60,7 @@ class Ready(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def ready(quickly, tmp_path_factory):
+def ready(tmp_path_factory):
     resolved = settings.resolve(configs.load(SMOKE))
     loaded = resolved.family.load(resolved, tmp_path_factory.mktemp("task"), lambda: False)
     task = loaded.task
@@ -937,7 +937,7 @@ def test_prefixes_are_told_apart_as_numpy_does():
 
 
 @pytest.mark.slow
-def test_what_lies_in_a_finished_folder_is_looked_at(quickly, tmp_path):
+def test_what_lies_in_a_finished_folder_is_looked_at(tmp_path):
     """Answers, readings and the Recalibrator: missing, damaged or another's."""
     config = configs.load(SMOKE + ",baselines=sft+sequence_kd")
     config.teacher.cache = True
@@ -970,7 +970,7 @@ def test_what_lies_in_a_finished_folder_is_looked_at(quickly, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_stopped_anywhere_ends_with_the_same_bits(quickly, tmp_path, capsys):
+def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path, capsys):
     config = configs.load(SMOKE + ",baselines=sft+blind+sequence_kd+dskd")
     config.teacher.cache = True
     records = jaxdistill.train(config, tmp_path / "once")

@@ -22,8 +22,6 @@ from tests.test_backends import differences, run_on
 from tests.test_method_contract import together
 
 # The programs are many and run for milliseconds.
-pytestmark = pytest.mark.usefixtures("quickly")
-
 # ---------------------------------------------------------------------------- numbers
 
 EOS, VOCABULARY, LENGTH = 2, 3, 3
@@ -254,7 +252,7 @@ class Ready(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def ready(quickly, tmp_path_factory):
+def ready(tmp_path_factory):
     resolved = settings.resolve(configs.load("genrecal:smoke,baselines=,tokenizers=one"))
     task = resolved.family.load(resolved, tmp_path_factory.mktemp("task"), lambda: False).task
     batch = draw(task.batches(8), task.examples.load(), jax.random.key(0))
@@ -428,7 +426,7 @@ def test_eight_devices_write_what_one_does(ready):
 
 
 @pytest.mark.slow
-def test_runs_that_are_stopped_end_with_the_same_bits(quickly, tmp_path):
+def test_runs_that_are_stopped_end_with_the_same_bits(tmp_path):
     config = configs.load("genrecal:smoke,method=minillm,baselines=distillm")
     jaxdistill.train(config, tmp_path / "once")
     for left in itertools.chain([2, 3, 5, 4], itertools.repeat(6)):

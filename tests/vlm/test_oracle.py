@@ -39,7 +39,6 @@ SMOOTH = (
 
 
 # The programs are many and run for milliseconds.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module", autouse=True)

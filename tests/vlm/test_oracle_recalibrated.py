@@ -9,7 +9,6 @@ from jaxdistill.errors import InputError
 from jaxdistill.vlm import oracle_recalibrated as through
 
 WIDTH = 4
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ ALL = (*KL, losses.jsd, losses.skew_kl, losses.skew_reverse_kl, losses.total_var
 
 
 # The programs are many and run for milliseconds.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)
