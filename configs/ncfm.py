@@ -7,7 +7,8 @@ Arguments, joined by commas behind the colon:
     dataset=    digits (default), fashion_mnist, mnist, cifar10, cifar100, tiny_imagenet,
                 imagenette, any other TFDS name, or a path: an image folder, IDX folder or .npz
     ipc=        images per class; recipes exist for 1, 10 and 50
-    method=     ncfm (default), dm, gradient, dc, trajectory, random, herding, k_center, start
+    method=     ncfm (default), dm, gradient, dc, trajectory, datm, kernel, kip,
+                random, herding, k_center, start
     baselines=  rows beside it, joined by +: random+herding (default); empty for none
     sampler=    gaussian (default), learned, released: the distribution of NCFM's frequencies
     smoke       a run of seconds that only shows that everything works
@@ -156,12 +157,19 @@ def get_config(argument=None, dataset=None, method=None):
         trajectory |= {"experts": 5, "expert_batch_size": 64, "unroll": 10}
     else:
         trajectory |= {"experts": 100, "expert_epochs": 50, "start_until": 20}
+    datm = trajectory | {"name": "trajectory", "learn_labels": True}
+    kernel = coreset | {"steps": steps["steps"]}
+    if recipe["pool_size"] < 10:
+        kernel |= {"learning_rate": 0.003, "batch_real": 256}
     rows = {
         "ncfm": ncfm,
         "dm": learned,
         "gradient": gradient,
         "dc": {"name": "gradient", **gradient, "strategy": "none"},
         "trajectory": trajectory,
+        "datm": datm,
+        "kernel": kernel,
+        "kip": {"name": "kernel", **kernel, "kernel": "tangent"},
         "start": start,
     }
 
@@ -181,6 +189,10 @@ def get_config(argument=None, dataset=None, method=None):
     config.evals.accuracy.depth = recipe["depth"]
     config.evals.accuracy.epochs = 1000 if ipc == 1 else 300
     config.evals.accuracy.strategy = recipe["strategy"]
+    # Beside hard ones, for every row, where one of them learns such labels.
+    chosen = {method, *arg["baselines"].split("+")}
+    config.evals.accuracy.soft_labels = "datm" in chosen
+    config.evals.accuracy.learned_labels = bool(chosen & {"kernel", "kip"})
 
     if arg["smoke"]:
         config.extractor.width = config.evals.accuracy.width = 16
@@ -190,6 +202,8 @@ def get_config(argument=None, dataset=None, method=None):
         smaller = {"steps": 4, "batch_real": 16, "num_freqs": 16}
         for each in (config.method, *config.baselines.values()):
             each.update({name: value for name, value in smaller.items() if name in each})
+            if each.name == "kernel" and each.get("kernel") != "tangent":
+                each.networks = each.network_steps = 2
             if each.name == "gradient":
                 each.outer_steps = each.inner_epochs = 2
             if each.name == "trajectory":  # as many as devices there might be

@@ -6,11 +6,12 @@ Arguments, joined by commas behind the colon:
 
     dataset=    digits (default), fashion_mnist, and the rest, as in `ncfm`
     ipc=        images per class
-    baselines=  rows beside it, joined by +: random+herding (default), and those of `ncfm`; empty
-                for none
+    baselines=  rows beside it, joined by +: random+herding (default), datm, and those of `ncfm`;
+                empty for none
     smoke       a run of seconds that only shows that everything works
 
-Experts are trained first and kept in `experts/`; other runs find them there by
+The row `datm` learns soft labels too; its column has what the trained extractors say for the rows
+without. Experts are trained first and kept in `experts/`; other runs find them there by
 `--config.method.expert_dir`. Data, networks and evaluation are those of `ncfm`.
 
     config                               hardware

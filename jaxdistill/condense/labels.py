@@ -1,4 +1,4 @@
-"""Soft labels: what an ensemble of teachers says about the distilled images."""
+"""Labels of distilled images: what teachers say of them, and what learned ones begin as."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def soft_labels(
@@ -40,3 +40,11 @@ def soft_labels(
         return jax.nn.softmax(out.reshape(parts * microbatch, -1)[:n] / temperature)
 
     return lax.map(one, teachers).mean(0)
+
+
+def centred(labels: Int[Array, " n"], num_classes: int) -> Float[Array, "n classes"]:
+    """Hard labels as logits for least squares, whose numbers have a mean of zero (KIP, FRePo).
+
+    The one of the class is `1 - 1 / num_classes` and the others are `-1 / num_classes`.
+    """
+    return jax.nn.one_hot(jnp.asarray(labels), num_classes) - 1 / num_classes

@@ -22,7 +22,7 @@ from jaxdistill.data.augment import augment
 from jaxdistill.errors import InputError
 from jaxdistill.keywords import Between
 from jaxdistill.method import CLASS_AXIS
-from jaxdistill.task import CondenseTask
+from jaxdistill.task import CondenseTask, Part
 
 Pixels = Float[Array, "classes ipc h w c"]
 Features = Callable[[Any, Float[Array, "b h w c"]], Float[Array, "b d"]]
@@ -136,6 +136,64 @@ def initial_pixels(
         return jnp.clip(0.5 + noise / 4, 0.0, 1.0)
     images = real[:, :needed].astype(jnp.float32) / 255.0
     return images if start == "random" else jax.vmap(lambda x: encode(x, factor))(images)
+
+
+_SPARE = 64  # real images of each class beside those that a start needs
+
+
+def real_images(task: CondenseTask, needed: int) -> Part:
+    """Real images to start from, for methods whose batches are not by class: `{"real": ...}`.
+
+    Args:
+        task: What the method is for.
+        needed: Images of each class that the start consumes. There are more, so that seeds differ.
+    """
+    count = min(task.smallest_class[0], needed + _SPARE)
+    shape = task.num_classes, count, *task.image_shape
+
+    def load():
+        train = task.train.load()
+        # From all over the class, in whatever order it lies.
+        rows = [
+            own[np.linspace(0, size - 1, count).astype(int)]
+            for own, size in zip(train["index"], train["counts"], strict=True)
+        ]
+        return {"real": train["images"][np.stack(rows)]}
+
+    return Part({"real": jax.ShapeDtypeStruct(shape, jnp.uint8)}, load)
+
+
+def started(
+    key: PRNGKeyArray,
+    frozen: Any,
+    *,
+    ipc: int,
+    factor: int,
+    start: str,
+    pixels: Pixels | None,
+) -> tuple[Pixels, dict[str, Array]]:
+    """The synthetic images before the first step, of all classes, from those of `real_images`.
+
+    Args:
+        key: Chooses among them.
+        frozen: `{"real": uint8 (classes, n, h, w, c)}`; not used where `pixels` are given.
+        ipc: Images per class.
+        factor: Tiles per side that a synthetic image stores.
+        start: One of `STARTS`.
+        pixels: The images outright.
+
+    Returns:
+        The images, and what else `frozen` has of the real ones they are made of.
+    """
+    if pixels is not None:
+        return jnp.asarray(pixels, jnp.float32), {}
+    needed = real_needed(start, ipc, factor)
+    k_real, k_pixels = jax.random.split(key)
+    keys = jax.random.split(k_real, len(frozen["real"]))
+    some = lambda k, x: x[jax.random.permutation(k, len(x))[:needed]]  # noqa: E731
+    rest = {name: jax.vmap(some)(keys, each) for name, each in frozen.items()}
+    real = rest.pop("real")
+    return initial_pixels(k_pixels, real, ipc=ipc, factor=factor, start=start), rest
 
 
 def decoded(pixels: Pixels, factor: int) -> Float[Array, "classes m h w c"]:
@@ -386,7 +444,7 @@ def loss_gradient(
     logits: Logits,
     params: PyTree,
     images: Float[Array, "n h w c"],
-    labels: Int[Array, " n"],
+    labels: Int[Array, " n"] | Float[Array, "n classes"],
     weights: Float[Array, " n"],
     *,
     microbatch: int,
@@ -399,13 +457,18 @@ def loss_gradient(
         logits: `(params, normalized images) -> logits`.
         params: The network's parameters.
         images: Normalized images.
-        labels: Their classes.
+        labels: Their classes, or probabilities.
         weights: What each counts.
         microbatch: Images in one pass.
     """
+    entropy = (
+        optax.softmax_cross_entropy_with_integer_labels
+        if labels.ndim == 1
+        else optax.softmax_cross_entropy
+    )
 
     def loss(params, images, labels, weights):
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels)
+        losses = entropy(logits(params, images), labels)
         return jnp.sum(weights * losses)
 
     gradient = jax.grad(loss)

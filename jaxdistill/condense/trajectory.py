@@ -6,6 +6,9 @@ them at some epoch, trains it on the synthetic images for a few steps, and asks 
 from where the expert was some epochs later. The gradient goes through all of these steps, exactly:
 each is computed again on the way back, so that memory holds one of them, whatever their number. The
 approximation of TESLA (Cui et al., ICML 2023) leaves out how a step changes the later ones.
+
+DATM (Guo et al., ICLR 2024) follows harder parts of the ways for more images, and learns soft
+labels, which begin as what experts say of the real images that they know.
 """
 
 from collections.abc import Callable
@@ -20,6 +23,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, PyTree
 
 from jaxdistill import collective
+from jaxdistill.condense.labels import centred
 from jaxdistill.condense.synthetic import (
     Factor,
     ImagesPerClass,
@@ -28,10 +32,12 @@ from jaxdistill.condense.synthetic import (
     decoded,
     descended,
     distilled,
-    initial_pixels,
+    in_microbatches,
     loss_gradient,
+    real_images,
     real_needed,
     start_of,
+    started,
 )
 from jaxdistill.data.augment import augment, parse
 from jaxdistill.errors import InputError
@@ -40,8 +46,6 @@ from jaxdistill.method import BatchSpec, Method
 from jaxdistill.task import CondenseTask, Part, Recipe
 
 Flat = Float[Array, " parameters"]
-
-_SPARE = 64  # real images of each class beside those that a start needs
 
 
 class Experts(NamedTuple):
@@ -71,8 +75,8 @@ class Window(NamedTuple):
         span: Epochs of an expert that are to be gone.
         start_from: The first epoch to start at.
         start_until: The last one.
-        grow_from: The last one in the first steps, where the window grows (DATM, Guo et al. 2024);
-            by default `start_until`.
+        grow_from: The last one in the first steps, where the window grows (DATM); by default
+            `start_until`.
         grow_steps: Steps after which it reaches `start_until`.
     """
 
@@ -104,6 +108,8 @@ class TrajectoryState(NamedTuple):
         pixels_opt: The state of their optimizer.
         log_rate: The logarithm of the learning rate that is learned with them.
         rate_opt: The state of its optimizer.
+        labels: Logits of the images' labels; empty where labels are hard.
+        labels_opt: The state of their optimizer.
         step: Steps done.
     """
 
@@ -111,6 +117,8 @@ class TrajectoryState(NamedTuple):
     pixels_opt: Any
     log_rate: Float[Array, ""]
     rate_opt: Any
+    labels: Float[Array, "classes m classes"] | tuple[()]
+    labels_opt: Any
     step: Int32[Array, ""]
 
 
@@ -119,7 +127,7 @@ def unrolled(
     unravel: Callable[[Flat], PyTree],
     start: Flat,
     images: Float[Array, "n h w c"],
-    labels: Int32[Array, " n"],
+    labels: Int32[Array, " n"] | Float[Array, "n classes"],
     rate: Float[Array, ""],
     key: PRNGKeyArray,
     *,
@@ -136,7 +144,7 @@ def unrolled(
         unravel: A vector as parameters.
         start: The network at first.
         images: Images in [0, 1].
-        labels: Their classes.
+        labels: Their classes, or probabilities.
         rate: The learning rate.
         key: Draws the order of the images, anew in each pass, and their augmentation.
         steps: How many.
@@ -189,14 +197,17 @@ def trajectory_matching(
     unroll: int = 30,
     batch_size: int = 256,
     batch_experts: int = 1,
+    label_optimizer: optax.GradientTransformation | None = None,
     strategy: str = "color_crop_cutout_flip_scale_rotate",
     microbatch: int = 128,
 ) -> Method:
     """Builds the method.
 
     Its `frozen` argument is `{"real": uint8 (classes, n, h, w, c)}`, real images to start from, and
-    is not used where `pixels` are given. A batch is `{"trajectory": (experts, snapshots,
-    parameters)}`, the parameters of an expert as vectors, from the epoch `window.start_from` on.
+    is not used where `pixels` are given; where labels are learned it has `"logits": float32
+    (classes, n, classes)` too, what the labels of these begin as. A batch is `{"trajectory":
+    (experts, snapshots, parameters)}`, the parameters of an expert as vectors, from the epoch
+    `window.start_from` on.
 
     Args:
         logits: `(params, normalized images) -> logits`; it is differentiated twice.
@@ -213,29 +224,34 @@ def trajectory_matching(
         unroll: Steps of the network on the synthetic images.
         batch_size: Synthetic images of one of them.
         batch_experts: Experts of a step, whose losses are averaged; devices divide them.
+        label_optimizer: Optimizer of the logits of the labels; None leaves labels hard.
         strategy: Augmentation in the network's training, another for each image.
         microbatch: Images in one pass of the network.
 
     Returns:
-        A `Method`; its output is that of `ncfm`.
+        A `Method`; its output is that of `ncfm`, and `soft_labels` (classes, images, classes) where
+        they are learned.
     """
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
     unravel = ravel_pytree(zeros)[1]
-    needed = 1 if pixels is not None else real_needed(start, ipc, factor)
 
     def init(key, frozen, batch):
         del batch
-        first = pixels
-        if pixels is None:
-            k_real, k_pixels = jax.random.split(key)
-            keys = jax.random.split(k_real, len(frozen["real"]))
-            real = jax.vmap(lambda k, x: x[jax.random.permutation(k, len(x))[:needed]])(
-                keys, frozen["real"]
-            )
-            first = initial_pixels(k_pixels, real, ipc=ipc, factor=factor, start=start)
-        first, log_rate = jnp.asarray(first, jnp.float32), jnp.log(jnp.float32(rate))
-        opt = optimizer.init(first), rate_optimizer.init(log_rate)
-        return TrajectoryState(first, opt[0], log_rate, opt[1], jnp.int32(0))
+        first, rest = started(key, frozen, ipc=ipc, factor=factor, start=start, pixels=pixels)
+        log_rate = jnp.log(jnp.float32(rate))
+        labels = labels_opt = ()
+        if label_optimizer is not None:
+            labels = rest["logits"]
+            labels_opt = label_optimizer.init(labels)
+        return TrajectoryState(
+            first,
+            optimizer.init(first),
+            log_rate,
+            rate_optimizer.init(log_rate),
+            labels,
+            labels_opt,
+            jnp.int32(0),
+        )
 
     def step(state, frozen, batch, key):
         del frozen
@@ -243,10 +259,13 @@ def trajectory_matching(
         ways, begin = collective.by_example((batch["trajectory"], begin))
 
         def loss(learned):
-            pixels, log_rate = learned
+            pixels, log_rate, labels = learned
             images = decoded(pixels, factor)
-            classes = jnp.arange(images.shape[0], dtype=jnp.int32)
-            labels = jnp.repeat(classes, images.shape[1])
+            if label_optimizer is None:
+                classes = jnp.arange(images.shape[0], dtype=jnp.int32)
+                labels = jnp.repeat(classes, images.shape[1])
+            else:
+                labels = jax.nn.softmax(labels.reshape(-1, labels.shape[-1]))
             images = images.reshape(-1, *images.shape[2:])
 
             def one(way, begin):
@@ -273,19 +292,30 @@ def trajectory_matching(
                 return one(ways[0], begin[0])
             return jax.vmap(one)(ways, begin).mean()
 
-        match, grads = jax.value_and_grad(loss)((state.pixels, state.log_rate))
+        match, grads = jax.value_and_grad(loss)((state.pixels, state.log_rate, state.labels))
         # What is no number is left out rather than followed.
-        slope, rate_slope = jax.tree.map(jnp.nan_to_num, grads)
+        slope, rate_slope, label_slope = jax.tree.map(jnp.nan_to_num, grads)
         pixels, pixels_opt = descended(optimizer, slope, state.pixels_opt, state.pixels)
         update, rate_opt = rate_optimizer.update(
             collective.mean(rate_slope), state.rate_opt, state.log_rate
         )
         log_rate = optax.apply_updates(state.log_rate, update)
+        labels, labels_opt = state.labels, state.labels_opt
+        if label_optimizer is not None:
+            update, labels_opt = label_optimizer.update(
+                collective.mean(label_slope), labels_opt, labels
+            )
+            labels = optax.apply_updates(labels, update)
         metrics = {"match": match, "rate": jnp.exp(log_rate)}
-        return TrajectoryState(pixels, pixels_opt, log_rate, rate_opt, state.step + 1), metrics
+        return TrajectoryState(
+            pixels, pixels_opt, log_rate, rate_opt, labels, labels_opt, state.step + 1
+        ), metrics
 
     def output(state):
-        return distilled(state.pixels, factor)
+        soft = {}
+        if label_optimizer is not None:
+            soft = {"soft_labels": jax.nn.softmax(state.labels)}
+        return distilled(state.pixels, factor) | soft
 
     return Method(init, step, output, BatchSpec("uniform", batch_experts))
 
@@ -304,6 +334,8 @@ def recipe(
     unroll: Count = 30,
     batch_synthetic: Count = 256,
     batch_experts: Count = 1,
+    learn_labels: bool = False,
+    label_learning_rate: Rate = 2.0,
     strategy: str = "color_crop_cutout_flip_scale_rotate",
     **rest: Annotated[Any, Experts, Window],
 ) -> Recipe:
@@ -323,6 +355,9 @@ def recipe(
         unroll: Steps of the network on the synthetic images.
         batch_synthetic: Images of one of them.
         batch_experts: Experts of a step; devices divide them.
+        learn_labels: Whether soft labels are learned too (DATM). They begin as the mean logits of
+            the experts that know the image at their end, and images as real ones that one knows.
+        label_learning_rate: The learning rate of their logits, with a momentum of 0.9.
         strategy: Augmentation; see `jaxdistill.data.augment`.
         **rest: Settings of `Experts` and `Window`.
 
@@ -355,6 +390,11 @@ def recipe(
             f"method.batch_experts={batch_experts} are more than method.experts={experts.experts}"
         )
     pixels = start_of(task, start=start, ipc=ipc, factor=factor)
+    if learn_labels and start not in ("tiled", "random"):
+        raise InputError(
+            f"method.learn_labels begins with what experts say of real images, and method.start is"
+            f" {start}; give tiled or random"
+        )
     method = trajectory_matching(
         task.network.logits,
         jax.eval_shape(task.network.init, jax.random.key(0)),
@@ -370,27 +410,47 @@ def recipe(
         unroll=unroll,
         batch_size=batch_synthetic,
         batch_experts=batch_experts,
+        label_optimizer=optax.sgd(label_learning_rate, 0.9) if learn_labels else None,
         strategy=strategy,
         microbatch=task.microbatch,
     )
     trajectories = task.trajectories(experts, window.start_from, window.snapshots)
     cost = lambda state: {"student_learning_rate": float(jnp.exp(state.log_rate))}  # noqa: E731
-    real = Part() if pixels is not None else _real(task, real_needed(start, ipc, factor))
+    needed = real_needed(start, ipc, factor)
+    real = Part() if pixels is not None else real_images(task, needed)
+    if learn_labels:
+        ends = task.trajectories(experts, experts.expert_epochs, 1)
+        real = _with_logits(task, real, real_images(task, 2 * needed), ends)
     return Recipe(method, steps, real, examples=trajectories, cost=cost)
 
 
-def _real(task: CondenseTask, needed: int) -> Part:
-    """Some real images of each class, more than a start needs, so that seeds differ."""
-    count = min(task.smallest_class[0], needed + _SPARE)
-    shape = task.num_classes, count, *task.image_shape
+def _with_logits(task: CondenseTask, real: Part, candidates: Part, ends: Part) -> Part:
+    """As many real images as `real` has, which experts know if there are, and their logits."""
+    classes, kept = real.shapes["real"].shape[:2]
+    logits = jax.ShapeDtypeStruct((classes, kept, classes), jnp.float32)
+    example = jax.eval_shape(task.network.init, jax.random.key(0))
+    unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example))[1]
+
+    @jax.jit
+    def said(theta, images):
+        run = lambda part: task.network.logits(unravel(theta), task.normalize(part))  # noqa: E731
+        return in_microbatches(run, images, task.microbatch).astype(jnp.float32)
 
     def load():
-        train = task.train.load()
-        # From all over the class, in whatever order it lies.
-        rows = [
-            own[np.linspace(0, size - 1, count).astype(int)]
-            for own, size in zip(train["index"], train["counts"], strict=True)
-        ]
-        return {"real": train["images"][np.stack(rows)]}
+        images = jnp.asarray(candidates.load()["real"])
+        count, flat = images.shape[1], images.reshape(-1, *images.shape[2:])
+        labels = jnp.repeat(jnp.arange(classes), count)
+        total = known = jnp.zeros(())
+        ways = ends.load().examples["trajectory"]
+        for i in range(len(ways)):
+            out = said(ways[np.array([i])][0, 0], flat)
+            knows = (out.argmax(1) == labels)[:, None]
+            total, known = total + knows * out, known + knows
+        # Of an image that none of them knows, nothing but its class.
+        mean = jnp.where(known > 0, total / jnp.maximum(known, 1), 10 * centred(labels, classes))
+        best = jnp.argsort(known.reshape(classes, count) == 0, axis=1, stable=True)[:, :kept]
+        pick = jax.vmap(lambda x, i: x[i])
+        mean = mean.reshape(classes, count, classes)
+        return {"real": pick(images, best), "logits": pick(mean, best)}
 
-    return Part({"real": jax.ShapeDtypeStruct(shape, jnp.uint8)}, load)
+    return Part(real.shapes | {"logits": logits}, load)

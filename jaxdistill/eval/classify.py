@@ -14,7 +14,9 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from jaxdistill.condense.labels import centred as label_centred
 from jaxdistill.condense.labels import soft_labels as label_softly
 from jaxdistill.data.augment import parse
 from jaxdistill.data.dataset import Dataset
@@ -75,6 +77,7 @@ def evaluate(
     strategy: str = "color_crop_cutout_flip_scale_rotate",
     soft_labels: bool = False,
     temperature: Annotated[float, Between(1e-6, 1e6)] = 1.0,
+    learned_labels: bool = False,
 ) -> list[dict]:
     """Trains fresh networks on every row, keeps the records, prints the table.
 
@@ -92,6 +95,8 @@ def evaluate(
         soft_labels: Whether the networks are trained on soft labels too: those of the artefact, or
             else what the task's trained extractors say.
         temperature: The temperature of the soft labels.
+        learned_labels: Whether networks are regressed, by least squares, on the learned labels of
+            the artefact too; on centred hard ones where it has none.
 
     Returns:
         A record for each row, network, kind of label and seed; accuracies are fractions, beside
@@ -104,7 +109,7 @@ def evaluate(
     task, data = bench.task, bench.data
     protocol = train_on.Protocol(epochs, batch_size, learning_rate, strategy=strategy)
     protocol_hash = digest([*protocol, depth, width, norm, temperature, bench.identity])
-    kinds = ("hard", "soft") if soft_labels else ("hard",)
+    kinds = ("hard",) + ("soft",) * soft_labels + ("learned",) * learned_labels
     # Once, for programs are compiled anew for other functions.
     judges = {
         f"{name}, {kind} labels": (
@@ -134,10 +139,16 @@ def evaluate(
         network, kind = judges[group[0].metric]
         distilled = bench.rows[group[0].row].output()
         targets = train_on.one_hot(distilled.labels, task.num_classes)
+        loss = optax.softmax_cross_entropy
         if kind == "soft":
             targets = labels[group[0].row]
+        if kind == "learned":
+            loss = train_on.squares
+            targets = label_centred(distilled.labels, task.num_classes)
+            if distilled.learned_labels is not None:
+                targets = jnp.asarray(distilled.learned_labels)
         try:
-            _measure(bench, network, distilled, targets, protocol, group, bar)
+            _measure(bench, network, distilled, targets, loss, protocol, group, bar)
         except Interrupted as stop:
             kept = len(wanted) - len(bench.results.missing(wanted))
             raise Interrupted(
@@ -184,7 +195,8 @@ def _soft_labels(task: CondenseTask, row: Made, temperature: float) -> jax.Array
     """The labels of a row's artefact, which gets them where it has none."""
     distilled = row.output()
     known = distilled.soft_labels
-    if known is not None and distilled.card.get("temperature") == temperature:
+    # Learned labels are what they are, at any temperature.
+    if known is not None and distilled.card.get("temperature", temperature) == temperature:
         return jnp.asarray(known)
     label = jax.jit(
         functools.partial(
@@ -209,6 +221,7 @@ def _measure(
     network: train_on.Network,
     distilled: artifact.Distilled,
     targets: jax.Array,
+    loss: train_on.Loss,
     protocol: train_on.Protocol,
     group: Sequence[Cell],
     bar: Progress,
@@ -224,13 +237,14 @@ def _measure(
         jnp.asarray(distilled.images),
         targets,
         protocol=protocol,
+        loss=loss,
         on_block=lambda part: bar.update(before + part * len(group), {}),
         should_stop=bench.should_stop,
         **passes,
     )
     images, labels = (jnp.asarray(x) for x in data.test)
     lost = train_on.have_diverged(
-        params, network, distilled.images, targets, normalize=task.normalize
+        params, network, distilled.images, targets, normalize=task.normalize, loss=loss
     )
     measured = {}
     for index, (cell, diverged) in enumerate(zip(group, lost, strict=True)):

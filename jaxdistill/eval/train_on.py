@@ -58,6 +58,15 @@ class Network(NamedTuple):
     logits: Callable[[Any, Float[Array, "b h w c"]], Float[Array, "b classes"]]
 
 
+Loss = Callable[[Float[Array, "n classes"], Float[Array, "n classes"]], Float[Array, " n"]]
+"""`(logits, targets) -> loss` of each image."""
+
+
+def squares(logits: Float[Array, "n classes"], targets: Float[Array, "n classes"]) -> Array:
+    """Half the squared distance, for labels that are no probabilities."""
+    return 0.5 * jnp.square(logits - targets).sum(-1)
+
+
 def optimizer(protocol: Protocol) -> optax.GradientTransformation:
     """SGD with L2 and momentum; the rate is applied by the caller, as it changes per stage."""
     return optax.chain(
@@ -77,7 +86,7 @@ _SEED_AXIS = "seed"
 
 @functools.partial(
     jax.jit,
-    static_argnames=("network", "protocol", "normalize", "microbatch", "mesh"),
+    static_argnames=("network", "protocol", "normalize", "loss", "microbatch", "mesh"),
     donate_argnames="carry",
 )
 def _train_block(
@@ -92,12 +101,18 @@ def _train_block(
     network,
     protocol,
     normalize,
+    loss,
     microbatch,
     mesh,
 ):
     """`count` optimizer steps from the `first` of a stage, of all networks; one program."""
     steps = functools.partial(
-        _train_steps, network=network, protocol=protocol, normalize=normalize, microbatch=microbatch
+        _train_steps,
+        network=network,
+        protocol=protocol,
+        normalize=normalize,
+        loss=loss,
+        microbatch=microbatch,
     )
 
     def local(carry, keys, *args):
@@ -118,7 +133,19 @@ def _initial(keys, *, network):
 
 
 def _train_steps(
-    carry, key, images, targets, rate, first, count, *, network, protocol, normalize, microbatch
+    carry,
+    key,
+    images,
+    targets,
+    rate,
+    first,
+    count,
+    *,
+    network,
+    protocol,
+    normalize,
+    loss,
+    microbatch,
 ):
     """`count` optimizer steps of one network."""
     n = images.shape[0]
@@ -143,11 +170,11 @@ def _train_steps(
             x, y = images[index], targets[index]
         x = augment(jax.random.fold_in(k_augment, position), normalize(x), protocol.strategy)
 
-        def loss(params, part):
+        def weighted(params, part):
             x, y, weight = part
-            return jnp.sum(weight * optax.softmax_cross_entropy(network.logits(params, x), y))
+            return jnp.sum(weight * loss(network.logits(params, x), y))
 
-        grads = _accumulate(jax.grad(loss), params, (x, y, weight), microbatch)
+        grads = _accumulate(jax.grad(weighted), params, (x, y, weight), microbatch)
         updates, opt = tx.update(grads, opt, params)
         return _Carry(jax.tree.map(lambda p, u: p - rate * u, params, updates), opt)
 
@@ -198,6 +225,7 @@ def train_many(
     *,
     normalize: Callable[[Array], Array],
     protocol: Protocol,
+    loss: Loss = optax.softmax_cross_entropy,
     microbatch: int = 256,
     params: Any = None,
     on_block: Callable[[float], None] = lambda fraction: None,
@@ -211,9 +239,10 @@ def train_many(
         keys: For each network, the source of its initialization, order and augmentation.
         network: What to train.
         images: uint8, or float32 in [0, 1], (n, H, W, C).
-        targets: One-hot or soft labels.
+        targets: One-hot or soft labels, or what else the loss takes.
         normalize: Images to normalized images.
         protocol: How.
+        loss: What is descended.
         microbatch: Images in one pass; gradients of a batch are accumulated over passes.
         params: Initial parameters with a leading axis of networks, instead of `network.init`.
         on_block: Called now and then with the fraction done.
@@ -242,6 +271,7 @@ def train_many(
         "network": network,
         "protocol": protocol,
         "normalize": normalize,
+        "loss": loss,
         "microbatch": microbatch,
     }
 
@@ -280,6 +310,7 @@ def have_diverged(
     targets: Float[Array, "n classes"],
     *,
     normalize: Callable[[Array], Array],
+    loss: Loss = optax.softmax_cross_entropy,
 ) -> np.ndarray:
     """Which of the networks that `train_many` gives are lost, bool (networks,).
 
@@ -288,15 +319,15 @@ def have_diverged(
     """
     some = np.unique(np.linspace(0, len(images) - 1, min(len(images), _LOOKED_AT)).astype(int))
     images, targets = jnp.asarray(images)[some], jnp.asarray(targets)[some]
-    losses = _losses(params, images, targets, network=network, normalize=normalize)
-    return ~(np.asarray(losses) <= 10 * np.log(targets.shape[1]))
+    losses = _losses(params, images, targets, network=network, normalize=normalize, loss=loss)
+    guess = loss(jnp.zeros_like(targets), targets).mean()
+    return ~(np.asarray(losses) <= 10 * np.asarray(guess))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "normalize"))
-def _losses(params, images, targets, *, network, normalize):
+@functools.partial(jax.jit, static_argnames=("network", "normalize", "loss"))
+def _losses(params, images, targets, *, network, normalize, loss):
     def one(params):
-        logits = network.logits(params, normalize(images))
-        return optax.softmax_cross_entropy(logits, targets).mean()
+        return loss(network.logits(params, normalize(images)), targets).mean()
 
     return lax.map(one, params)
 

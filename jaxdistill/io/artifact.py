@@ -7,11 +7,12 @@
 | `images` | float32 (N, H, W, C) | values in [0, 1], decoded as they are to be trained on |
 | `labels` | int32 (N,) | class ids, indices into `class_names` |
 | `soft_labels` | float32 (N, classes) | probabilities, rows sum to 1; only when they were made |
+| `learned_labels` | float32 (N, classes) | logits to be regressed on; only when they were learned |
 
 `distilled.json`, the card: the fields of `REQUIRED`, then `content_sha256`, and whatever else the
 writer adds. `mean` and `std` (one number a channel) are those of the training data on the [0, 1]
 scale; networks were trained on `(images - mean) / std`. `content_sha256` ties the card to its
-arrays: the SHA-256 of, for each of `images`, `labels`, `soft_labels` that is there, in this order,
+arrays: the SHA-256 of, for each array of the table that is there, in this order,
 the line `<key> <dtype> <sizes joined by commas>` ended by a newline (such as
 `images <f4 100,28,28,1`), followed by the array's bytes, little-endian and row-major.
 
@@ -53,8 +54,8 @@ REQUIRED = (
 )
 """Fields every card has."""
 
-_DTYPES = {"images": "<f4", "labels": "<i4", "soft_labels": "<f4"}
-_RANKS = {"images": 4, "labels": 1, "soft_labels": 2}
+_DTYPES = {"images": "<f4", "labels": "<i4", "soft_labels": "<f4", "learned_labels": "<f4"}
+_RANKS = {"images": 4, "labels": 1, "soft_labels": 2, "learned_labels": 2}
 
 
 class Distilled(NamedTuple):
@@ -65,12 +66,14 @@ class Distilled(NamedTuple):
         labels: class ids.
         soft_labels: probabilities (rows sum to 1), or None when none were made.
         card: what the set is and where it comes from; see `REQUIRED`.
+        learned_labels: logits that a network is to be regressed on, or None.
     """
 
     images: Float32[np.ndarray, "n h w c"]
     labels: Int32[np.ndarray, " n"]
     soft_labels: Float32[np.ndarray, "n classes"] | None
     card: dict
+    learned_labels: Float32[np.ndarray, "n classes"] | None = None
 
 
 def save(directory: str | os.PathLike[str], distilled: Distilled) -> None:
@@ -141,7 +144,7 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Distilled
         arrays = read_npz(
             path,
             ("images", "labels"),
-            optional=("soft_labels",),
+            optional=("soft_labels", "learned_labels"),
             check=_check_layout,
             max_bytes=max_bytes,
         )
@@ -152,7 +155,8 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Distilled
             f"not a jaxdistill artefact: {path}: {one_line(error)}; expected distilled.npz "
             "with images and labels, as written by jaxdistill"
         ) from error
-    return Distilled(arrays["images"], arrays["labels"], arrays.get("soft_labels"), card)
+    soft, learned = (arrays.get(key) for key in ("soft_labels", "learned_labels"))
+    return Distilled(arrays["images"], arrays["labels"], soft, card, learned)
 
 
 def _content_sha256(arrays: dict[str, np.ndarray]) -> str:
@@ -187,10 +191,11 @@ def _check_arrays(arrays: dict[str, np.ndarray]) -> None:
         raise InputError(f"images lie in [{images.min():g}, {images.max():g}], not in [0, 1]")
     if labels.min() < 0:
         raise InputError(f"labels hold {labels.min()}; class ids start at 0")
+    for key in ("soft_labels", "learned_labels"):
+        if key in arrays and labels.max() >= (known := arrays[key].shape[1]):
+            raise InputError(f"labels hold {labels.max()} but {key} know {known} classes")
     if soft is None:
         return
-    if labels.max() >= soft.shape[1]:
-        raise InputError(f"labels hold {labels.max()} but soft_labels know {soft.shape[1]} classes")
     if soft.min() < 0 or np.abs(soft.sum(1, dtype=np.float64) - 1).max() > 1e-3:
         raise InputError("soft_labels are not probabilities: rows must be >= 0 and sum to 1")
 
@@ -260,11 +265,9 @@ def _check_card(card: dict, arrays: dict[str, np.ndarray]) -> None:
             raise InputError(f"the card's {key} must be {wanted}, not {reprlib.repr(card[key])}")
     if arrays["labels"].max() >= len(names):
         raise InputError(f"labels hold {arrays['labels'].max()} but class_names are {len(names)}")
-    if "soft_labels" in arrays and arrays["soft_labels"].shape[1] != len(names):
-        raise InputError(
-            f"soft_labels know {arrays['soft_labels'].shape[1]} classes but class_names are "
-            f"{len(names)}"
-        )
+    for key in ("soft_labels", "learned_labels"):
+        if key in arrays and (known := arrays[key].shape[1]) != len(names):
+            raise InputError(f"{key} know {known} classes but class_names are {len(names)}")
 
 
 def _are_numbers(value: object, count: int) -> bool:

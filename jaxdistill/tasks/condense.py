@@ -194,7 +194,11 @@ def save(
     } | card
     labels = np.repeat(np.arange(classes, dtype=np.int32), per_class)
     flat = images.reshape(-1, *images.shape[2:])
-    artifact.save(folder, artifact.Distilled(flat, labels, None, card))
+    soft, learned = (
+        None if name not in output else np.asarray(output[name]).reshape(len(labels), -1)
+        for name in ("soft_labels", "learned_labels")
+    )
+    artifact.save(folder, artifact.Distilled(flat, labels, soft, card, learned))
 
 
 def read(folder: Path, shapes: PyTree) -> tuple[artifact.Distilled, dict]:

@@ -1,20 +1,25 @@
 """Trajectories: a step against NumPy and against a plain loop, windows, experts on disk."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
+import jaxdistill
 from jaxdistill import config as configs
 from jaxdistill import experts, settings
 from jaxdistill.condense.synthetic import loss_gradient
 from jaxdistill.condense.trajectory import Window, distance, trajectory_matching, unrolled
 from jaxdistill.data import sources
-from jaxdistill.data.augment import augment
+from jaxdistill.data.augment import augment, normalizer
 from jaxdistill.data.device import resident
 from jaxdistill.errors import InputError
 from jaxdistill.eval import train_on
+from jaxdistill.io import artifact
 from tests.condense.test_dm_coreset_labels import (
     CLASSES,
     linear,
@@ -118,6 +123,46 @@ def test_the_gradient_goes_through_every_step(batch_size, strategy):
         np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-7)
 
 
+def test_learned_labels_against_numpy():
+    numbers = np.random.default_rng(2)
+    logits = jnp.asarray(numbers.normal(size=(CLASSES, 6, CLASSES)), jnp.float32)
+    frozen = REAL | {"logits": logits}
+    method = make(0.0, label_optimizer=optax.sgd(1.0))
+    batch = {"trajectory": ways(1), "keys": jax.random.split(jax.random.key(3), 1)}
+    state = method.init(jax.random.key(0), frozen, batch)
+    # Those of the very images that it starts from.
+    real = np.float64(REAL["real"]) / 255
+    for pixels, label, images, said in zip(*state[:1], state.labels, real, logits, strict=True):
+        for image, own in zip(pixels, label, strict=True):
+            [same] = [i for i in range(6) if np.allclose(image, images[i], atol=1e-6)]
+            np.testing.assert_array_equal(own, said[same])
+    after, metrics = jax.jit(method.step)(state, frozen, batch, jax.random.key(1))
+    begin = int(WINDOW.drawn(batch["keys"][0], jnp.int32(0)))
+    way = np.float64(batch["trajectory"][0])
+    x = np.float64(state.pixels - 0.5).reshape(CLASSES * 2, -1)
+
+    def softmax(z):
+        e = np.exp(z - z.max(-1, keepdims=True))
+        return e / e.sum(-1, keepdims=True)
+
+    def match(labels):
+        w, target = way[begin].reshape(-1, CLASSES), softmax(labels.reshape(-1, CLASSES))
+        for _ in range(STEPS):
+            w = w - RATE * x.T @ (softmax(x @ w) - target) / len(x)
+        gap = np.square(w.reshape(-1) - way[begin + 2]).sum()
+        return gap / np.square(way[begin] - way[begin + 2]).sum()
+
+    labels = np.float64(state.labels)
+    np.testing.assert_allclose(metrics["match"], match(labels), rtol=1e-4)
+    moved = labels - np.float64(after.labels)
+    for _ in range(3):
+        way_of = numbers.normal(size=labels.shape)
+        wanted = (match(labels + 1e-4 * way_of) - match(labels - 1e-4 * way_of)) / 2e-4
+        np.testing.assert_allclose((moved * way_of).sum(), wanted, rtol=1e-2, atol=1e-5)
+    soft = method.output(after)["soft_labels"]
+    np.testing.assert_allclose(soft, softmax(np.float64(after.labels)), rtol=1e-4)
+
+
 def test_windows_grow():
     keys = jax.random.split(jax.random.key(0), 300)
 
@@ -173,6 +218,7 @@ def test_images_come_to_lead_where_experts_went():
         ({"grow_from": "5"}, "grow_from=5 is outside of the epochs from 0 to 2"),
         ({"batch_experts": "11"}, "batch_experts=11 are more than method.experts=10"),
         ({"expert_strategy": "crop_blur"}, "unknown augmentation 'blur'"),
+        ({"learn_labels": "True", "start": "noise"}, "method.start is noise; give tiled or random"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_line(given, said):
@@ -234,7 +280,37 @@ def test_experts_are_trained_once_and_more_of_them_later(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
+def test_labels_begin_as_what_experts_say(tmp_path):
+    """And images as those they know; a whole run keeps what was learned of both."""
+    flags = "ncfm:dataset=digits,method=datm,baselines=random,smoke"
+    overrides = {"evals.accuracy.seeds": "1", "method.learning_rate": "0.0"}
+    overrides |= {"method.label_learning_rate": "0.0", "method.factor": "1"}
+    jaxdistill.train(configs.load(flags, overrides), tmp_path)
+    made = artifact.load(tmp_path)
+    assert made.soft_labels.shape == (10, 10) and "temperature" not in made.card
+    found = {r["metric"] for r in json.loads((tmp_path / "results.json").read_text())}
+    assert found == {"convnet, hard labels", "convnet, soft labels"}
+    # It said what it had learned, not what the extractors say.
+    again = artifact.load(tmp_path).soft_labels
+    np.testing.assert_array_equal(again, made.soft_labels)
+    assert "temperature" in artifact.load(tmp_path / "baselines" / "random").card
+    files = sorted((tmp_path / "experts").iterdir())
+    experiment = settings.resolve(configs.load(flags))
+    net = experiment.family.shapes(experiment).network
+    shape = jax.eval_shape(net.init, jax.random.key(0))
+    unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape), shape))[1]
+    data = sources.load("digits")
+    normalize = normalizer(data.mean, data.std)
+    ends = [np.fromfile(f, np.float32).reshape(3, -1)[-1] for f in files]
+    said = np.stack([net.logits(unravel(jnp.asarray(e)), normalize(made.images)) for e in ends])
+    knows = said.argmax(-1) == made.labels
+    for i in np.flatnonzero(knows.any(0)):
+        mean = said[knows[:, i], i].mean(0)
+        np.testing.assert_allclose(made.soft_labels[i], jax.nn.softmax(mean), rtol=1e-3, atol=1e-5)
+    assert knows.any(0).sum() >= 5
+
+
+@pytest.mark.slow
 def test_any_number_of_devices_gives_the_same():
     method = make(1e-2, batch_experts=8, strategy="flip_crop")
     assert_backends_agree(method, resident({"trajectory": np.asarray(ways(12))}), REAL)

@@ -33,10 +33,11 @@ def _digits(per_class: int, *, soft: bool = False, first: int = 0, **fields) -> 
     )
     images = (bunch.images[order, :, :, None] / 16).astype(np.float32)
     labels = bunch.target[order].astype(np.int32)
-    soft_labels = None
+    soft_labels = learned = None
     if soft:
         soft_labels = np.full((len(labels), 10), 0.02, np.float32)
         soft_labels[np.arange(len(labels)), labels] = 0.82
+        learned = 3 * soft_labels - 1
     card = {
         "format": FORMAT,
         "dataset": "digits",
@@ -51,14 +52,18 @@ def _digits(per_class: int, *, soft: bool = False, first: int = 0, **fields) -> 
         "accuracies": [],
         "provenance": {"source_sha256": "ab", "versions": versions()},
     }
-    return Distilled(images, labels, soft_labels, {**card, **fields})
+    return Distilled(images, labels, soft_labels, {**card, **fields}, learned)
+
+
+ARRAYS = ("images", "labels", "soft_labels", "learned_labels")
+OPTIONAL = {"soft_labels", "learned_labels"}
 
 
 def _same(a: Distilled, b: Distilled) -> bool:
     return all(
         (x is None and y is None)
         or (x is not None and y is not None and x.dtype == y.dtype and np.array_equal(x, y))
-        for x, y in zip(a[:3], b[:3], strict=True)
+        for x, y in ((getattr(a, key), getattr(b, key)) for key in ARRAYS)
     )
 
 
@@ -82,7 +87,7 @@ def test_round_trip(tmp_path, soft):
         assert _same(read, written)
         assert {k: v for k, v in read.card.items() if k != "content_sha256"} == written.card
     with np.load(directory / "distilled.npz", allow_pickle=False) as arrays:
-        assert set(arrays) == {"images", "labels"} | ({"soft_labels"} if soft else set())
+        assert set(arrays) == {"images", "labels"} | (OPTIONAL if soft else set())
     picture = np.asarray(Image.open(directory / "distilled.png"))
     np.testing.assert_array_equal(
         picture, grid(written.images, written.labels, written.card["class_names"])
@@ -103,6 +108,7 @@ def test_content_hash_is_the_documented_one(tmp_path):
     text = b"images <f4 20,8,8,1\n" + written.images.astype("<f4").tobytes()
     text += b"labels <i4 20\n" + written.labels.astype("<i4").tobytes()
     text += b"soft_labels <f4 20,10\n" + written.soft_labels.astype("<f4").tobytes()
+    text += b"learned_labels <f4 20,10\n" + written.learned_labels.astype("<f4").tobytes()
     assert load(tmp_path).card["content_sha256"] == hashlib.sha256(text).hexdigest()
 
 
@@ -152,6 +158,9 @@ ARRAY_FAULTS = {
     "rows must be >= 0 and sum to 1": ("soft_labels", lambda a: a * 0.9),
     "soft_labels are not probabilities": ("soft_labels", lambda a: 2 * a - 0.1),
     "soft_labels hold values that are not finite": ("soft_labels", lambda a: a * np.float32("inf")),
+    "labels hold 9 but learned_labels know 9": ("learned_labels", lambda a: a[:, 1:]),
+    "20 images but 19 learned_labels": ("learned_labels", lambda a: a[1:]),
+    "learned_labels hold values that are not": ("learned_labels", lambda a: a * np.float32("nan")),
 }
 
 
@@ -164,7 +173,7 @@ def test_wrong_arrays_are_neither_saved_nor_loaded(tmp_path, message):
         save(tmp_path / "saved", bad)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "saved").exists()
-    path = _with_arrays(tmp_path / "forged", **dict(zip(Distilled._fields[:3], bad, strict=False)))
+    path = _with_arrays(tmp_path / "forged", **{key: getattr(bad, key) for key in ARRAYS})
     with pytest.raises(InputError, match=re.escape(message)) as error:
         load(path)
     assert str(error.value).startswith(f"not a jaxdistill artefact: {path}")
@@ -384,14 +393,17 @@ def test_flipped_bytes_are_refused_or_harmless(tmp_path_factory, intact, data):
     for position, mask in data.draw(st.lists(flips, min_size=1, max_size=4)):
         damaged[position] ^= mask
     # A name that no longer reads soft_labels hides that array, and only a card can tell.
-    hidden = expected._replace(soft_labels=None)
+    hidden = [
+        expected._replace(**dict.fromkeys(keys))
+        for keys in ((), ("soft_labels",), ("learned_labels",), OPTIONAL)
+    ]
     path = tmp_path_factory.getbasetemp() / "flipped.npz"
     path.write_bytes(damaged)
     try:
         read = load(path)
     except InputError:
         return
-    assert _same(read, expected) or _same(read, hidden)
+    assert any(_same(read, other) for other in hidden)
 
 
 @settings(deadline=None, max_examples=150)
