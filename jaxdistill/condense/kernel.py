@@ -309,7 +309,8 @@ def frepo(
     def kernels(networks, key, real, images):
         params = jax.tree.map(lambda x: x[chosen(key)], networks.params)
         known = seen(params, images)
-        asked = lax.stop_gradient(seen(params, real))
+        # Each device takes its own images, as many at a time as it can.
+        asked = lax.stop_gradient(collective.per_device(lambda x: seen(params, x))(real))
         return feature_kernel(asked, known), feature_kernel(known, known)
 
     def train(one, learned, key):
