@@ -39,7 +39,8 @@ class Protocol(NamedTuple):
         momentum: Momentum of SGD.
         weight_decay: L2 coefficient, added to the gradient.
         strategy: DSA operations, see `jaxdistill.data.augment`.
-        decay_at: Fractions of the training at which the rate falls tenfold.
+        decay_at: Fractions of the training at which the rate falls tenfold, down to whole epochs
+            but never in the first.
     """
 
     epochs: int = 1000
@@ -276,7 +277,9 @@ def train_many(
     }
 
     per_epoch = -(-images.shape[0] // min(protocol.batch, images.shape[0]))
-    edges = [0, *(int(protocol.epochs * f) for f in protocol.decay_at), protocol.epochs]
+    # Whole epochs, the first of which has the full rate, however few there are.
+    decays = [max(int(protocol.epochs * f), 1) for f in protocol.decay_at]
+    edges = [0, *decays, protocol.epochs]
     total = protocol.epochs * per_epoch
     block = -(-total // _BLOCKS)
     for stage, epochs in enumerate(itertools.pairwise(edges)):

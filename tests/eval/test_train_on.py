@@ -70,6 +70,16 @@ class Loop:
         return near(params["w"], self.w) and near(params["b"], self.b)
 
 
+@pytest.mark.parametrize("decay_at", [(0.5,), (2 / 3, 5 / 6)])
+def test_a_single_epoch_has_the_full_rate(decay_at):
+    images, targets = some_data(10)
+    one = PLAIN._replace(epochs=1, batch=2, decay_at=decay_at)
+    found = fit(images, targets, one, params=start())
+    wanted = fit(images, targets, one._replace(decay_at=()), params=start())
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_training_is_that_of_a_plain_loop_and_the_decay_forgets_the_momentum():
     images, targets = some_data(10)
     params = fit(images, targets, PLAIN, params=start())
