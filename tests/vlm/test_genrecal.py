@@ -1,6 +1,8 @@
 """The family of vision-language models: its texts, its losses, its stages, a run."""
 
+import contextlib
 import functools
+import io
 import json
 import re
 import shutil
@@ -936,13 +938,30 @@ def test_prefixes_are_told_apart_as_numpy_does():
     assert genrecal.contrast(single[0], 3 * single[0])[0] < genrecal.contrast(*single)[0]
 
 
-@pytest.mark.slow
-def test_what_lies_in_a_finished_folder_is_looked_at(tmp_path):
-    """Answers, readings and the Recalibrator: missing, damaged or another's."""
-    config = configs.load(SMOKE + ",baselines=sft+sequence_kd")
+class Once(NamedTuple):
+    """A run that was never stopped."""
+
+    config: Any
+    workdir: Any
+    records: list
+    out: str
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    config = configs.load(SMOKE + ",baselines=sft+blind+sequence_kd+dskd")
     config.teacher.cache = True
-    workdir = tmp_path / "run"
-    records = jaxdistill.train(config, workdir)
+    workdir = tmp_path_factory.mktemp("once") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        records = jaxdistill.train(config, workdir)
+    return Once(config, workdir, records, out.getvalue())
+
+
+@pytest.mark.slow
+def test_what_lies_in_a_finished_folder_is_looked_at(once, tmp_path):
+    """Answers, readings and the Recalibrator: missing, damaged or another's."""
+    config, records = once.config, once.records
+    workdir = shutil.copytree(once.workdir, tmp_path / "run")
     (workdir / "answers" / "sft.json").write_text("[]")
     (workdir / "artifacts" / "answers.png").unlink()
     before = json.loads((workdir / "answers" / "teacher.json").read_text())
@@ -970,10 +989,9 @@ def test_what_lies_in_a_finished_folder_is_looked_at(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path, capsys):
-    config = configs.load(SMOKE + ",baselines=sft+blind+sequence_kd+dskd")
-    config.teacher.cache = True
-    records = jaxdistill.train(config, tmp_path / "once")
+def test_a_run_stopped_anywhere_ends_with_the_same_bits(once, tmp_path):
+    config, records = once.config, once.records
+    shutil.copytree(once.workdir, tmp_path / "once")
     answered = [r for r in records if r["evaluation"] == "answers"]
     rows = {r["row"] for r in answered}
     assert rows == {"majority", "teacher", "genrecal", "sft", "blind", "sequence_kd", "dskd"}
@@ -1010,8 +1028,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path, capsys):
         student, card = weights.load(tmp_path / "once" / folder, "student")
         assert jax.tree.map(np.shape, student) == jax.tree.map(np.shape, start)
     assert card["tokenizer_sha256"] and json.dumps(card)
-    out = capsys.readouterr().out
-    assert "right to the letter" in out and "majority" in out
+    assert "right to the letter" in once.out and "majority" in once.out
     _answers_alone(tmp_path / "once", config)
 
 
