@@ -27,6 +27,12 @@ ROWS = [
     *(("ncfm:dataset=cifar100,ipc=50", name) for name in _SLICES),
     ("ncfm:dataset=tiny_imagenet,ipc=10", "v5e:1x1"),
     ("ncfm:dataset=imagenette,ipc=10", "v5e:1x1"),
+    ("gradient:dataset=cifar10,ipc=50,baselines=", "v5e:2x4"),
+    (
+        "trajectory:dataset=cifar10,ipc=50,baselines= --config.method.batch_experts=8",
+        "v5e:2x4",
+    ),
+    ("kernel:dataset=cifar10,ipc=50,baselines=", "v5e:2x4"),
     ("flow:dataset=latents_1mp", "v5e:8x8"),
     # One step is all of it: 300 images of each of 1,000 classes, 5 crops of each.
     ("rded:dataset=imagenet,ipc=10", "v5e:2x4"),
