@@ -199,27 +199,25 @@ def kappa_table(errors: list[dict], grid: str) -> str:
 
 def lengths_table(records: list[dict], name: str) -> str:
     """Markdown: two calls of ratio 1/2 by length of training, beside eight of the teacher."""
-    found = {}
+    found, w2 = {}, "sliced W2 to data"
     for record in records:
-        parts = record["run"].split(", ")
-        if parts[0] == name and len(parts) == 3:
-            found.setdefault(parts[1], []).append(record)
-    # The first seed's have compilation in them.
-    lines = [["", "seeds", "sliced W2 to data", "CPU s, the quickest"]]
-    for records in found.values():
-        for row in records[0]["rows"] if len(lines) == 1 else ():
-            if row["row"].startswith("teacher") and row["calls"] == 8:
-                lines.append([row["row"], "1", f"{row['sliced W2 to data']:.3f}", ""])
-    for length, records in found.items():
-        values = [
-            row["sliced W2 to data"]
-            for record in records
-            for row in record["rows"]
-            if row["row"].startswith("ucgm")
+        law, length, *_ = [*record["run"].split(", "), ""]
+        if law == name and length:
+            found.setdefault(length, []).append(record)
+    lines = [["", "seeds", w2, "CPU s, the quickest"]]
+    if found:
+        teacher = next(iter(found.values()))[0]["rows"]
+        lines += [
+            [r["row"], "1", f"{r[w2]:.3f}", ""]
+            for r in teacher
+            if r["row"].startswith("teacher") and r["calls"] == 8
         ]
-        spent = [record["costs"]["ucgm"]["cpu_seconds"] for record in records]
+    for length, own in found.items():
+        values = [r[w2] for record in own for r in record["rows"] if r["row"].startswith("ucgm,")]
+        # The first seed's seconds have compilation in them.
+        spent = min(record["costs"]["ucgm"]["cpu_seconds"] for record in own)
         measured = f"{np.mean(values):.3f} ± {np.std(values):.3f}"
-        lines.append([length, str(len(values)), measured, f"{min(spent):.1f}"])
+        lines.append([length, str(len(values)), measured, f"{spent:.1f}"])
     return markdown(lines) + "\n"
 
 

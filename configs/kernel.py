@@ -23,10 +23,5 @@ from jaxdistill import config as configs
 
 def get_config(argument=None, dataset=None):
     """The recipe of a data set and a number of images per class."""
-    arg = configs.parse_argument(
-        argument, words=("smoke",), dataset="digits", ipc=1, baselines="random+herding", seed=0
-    )
-    rest = f"ipc={arg['ipc']},baselines={arg['baselines']},seed={arg['seed']}"
-    smoke = ",smoke" if arg["smoke"] else ""
-    name = {"data.name": arg["dataset"] if dataset is None else dataset}
-    return configs.load(f"ncfm:method=kernel,{rest}{smoke}", name).unlock()
+    own = {"ipc": 1, "baselines": "random+herding"}
+    return configs.derived("ncfm:method=kernel", argument, dataset, **own)

@@ -192,6 +192,28 @@ def parse_argument(argument: str | None, words: tuple[str, ...] = (), **defaults
     return result
 
 
+def derived(
+    spec: str, argument: str | None, dataset: str | None, **defaults: Any
+) -> ml_collections.ConfigDict:
+    """Another config under a name of its own, with the arguments that make it so.
+
+    Args:
+        spec: The other config with those arguments, such as `ncfm:method=dm`.
+        argument: What the user has given behind the colon.
+        dataset: What the command line says of the data, which goes before the argument; or None.
+        **defaults: The arguments that the user may give, beside `dataset` (digits), `seed` (0) and
+            the word `smoke`.
+
+    Raises:
+        InputError: As `parse_argument` and `load` do.
+    """
+    arg = parse_argument(argument, words=("smoke",), dataset="digits", **defaults, seed=0)
+    given, smoke = arg.pop("dataset"), ",smoke" if arg.pop("smoke") else ""
+    rest = "".join(f",{key}={value}" for key, value in arg.items())
+    name = given if dataset is None else dataset
+    return load(f"{spec}{rest}{smoke}", {"data.name": name}).unlock()
+
+
 def _convert(key: str, value: str, default: Any) -> Any:
     if isinstance(default, bool):
         if value.lower() not in ("true", "false"):

@@ -9,6 +9,7 @@ learned.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -197,105 +198,69 @@ def tangent_kernel(
     return kernel
 
 
-def feature_kernel(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Kernel:
-    """Inner products of features."""
-    return jnp.matmul(x, y.T, precision="highest")
+# ---------------------------------------------------------------------------- what has a kernel
 
 
-# ---------------------------------------------------------------------------- the methods
+class Kernels(NamedTuple):
+    """Where the kernels of a step come from, with or without networks that are trained beside.
+
+    Attributes:
+        begin: `key -> networks` at first.
+        between: `(networks, key, real images, synthetic images) -> (across, within)`, as
+            `predicted` takes them; images are uint8 or in [0, 1].
+        go_on: `(networks, images, labels, key) -> networks` after a step with that key, given the
+            synthetic images before it.
+    """
+
+    begin: Callable[[PRNGKeyArray], PyTree]
+    between: Callable[[PyTree, PRNGKeyArray, Array, Array], tuple[Kernel, Kernel]]
+    go_on: Callable[[PyTree, Array, Array, PRNGKeyArray], PyTree]
 
 
-def kip(
-    optimizer: optax.GradientTransformation,
-    *,
+def tangents_of_a_wide_network(
     normalize: Callable[[Array], Array],
-    num_classes: int,
-    ipc: int,
-    factor: int = 1,
-    start: str = "random",
-    pixels: Pixels | None = None,
-    batch_real: int = 1024,
-    learn_labels: bool = True,
-    objective: Objective = Objective(),  # noqa: B008, a tuple of numbers
-    tangents: Tangents = Tangents(),  # noqa: B008
-) -> Method:
-    """Builds KIP.
+    tangents: Tangents = Tangents(),  # noqa: B008, a tuple of numbers
+) -> Kernels:
+    """KIP's: the tangent kernel of normalized pixels.
 
-    Its `frozen` argument is that of `frepo`, as are the arguments.
+    Args:
+        normalize: uint8 or [0, 1] images to normalized images.
+        tangents: The network.
     """
     flat = lambda x: normalize(x).reshape(len(x), -1)  # noqa: E731
+    kernel = partial(tangent_kernel, **tangents._asdict())
 
-    def kernels(networks, key, real, images):
+    def between(networks, key, real, images):
         del networks, key
         known = flat(images)
-        options = tangents._asdict()
-        return tangent_kernel(flat(real), known, **options), tangent_kernel(known, **options)
+        return kernel(flat(real), known), kernel(known)
 
-    return _regression(
-        kernels,
-        lambda key: (),
-        lambda networks, learned, key: networks,
-        optimizer,
-        num_classes=num_classes,
-        ipc=ipc,
-        factor=factor,
-        start=start,
-        pixels=pixels,
-        batch_real=batch_real,
-        learn_labels=learn_labels,
-        objective=objective,
-    )
+    return Kernels(lambda key: (), between, lambda networks, images, labels, key: networks)
 
 
-def frepo(
+def features_of_a_pool(
     features: Features,
     logits: Logits,
     network_init: Callable[[PRNGKeyArray], Any],
-    optimizer: optax.GradientTransformation,
     *,
     normalize: Callable[[Array], Array],
-    num_classes: int,
-    ipc: int,
-    factor: int = 1,
-    start: str = "random",
-    pixels: Pixels | None = None,
-    batch_real: int = 1024,
-    learn_labels: bool = True,
-    objective: Objective = Objective(),  # noqa: B008
-    pool: Pool = Pool(),  # noqa: B008
+    pool: Pool = Pool(),  # noqa: B008, a tuple of numbers
     microbatch: int = 128,
-) -> Method:
-    """Builds FRePo.
-
-    Its `frozen` argument is `{"real": uint8 (classes, n, h, w, c)}`, real images to start from, and
-    is not used where `pixels` are given. A batch is `{"images": uint8 (batch_real, h, w, c),
-    "labels": int32 (batch_real,)}`.
+) -> Kernels:
+    """FRePo's: inner products of the features of one of the `Networks`.
 
     Args:
         features: `(params, normalized images) -> features`.
         logits: `(params, normalized images) -> logits`, by which the pool is trained.
         network_init: `key -> params` of a random network.
-        optimizer: Optimizer of `Learned`, images and labels; the published one is LAMB.
         normalize: uint8 or [0, 1] images to normalized images.
-        num_classes: Number of classes.
-        ipc: Synthetic images per class.
-        factor: Tiles per side stored in each synthetic image (1 in the papers).
-        start: Initial images, see `initial_pixels`.
-        pixels: Initial images given outright, instead of `start`.
-        batch_real: Real images of a step.
-        learn_labels: Whether labels are learned too; else they are hard ones, centred.
-        objective: What is asked of images and labels.
         pool: How the networks are trained.
         microbatch: Images in one pass of a network, on each device.
-
-    Returns:
-        A `Method`; beside `images` and `pixels`, as of `ncfm`, its output has `learned_labels`,
-        float32 (classes, images, classes).
     """
     adam = optax.adam(pool.network_learning_rate)
 
-    def seen(params, images):
-        run = lambda part: features(params, normalize(part))  # noqa: E731
+    def outputs(apply, params, images):
+        run = lambda part: apply(params, normalize(part))  # noqa: E731
         return in_microbatches(run, images, microbatch).astype(jnp.float32)
 
     def begin(key):
@@ -306,58 +271,46 @@ def frepo(
     def chosen(key):
         return jax.random.randint(jax.random.fold_in(key, 0), (), 0, pool.networks)
 
-    def kernels(networks, key, real, images):
+    def between(networks, key, real, images):
         params = jax.tree.map(lambda x: x[chosen(key)], networks.params)
-        known = seen(params, images)
+        known = outputs(features, params, images)
         # Each device takes its own images, as many at a time as it can.
-        asked = lax.stop_gradient(collective.per_device(lambda x: seen(params, x))(real))
-        return feature_kernel(asked, known), feature_kernel(known, known)
+        asked = collective.per_device(lambda x: outputs(features, params, x))(real)
+        inner = partial(jnp.matmul, precision="highest")
+        return inner(lax.stop_gradient(asked), known.T), inner(known, known.T)
 
-    def train(one, learned, key):
-        params, opt, age = one
-        images, labels = _pairs(learned, factor, mirrored=False)
+    def train(one, images, labels, key):
         n, size = len(images), min(pool.network_batch_size, len(images))
         if size < n:
             mine = jax.random.permutation(key, n)[:size]
             images, labels = images[mine], labels[mine]
 
         def loss(params):
-            run = lambda part: logits(params, normalize(part))  # noqa: E731
-            gap = in_microbatches(run, images, microbatch) - labels
+            gap = outputs(logits, params, images) - labels
             return 0.5 * jnp.square(gap).sum(1).mean()
 
-        updates, opt = adam.update(jax.grad(loss)(params), opt, params)
-        return Networks(optax.apply_updates(params, updates), opt, age + 1)
+        updates, opt = adam.update(jax.grad(loss)(one.params), one.opt, one.params)
+        return Networks(optax.apply_updates(one.params, updates), opt, one.age + 1)
 
     def fresh(key):
         params = network_init(key)
         return Networks(params, adam.init(params), jnp.int32(0))
 
-    def go_on(networks, learned, key):
+    def go_on(networks, images, labels, key):
         """The network that was used is trained for a step, or makes way for another."""
         i, k_train = chosen(key), jax.random.fold_in(key, 1)
         one = jax.tree.map(lambda x: x[i], networks)
         one = lax.cond(
             one.age >= pool.network_steps,
             lambda: fresh(k_train),
-            lambda: train(one, learned, k_train),
+            lambda: train(one, images, labels, k_train),
         )
         return jax.tree.map(lambda x, new: x.at[i].set(new), networks, one)
 
-    return _regression(
-        kernels,
-        begin,
-        go_on,
-        optimizer,
-        num_classes=num_classes,
-        ipc=ipc,
-        factor=factor,
-        start=start,
-        pixels=pixels,
-        batch_real=batch_real,
-        learn_labels=learn_labels,
-        objective=objective,
-    )
+    return Kernels(begin, between, go_on)
+
+
+# ---------------------------------------------------------------------------- the method
 
 
 def _pairs(learned: Learned, factor: int, mirrored: bool) -> tuple[Array, Array]:
@@ -369,26 +322,40 @@ def _pairs(learned: Learned, factor: int, mirrored: bool) -> tuple[Array, Array]
     return images, labels
 
 
-def _regression(
-    kernels: Callable[..., tuple[Kernel, Kernel]],
-    begin: Callable[[PRNGKeyArray], PyTree],
-    go_on: Callable[..., PyTree],
+def kernel_regression(
+    kernels: Kernels,
     optimizer: optax.GradientTransformation,
     *,
     num_classes: int,
     ipc: int,
-    factor: int,
-    start: str,
-    pixels: Pixels | None,
-    batch_real: int,
-    learn_labels: bool,
-    objective: Objective,
+    factor: int = 1,
+    start: str = "random",
+    pixels: Pixels | None = None,
+    batch_real: int = 1024,
+    learn_labels: bool = True,
+    objective: Objective = Objective(),  # noqa: B008, a tuple of numbers
 ) -> Method:
-    """Regression by any kernel, with or without networks that it is made of.
+    """Builds the method: FRePo or KIP, by its kernels.
 
-    `kernels` is `(networks, key, real images, synthetic images) -> (across, within)`, `begin` is
-    `key -> networks`, and `go_on` `(networks, learned, key) -> networks` after a step with that
-    key. The rest is as of `frepo`.
+    Its `frozen` argument is `{"real": uint8 (classes, n, h, w, c)}`, real images to start from, and
+    is not used where `pixels` are given. A batch is `{"images": uint8 (batch_real, h, w, c),
+    "labels": int32 (batch_real,)}`.
+
+    Args:
+        kernels: `features_of_a_pool` or `tangents_of_a_wide_network`.
+        optimizer: Optimizer of `Learned`, images and labels; the published one of FRePo is LAMB.
+        num_classes: Number of classes.
+        ipc: Synthetic images per class.
+        factor: Tiles per side stored in each synthetic image (1 in the papers).
+        start: Initial images, see `initial_pixels`.
+        pixels: Initial images given outright, instead of `start`.
+        batch_real: Real images of a step.
+        learn_labels: Whether labels are learned too; else they are hard ones, centred.
+        objective: What is asked of images and labels.
+
+    Returns:
+        A `Method`; beside `images` and `pixels`, as of `ncfm`, its output has `learned_labels`,
+        float32 (classes, images, classes).
     """
 
     def init(key, frozen, batch):
@@ -399,7 +366,9 @@ def _regression(
         labels = centred(own, num_classes).reshape(num_classes, -1, num_classes)
         # So that they are of the same length whatever the classes.
         learned = Learned(first, labels / jnp.sqrt(num_classes / 10))
-        return KernelState(learned, optimizer.init(learned), begin(k_networks), jnp.int32(0))
+        return KernelState(
+            learned, optimizer.init(learned), kernels.begin(k_networks), jnp.int32(0)
+        )
 
     def step(state, frozen, batch, key):
         del frozen
@@ -408,7 +377,7 @@ def _regression(
 
         def loss(learned):
             images, labels = _pairs(learned, factor, objective.mirrored)
-            across, within = kernels(state.networks, key, real, images)
+            across, within = kernels.between(state.networks, key, real, images)
             said = predicted(across, within, labels, objective.ridge)
             regression = 0.5 * jnp.square(said - targets).sum(1).mean()
             wide = objective.margin * margin_loss(labels) if learn_labels else 0.0
@@ -423,7 +392,8 @@ def _regression(
             updates = updates._replace(labels=jnp.zeros_like(updates.labels))
         learned = optax.apply_updates(state.learned, updates)
         learned = learned._replace(pixels=jnp.clip(learned.pixels, 0.0, 1.0))
-        networks = go_on(state.networks, state.learned, key)
+        pairs = _pairs(state.learned, factor, mirrored=False)
+        networks = kernels.go_on(state.networks, *pairs, key)
         return KernelState(learned, opt, networks, state.step + 1), metrics
 
     def output(state):
@@ -469,36 +439,36 @@ def recipe(
     objective, pool, tangents = grouped(rest, Objective, Pool, Tangents)
     pixels = start_of(task, start=start, ipc=ipc, factor=factor)
     schedule = optax.cosine_decay_schedule(learning_rate, steps, learning_rate_decay)
-    shared = {
-        "normalize": task.normalize,
-        "num_classes": task.num_classes,
-        "ipc": ipc,
-        "factor": factor,
-        "start": start,
-        "pixels": pixels,
-        "batch_real": batch_real,
-        "learn_labels": learn_labels,
-        "objective": objective,
-    }
     other, which = (pool, "features") if kernel == "tangent" else (tangents, "tangent")
     for name, value in other._asdict().items():
         if value != other._field_defaults[name]:
             raise InputError(
                 f"method.{name} belongs to method.kernel={which}; leave it out, or choose that"
             )
-    rates = ("learning_rate",) + ("network_learning_rate",) * (kernel == "features")
+    network, rates = task.network, ("learning_rate",)
     if kernel == "tangent":
-        method = kip(optax.lamb(schedule), tangents=tangents, **shared)
+        kernels = tangents_of_a_wide_network(task.normalize, tangents)
     else:
-        network = task.network
-        method = frepo(
+        rates += ("network_learning_rate",)
+        kernels = features_of_a_pool(
             network.features,
             network.logits,
             network.init,
-            optax.lamb(schedule),
+            normalize=task.normalize,
             pool=pool,
             microbatch=task.microbatch,
-            **shared,
         )
+    method = kernel_regression(
+        kernels,
+        optax.lamb(schedule),
+        num_classes=task.num_classes,
+        ipc=ipc,
+        factor=factor,
+        start=start,
+        pixels=pixels,
+        batch_real=batch_real,
+        learn_labels=learn_labels,
+        objective=objective,
+    )
     real = Part() if pixels is not None else real_images(task, real_needed(start, ipc, factor))
     return Recipe(method, steps, real, rates=rates)

@@ -99,22 +99,11 @@ def _train_block(
     first,
     count,
     *,
-    network,
-    protocol,
-    normalize,
-    loss,
-    microbatch,
     mesh,
+    **options,
 ):
     """`count` optimizer steps from the `first` of a stage, of all networks; one program."""
-    steps = functools.partial(
-        _train_steps,
-        network=network,
-        protocol=protocol,
-        normalize=normalize,
-        loss=loss,
-        microbatch=microbatch,
-    )
+    steps = functools.partial(_train_steps, **options)
 
     def local(carry, keys, *args):
         if keys.shape[0] == 1:  # A mapped convolution is another one, and slow on a CPU.

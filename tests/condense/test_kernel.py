@@ -9,7 +9,14 @@ import pytest
 from jaxdistill import config as configs
 from jaxdistill import settings
 from jaxdistill.condense import kernel
-from jaxdistill.condense.kernel import Objective, Pool, frepo, kip, tangent_kernel
+from jaxdistill.condense.kernel import (
+    Objective,
+    Pool,
+    features_of_a_pool,
+    kernel_regression,
+    tangent_kernel,
+    tangents_of_a_wide_network,
+)
 from jaxdistill.data.device import resident
 from jaxdistill.errors import InputError
 from tests.condense.test_dm_coreset_labels import (
@@ -45,10 +52,12 @@ def network_init(key):
     }
 
 
-def make(optimizer, **options):
-    defaults = {"normalize": normalize, "num_classes": CLASSES, "ipc": IPC}
-    logits = lambda p, x: hidden(p, x) @ p["head"]  # noqa: E731
-    return frepo(hidden, logits, network_init, optimizer, **defaults | options)
+def make(optimizer, which="features", pool=Pool(), **options):  # noqa: B008
+    kernels = tangents_of_a_wide_network(normalize)
+    if which == "features":
+        logits = lambda p, x: hidden(p, x) @ p["head"]  # noqa: E731
+        kernels = features_of_a_pool(hidden, logits, network_init, normalize=normalize, pool=pool)
+    return kernel_regression(kernels, optimizer, num_classes=CLASSES, ipc=IPC, **options)
 
 
 # ---------------------------------------------------------------------------- kernels
@@ -194,12 +203,7 @@ def test_the_pool_trains_who_was_used_and_replaces_the_old():
 
 @pytest.mark.parametrize("which", ["features", "tangent"])
 def test_what_is_predicted_gets_better(which):
-    if which == "tangent":
-        method = kip(
-            optax.adam(0.03), normalize=normalize, num_classes=CLASSES, ipc=IPC, start="noise"
-        )
-    else:
-        method = make(optax.adam(0.03), start="noise")
+    method = make(optax.adam(0.03), which, start="noise")
     state = method.init(jax.random.key(0), REAL, BATCH)
     keys = jax.random.split(jax.random.key(1), 150)
     run = jax.jit(lambda s: jax.lax.scan(lambda s, k: method.step(s, REAL, BATCH, k), s, keys))
@@ -226,9 +230,7 @@ def test_settings_that_do_not_fit_are_one_line(given, said):
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["features", "tangent"])
 def test_any_number_of_devices_gives_the_same(which):
-    method = make(SGD, batch_real=8)
-    if which == "tangent":
-        method = kip(SGD, normalize=normalize, num_classes=CLASSES, ipc=IPC, batch_real=8)
+    method = make(SGD, which, batch_real=8)
     images = np.asarray(uint8_images(30))
     data = resident({"images": images}, np.arange(30) % CLASSES, CLASSES)
     assert_backends_agree(method, data, REAL)
