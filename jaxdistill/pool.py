@@ -92,13 +92,13 @@ def load_or_train(
                         f"network {i} of {folder} diverged in its training and is not kept; lower "
                         f"its learning rate, which is {protocol.rate:g}"
                     )
+            members = jax.device_get({"initial": initial, "trained": trained})
             for row, i in enumerate(group):
-                member = {"initial": initial, "trained": trained}
-                _write(paths[i], jax.tree.map(lambda x, row=row: x[row], member))
+                _write(paths[i], jax.tree.map(lambda x, row=row: x[row], members))
         bar.close()
     processes.wait("the extractors are trained")
     members = [_read(path, {"initial": shapes, "trained": shapes}) for path in paths]
-    return jax.tree.map(lambda *x: jnp.stack(x), *members)
+    return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *members)
 
 
 def owed(paths: Sequence[Path], what: str) -> Sequence[int]:
@@ -125,7 +125,7 @@ def owed(paths: Sequence[Path], what: str) -> Sequence[int]:
 
 
 def _write(path: Path, member: PyTree) -> None:
-    flat = flax.traverse_util.flatten_dict(jax.device_get(member), sep="/")
+    flat = flax.traverse_util.flatten_dict(member, sep="/")
     write_files({path: lambda file: np.savez(file, **flat)})
 
 

@@ -5,7 +5,9 @@ time would go into compiling the same ones again, by other tests and by the proc
 """
 
 import atexit
+import importlib.metadata
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,12 +17,12 @@ import pytest
 # All are read when jax starts its backend. The thread pool must be larger than the number of
 # devices: on few cores their collectives otherwise wait for each other for ever.
 os.environ.setdefault("NPROC", "64")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
-
 # Programs are large and run for milliseconds, here and in the processes that tests start.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+_flags = ["--xla_force_host_platform_device_count=8", "--xla_cpu_parallel_codegen_split_count=1"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no other way
+    _flags.append("--xla_cpu_use_fusion_emitters=false")  # which take two thirds of compilation
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_flags]).strip()
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # else the folder is that of all workers
     _programs = tempfile.mkdtemp(prefix="jaxdistill-programs-")
@@ -29,6 +31,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # else the folder is that of all wo
 # Small ones cost less to compile again than to keep.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def flags_for(devices: int) -> str:
+    """XLA_FLAGS of a process that is to have some devices."""
+    return re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -133,10 +133,13 @@ def ways(rows: Rows, name: str, parts: int = 16) -> dict[str, np.ndarray]:
 def _teachers(
     task: FlowTask, frozen: PyTree, x: Array, label: Array, raw: Array, parts: int
 ) -> Array:
+    @jax.jit
+    def advance(frozen, x, label, times):
+        return samplers.rk4(lambda x, t: task.velocity(frozen, x, t, label), x, times)
+
     states = [x]
     for start, end in itertools.pairwise(raw):
         fine = shifted(jnp.linspace(start, end, parts + 1), task.shift)
         for pair in itertools.pairwise(fine):
-            x = samplers.rk4(lambda x, t: task.velocity(frozen, x, t, label), x, jnp.stack(pair))
-            states.append(x)
+            states.append(advance(frozen, states[-1], label, jnp.stack(pair)))
     return jnp.stack(states)

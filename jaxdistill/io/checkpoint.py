@@ -34,6 +34,8 @@ from jaxdistill.errors import InputError
 
 Manager = ocp.CheckpointManager
 
+_LEAST_TO_CUT = 2**24  # bytes
+
 # Orbax tells by INFO records, some forty lines a save in programs that show them, and by ERROR
 # records with tracebacks what it raises as well.
 logging.getLogger("absl").addFilter(
@@ -151,10 +153,22 @@ def save(
     record["sha256"] = _seal(record)
     # Forced, so that saving a step twice is an error instead of nothing.
     args = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(record)
+        state=ocp.args.StandardSave(jax.tree.map(_copy_to_save, state)),
+        metadata=ocp.args.JsonSave(record),
     )
     with _told_in_one_line(manager.directory):
         manager.save(step, args=args, force=True)
+
+
+def _copy_to_save(leaf: Array) -> Array:
+    """A small array that all devices of a process have, as one of them has it.
+
+    Of one that several devices have, Orbax lets each write a part. Cutting it is a program for
+    each shape and device, and compiling those takes longer than writing what is small.
+    """
+    if leaf.is_fully_addressable and leaf.is_fully_replicated and leaf.nbytes < _LEAST_TO_CUT:
+        return leaf.addressable_data(0)
+    return leaf
 
 
 def restore(

@@ -18,6 +18,7 @@ from jaxdistill.errors import InputError
 from jaxdistill.io import weights
 from jaxdistill.parallel import processes
 from tests.adversity.conftest import CONDENSE
+from tests.conftest import flags_for
 
 COMMAND = [sys.executable, "-m", "jaxdistill.main"]
 
@@ -53,12 +54,12 @@ def test_ctrl_c_during_the_imports_is_one_line(seconds, tmp_path):
 
 def test_a_run_is_the_same_in_64_bits_and_in_any_locale(tmp_path):
 
-    plain = started(*CONDENSE, f"--workdir={tmp_path / 'a'}", XLA_FLAGS=None)
+    plain = started(*CONDENSE, f"--workdir={tmp_path / 'a'}", XLA_FLAGS=flags_for(1))
     plain.communicate()
     other = started(
         *CONDENSE,
         f"--workdir={tmp_path / 'b'}",
-        XLA_FLAGS=None,
+        XLA_FLAGS=flags_for(1),
         JAX_ENABLE_X64="1",
         PYTHONIOENCODING="ascii",
         LC_ALL="C",

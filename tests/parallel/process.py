@@ -3,11 +3,7 @@
 python process.py ADDRESS PROCESSES INDEX WORKDIR STEPS
 """
 
-import os
 import sys
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-os.environ["NPROC"] = "64"
 
 import jax
 

@@ -14,11 +14,13 @@ from jaxdistill import runner
 from jaxdistill.errors import InputError
 from jaxdistill.parallel.mesh import make_mesh
 from jaxdistill.parallel.processes import join
+from tests.conftest import flags_for
 from tests.test_backends import differences, min_max, toy_data
 
 _SCRIPT = Path(__file__).parent / "process.py"
 _ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-_ONE_DEVICE = _ENVIRONMENT | {"XLA_FLAGS": ""}
+_ONE_DEVICE = _ENVIRONMENT | {"XLA_FLAGS": flags_for(1)}
+_FOUR_DEVICES = _ENVIRONMENT | {"XLA_FLAGS": flags_for(4)}
 
 
 def free_address():
@@ -33,7 +35,7 @@ def train_together(processes, workdir, steps):
     started = [
         subprocess.Popen(
             [sys.executable, _SCRIPT, address, str(processes), str(i), workdir, str(steps)],
-            env=_ENVIRONMENT,
+            env=_FOUR_DEVICES,
             stderr=subprocess.PIPE,
             text=True,
         )
