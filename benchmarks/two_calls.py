@@ -234,21 +234,21 @@ def _card(workdir: Path) -> dict:
 
 
 def _seconds(name: str, method: str, own: dict, args: argparse.Namespace) -> float:
-    """CPU seconds of a step, by two runs whose compilation is alike; kept in the workdir."""
+    """CPU seconds of a step, by two runs that are compiled already; kept in the workdir."""
     path, kind = args.workdir / "seconds.json", _KINDS[name]
     key = _slug(name, method, *own)
     known = json.loads(path.read_text()) if path.is_file() else {}
     if key not in known:
         spent = []
-        # The first compiles for both.
-        for i, steps in enumerate((kind.probes[0], *kind.probes)):
+        # The first two compile, for a schedule has the number of steps in it.
+        for i, steps in enumerate(2 * kind.probes):
             probe = own | {"steps": steps, "batch_size": kind.batch_size}
             config = _config(name, method, probe, 0, args)
             config.evals = {}
             workdir = args.workdir / f"seconds-{key}-{i}"
             jaxdistill.train(config, workdir)
             spent.append(_card(workdir)["cost"]["cpu_seconds"])
-        found = max((spent[2] - spent[1]) / (kind.probes[1] - kind.probes[0]), 1e-4)
+        found = max((spent[3] - spent[2]) / (kind.probes[1] - kind.probes[0]), 1e-4)
         # Another process may have added to it.
         known = json.loads(path.read_text()) if path.is_file() else {}
         known[key] = found

@@ -57,6 +57,7 @@ def test_the_smallest_method_runs_on_both_backends(tmp_path, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *states)
 
 
+@pytest.mark.slow
 def test_the_library_example_closes_the_gap(tmp_path, monkeypatch, capsys):
     names = run("library.py", tmp_path, monkeypatch)
     before, after = (float(line.split()[1]) for line in capsys.readouterr().out.splitlines())
@@ -65,6 +66,7 @@ def test_the_library_example_closes_the_gap(tmp_path, monkeypatch, capsys):
     assert moved.mean() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_plain_file_of_parameters_becomes_a_teacher(tmp_path, monkeypatch):
     config = configs.load("ucgm:dataset=soft4,baselines=,smoke")
     experiment = settings.resolve(config)
@@ -129,6 +131,7 @@ def test_the_teacher_of_the_student_example_is_the_velocity_of_its_data(student_
     np.testing.assert_allclose(made, noise - data, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own_is_judged(tmp_path, monkeypatch, capsys):
     names = run("judge_a_loss.py", tmp_path, monkeypatch)
     gap, (far, near) = names["gap"], names["cosines"]

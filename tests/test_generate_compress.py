@@ -28,6 +28,7 @@ def generated(workdir):
     return sources.load("generated", data_dir=workdir / "generator" / "generated")
 
 
+@pytest.mark.slow
 def test_one_command_goes_from_real_images_to_networks_tested_on_real_images(whole):
     data, real = generated(whole), sources.load("digits")
     assert data.train.images.shape == (300, 8, 8, 1)
@@ -62,6 +63,7 @@ def test_stopped_anywhere_it_ends_the_same(whole, tmp_path):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_same_command_does_nothing_twice_and_another_generator_is_refused(whole):
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*.np*")}
     args = [f"--config={SPEC}", f"--workdir={whole}"]

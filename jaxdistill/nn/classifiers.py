@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 from jaxdistill.errors import InputError
 from jaxdistill.nn.convnet import ConvNet
+from jaxdistill.nn.mlp import MLP
 from jaxdistill.nn.resnet import ResNet18
 from jaxdistill.nn.vgg import VGG11
 from jaxdistill.task import Network
 
-CLASSIFIERS = ("convnet", "resnet18", "resnet18_large", "vgg11")
+CLASSIFIERS = ("convnet", "resnet18", "resnet18_large", "vgg11", "mlp")
 
 
 def classifier(
@@ -42,6 +43,7 @@ def classifier(
         "resnet18": ResNet18(num_classes),
         "resnet18_large": ResNet18(num_classes, large=True),
         "vgg11": VGG11(num_classes),
+        "mlp": MLP(num_classes),
     }
     if name not in modules:
         raise InputError(f"unknown network {name!r}; choose from {', '.join(CLASSIFIERS)}")

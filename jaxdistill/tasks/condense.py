@@ -50,7 +50,7 @@ class Extractor(NamedTuple):
         norm: Its normalization; see `jaxdistill.nn.norm.Norm`.
     """
 
-    network: Literal["convnet", "resnet18", "resnet18_large", "vgg11"] = "convnet"
+    network: Literal["convnet", "resnet18", "resnet18_large", "vgg11", "mlp"] = "convnet"
     depth: Annotated[int, Between(1, 16)] = 3
     width: Annotated[int, Between(1, 2**14)] = 64
     norm: str = "instance"

@@ -52,6 +52,7 @@ def test_ctrl_c_during_the_imports_is_one_line(seconds, tmp_path):
     assert told == "\njaxdistill: interrupted; the same command goes on\n"
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_in_64_bits_and_in_any_locale(tmp_path):
 
     plain = started(*CONDENSE, f"--workdir={tmp_path / 'a'}", XLA_FLAGS=flags_for(1))

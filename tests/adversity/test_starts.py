@@ -14,6 +14,7 @@ from jaxdistill.errors import InputError
 from tests.adversity.conftest import CONDENSE, contents
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_killed_save_are_gone_before_the_first_save(tmp_path):
     inner = tmp_path / "checkpoints/2.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp/d"
     inner.mkdir(parents=True)
@@ -24,6 +25,7 @@ def test_leftovers_of_a_killed_save_are_gone_before_the_first_save(tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
 
 
+@pytest.mark.slow
 def test_a_second_start_says_who_is_there_and_changes_nothing(copied):
     flags, workdir = copied
     with run_folder.opened(workdir, {}):

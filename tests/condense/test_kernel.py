@@ -88,6 +88,7 @@ def by_angle(x, y, variance, bias, layers):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 3])
 def test_the_tangent_kernel_against_its_definition(layers):
     numbers = np.random.default_rng(0)
@@ -170,6 +171,7 @@ def test_labels_stay_where_they_are_not_learned():
     assert learned.shape == (CLASSES, IPC, CLASSES) and learned.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_the_pool_trains_who_was_used_and_replaces_the_old():
     pool = Pool(networks=4, network_steps=8, network_learning_rate=0.01)
     method = make(optax.sgd(0.0), pool=pool)

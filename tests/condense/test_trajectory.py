@@ -87,6 +87,7 @@ def test_a_step_against_numpy():
     np.testing.assert_allclose(metrics["rate"], np.exp(after.log_rate), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "strategy"), [(256, "flip_crop"), (4, "crop")])
 def test_the_gradient_goes_through_every_step(batch_size, strategy):
     """As in a loop of which everything is kept."""

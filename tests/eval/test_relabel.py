@@ -147,6 +147,7 @@ def _softmax(x):
     return x / x.sum(1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_stored_views_that_all_differ_are_the_teachers_of_every_view():
     """Drawn by the key that a training draws its own by."""
     key = jax.random.split(jax.random.key(0))[1]

@@ -130,6 +130,7 @@ def test_the_gradient_to_gamma_lives_at_gamma_one():
         np.testing.assert_allclose(slope[place], (moved[0] - moved[1]) / (2 * step), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_wild_gammas_stay_finite_in_single_precision():
     with jax.enable_x64(True):
         doubles = mixture(low=-1e4, high=1e4), state()

@@ -323,6 +323,7 @@ def played(rates=(0.1, 0.1), **given):
     return method, method.init(jax.random.key(0), (), batch), batch
 
 
+@pytest.mark.slow
 def test_each_player_moves_itself_alone():
     _, state, batch = played()
 
@@ -666,6 +667,7 @@ def test_what_players_descend():
         np.testing.assert_allclose(gan.generator_loss(kind, single[1]), one, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trunk", "shape", "grid"),
     [

@@ -428,6 +428,7 @@ def trained(ratio, name="linear", steps=2000):
     return estimate, transport, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "trigflow"])
 def test_one_call_of_a_consistent_network_has_the_spread_of_the_data(name):
     noise = jax.random.normal(jax.random.key(5), (2000, 1, 1, 2))

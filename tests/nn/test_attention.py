@@ -82,6 +82,7 @@ def test_each_device_of_a_whole_array_program_takes_its_own_examples():
     np.testing.assert_allclose(found, attention.written_out(qkv, HEADS), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_attention_written_out():
     mesh, (qkv, weights) = make_mesh(), (normal((8, *LONG[1:])), normal((8, 512, 256), 1))
 

@@ -1,4 +1,4 @@
-"""ResNet-18 and VGG-11: their sizes, their initialization, and that they see their input."""
+"""ResNet-18, VGG-11, an MLP: their sizes, their initialization, and that they see their input."""
 
 import math
 
@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from jaxdistill.nn.mlp import MLP
 from jaxdistill.nn.resnet import ResNet18
 from jaxdistill.nn.vgg import VGG11
 
 # Width 16 keeps the ResNet cheap to run; the full one is only counted, by shapes.
-NETWORKS = {"resnet": ResNet18(num_classes=7, width=16), "vgg": VGG11(num_classes=7)}
+NETWORKS = {
+    "resnet": ResNet18(num_classes=7, width=16),
+    "vgg": VGG11(num_classes=7),
+    "mlp": MLP(num_classes=7),
+}
 
 # Deep networks on four tiny images: compiling takes longer than running.
 FAST_COMPILATION = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
@@ -78,6 +83,12 @@ def test_vgg_parameter_count(image_shape):
     assert count(VGG11(), image_shape) == expected
 
 
+def test_mlp_parameter_count():
+    expected = (28 * 28 + 1) * 128 + 129 * 128 + 129 * 10
+    assert expected == 118_282
+    assert count(MLP(), (28, 28, 1)) == expected
+
+
 @pytest.mark.parametrize("net", [ResNet18(num_classes=100), VGG11(num_classes=100)])
 @pytest.mark.parametrize("image_shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3)], ids=str)
 def test_output_shapes(net, image_shape):
@@ -109,6 +120,7 @@ def test_large_images_are_flattened_by_vgg_and_averaged_by_resnet():
         assert shapes(net, (64, 64, 3))["classifier"]["kernel"].shape == (width, 10)
 
 
+@pytest.mark.slow
 def test_logits_are_the_classifier_applied_to_the_features(grey):
     _, params, run = grey
     features, logits = (np.asarray(out, np.float64) for out in run(images_of(8)))
@@ -164,7 +176,7 @@ def test_initialization_is_that_of_pytorch(grey):
             rms = math.sqrt((leaf**2).mean() * 3) / bound
             assert abs(rms - 1) < 5 * 0.45 / math.sqrt(leaf.size), path
     norms = [path for path in params if path[-1] == "scale"]
-    assert norms
+    assert bool(norms) != isinstance(grey[0], MLP)
     for path in norms:
         assert (params[path] == 1).all()
         assert (params[(*path[:-1], "bias")] == 0).all()

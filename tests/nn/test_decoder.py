@@ -107,6 +107,7 @@ def test_positions_turn_by_their_difference_alone():
     assert not np.isclose(near, place(x, 3) @ place(y, 2), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_writing_is_reading_what_was_written(read):
     images, tokens, there, params = read
     key = jax.random.split(jax.random.key(5), 3)

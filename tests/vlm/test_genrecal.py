@@ -492,6 +492,7 @@ def test_stages_that_are_none(ready):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 2])
 def test_logits_of_some_tokens_at_a_time_make_the_same_step(ready, number):
     resolved, task, _, frozen, batch, method = ready
@@ -510,6 +511,7 @@ def test_logits_of_some_tokens_at_a_time_make_the_same_step(ready, number):
     jax.tree.map(close, (again.student, again.recalibrator), (after.student, after.recalibrator))
 
 
+@pytest.mark.slow
 def test_states_of_padding_are_never_seen(ready):
     """The same question with more room for it gives the same losses."""
     *_, frozen, batch, method = ready
@@ -596,6 +598,7 @@ def test_a_student_that_is_its_teacher_is_at_rest(ready, name, on_policy):
     assert abs(same[name]) < 1e-6 < apart[name] and same["grad_norm"] < 1e-2 * apart["grad_norm"]
 
 
+@pytest.mark.slow
 def test_texts_of_the_student_are_its_own(ready):
     """GKD: what it writes is drawn from the keys, taught there, and left out of cross-entropy."""
     step, state, frozen = _single(ready, on_policy=0.5, weight=0.0)
@@ -739,6 +742,7 @@ def test_dskd_knows_what_was_read_and_what_comes(ready):
             np.testing.assert_array_equal(found.targets[i], table[answer[i]])
 
 
+@pytest.mark.slow
 def test_dskd_trains_its_maps_at_a_rate_of_their_own(ready):
     _, task, _, frozen, batch, _ = ready
     moved = {}
@@ -887,6 +891,7 @@ def test_a_diagnosis_tells_a_reader_from_a_copier(ready):
     np.testing.assert_allclose(jnp.where(said.there, said.teacher, 0).sum(), total, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_that_reaches_the_student(ready):
     """Its norm at the student's states, against differences of the loss along it."""
     _, task, _, frozen, batch, method = ready
@@ -902,6 +907,7 @@ def test_the_gradient_that_reaches_the_student(ready):
     np.testing.assert_allclose(less["student_grad"], said["student_grad"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_recalibrator_is_diagnosed_as_it_was_trained(ready):
     """Positions that are kept, and embeddings in the place of states."""
     resolved, task, pair, frozen, batch, _ = ready

@@ -267,6 +267,7 @@ def ready(tmp_path_factory):
     return Ready(task, task.pair(batch), frozen, batch)
 
 
+@pytest.mark.slow
 def test_two_models_write_one_text(ready):
     """Each token is drawn from the mixture of what both say of it, read with caches apart."""
     task, pair, frozen, _ = ready
@@ -349,6 +350,7 @@ def key_with(low, high):
     return next(key for key in keys if low < jax.random.uniform(key) < high)
 
 
+@pytest.mark.slow
 def test_a_step_of_distillm_learns_from_the_texts_it_chose(ready, stepped):
     task, pair, models, batch = ready
     step, state, frozen = stepped
