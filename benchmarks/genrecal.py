@@ -10,7 +10,7 @@ The teacher reads byte pairs and patches of 14 pixels, students characters and p
 of one tokenizer read both as the teacher does. All students of a seed start from the same weights,
 see the same examples in the same order and take equally many steps, but for `sft, longer`, which
 takes as much time as GenRecal, and `blind`, which starts from nothing. A rate is chosen for each
-arm from the same three, by the questions of the validation split with seed 0, which no run of the
+arm from the same four, by the questions of the validation split with seed 0, which no run of the
 table has; the questions of the test split are asked once for each of those. Records go to
 `benchmarks/records/genrecal.json` run by run, and the same command goes on.
 """
@@ -30,7 +30,8 @@ from jaxdistill.eval import answers, results
 _RECORD = recording.FOLDER / "genrecal.json"
 _TUNING = recording.FOLDER / "genrecal_tuning.json"
 _TEACHER = Path(__file__).parent / "gridvqa"
-_RATES = (0.0005, 0.001, 0.002)
+_RATES = (0.00025, 0.0005, 0.001, 0.002)
+_USUAL = 0.001  # of what is not tuned
 _ALIGN, _DISTIL, _TUNE = 600, 1000, 500
 _STEPS = _DISTIL + _TUNE  # of every student
 _BATCH = 32  # so that two cores carry it
@@ -111,7 +112,7 @@ def _row(arm: dict, rate: float) -> dict:
 def _run(tokenizers: str, arm: str, rate: float, seed: int, args: argparse.Namespace) -> dict:
     config = _config(tokenizers, seed, args.tune)
     # A row of one step that all runs of a workdir have; they share the start of the students.
-    config.method = _row(_SFT | {"steps": 1}, _RATES[1])
+    config.method = _row(_SFT | {"steps": 1}, _USUAL)
     name = re.sub("[^a-z0-9]+", "-", f"{arm} {rate}")
     config.baselines = {name: _row(_ARMS[tokenizers][arm], rate)}
     workdir = args.workdir / f"{tokenizers}-{seed}{'-tuning' if args.tune else ''}"
@@ -235,7 +236,7 @@ def main() -> None:
                     tuned = _tuned_as(arm)
                     if args.tune and tuned != arm:
                         continue
-                    own = chosen.get((tokenizers, tuned), _RATES[1])
+                    own = chosen.get((tokenizers, tuned), _USUAL)
                     for rate in _RATES if args.tune else [own]:
                         known = {tuple(r[n] for n in names) for r in recording.read(path)}
                         if (tokenizers, arm, seed, rate) not in known:

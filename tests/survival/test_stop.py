@@ -1,4 +1,4 @@
-"""Stopped by SIGTERM or by a function: what was done is kept, and the rest is done later."""
+"""Stopped by a function, by SIGTERM or by SIGKILL: what was done is kept, the rest is done later."""
 
 import os
 import signal
@@ -106,7 +106,14 @@ def test_extractors_already_trained_stay(tmp_path):
     assert load(interrupt.never)["trained"]["w"].shape == (11, 16, 2)
 
 
-# --- by SIGTERM -----------------------------------------------------------------------------
+# --- from outside -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The outcome of the condensing run of `kill.py` left alone, and where its programs are."""
+    scratch = tmp_path_factory.mktemp("undisturbed")
+    return kill.undisturbed(scratch, RUN), scratch
 
 
 def terminate(workdir, scratch, phase):
@@ -139,6 +146,17 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed):
         assert seconds < 90  # a few when nothing else runs; tracing a program cannot be cut
     kill.finish(workdir, scratch, RUN)
     assert kill.outcome(workdir) == wanted
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_bits_of_an_undisturbed_one(undisturbed):
+    """A few kills; `kill.py` does as many as one likes."""
+    wanted, scratch = undisturbed
+    run = RUN._replace(targets=("training", "save", "evaluation"))
+    record = kill.campaign(wanted, kills=3, seed=1, scratch=scratch, run=run)
+    assert record["kills"] == 3
+    assert record["bitwise_equal"] == 1
+    assert len(record["compared"]) > 5
 
 
 def test_sigterm_before_there_is_a_run_ends_it_at_once(tmp_path):
