@@ -1,4 +1,4 @@
-"""Stopped by a function, by SIGTERM or by SIGKILL: what was done is kept, the rest is done later."""
+"""Stopped by a function, by SIGTERM or by SIGKILL: what was done is kept, and gone on with."""
 
 import os
 import signal
