@@ -1,5 +1,6 @@
 """Versions in records."""
 
+import os
 import sys
 
 import numpy as np
@@ -11,4 +12,6 @@ def test_versions_name_what_is_installed():
     found = versions()
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["numpy"] == np.__version__
+    model, threads = found["processor"].rsplit(", ", 1)
+    assert model and threads == f"{os.cpu_count()} threads"
     assert {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint"} <= set(found)
