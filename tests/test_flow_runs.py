@@ -229,6 +229,15 @@ def test_a_student_begins_where_another_of_its_teacher_ended(points, tmp_path):
     experiment.train(config, tmp_path / "run")
     begun, left = (weights.load(w / "artifacts", "student")[0] for w in (start, tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, begun, left)
+    # Where the start is gone, the run goes on with the copy that it keeps.
+    shutil.rmtree(start)
+    shutil.rmtree(tmp_path / "run" / "artifacts")
+    experiment.train(config, tmp_path / "run")
+    again, _ = weights.load(tmp_path / "run" / "artifacts", "student")
+    jax.tree.map(np.testing.assert_array_equal, begun, again)
+    with pytest.raises(InputError, match="start holds no student; give the workdir of a finished"):
+        experiment.set_up(config, tmp_path / "new")
+    shutil.copytree(points / "baselines" / "linear", start)
     # The same student in another place is the same start; none is another.
     moved = shutil.copytree(start, tmp_path / "moved")
     config.method.start = str(moved)

@@ -27,8 +27,9 @@ from jaxdistill.method import Batch, BatchSpec, Method, replicated
 from jaxdistill.nn.dit import DiT
 from jaxdistill.nn.flow_mlp import FlowMLP
 from jaxdistill.nn.unet import UNet
+from jaxdistill.parallel import processes
 from jaxdistill.parallel.mesh import fully_sharded, make_mesh
-from jaxdistill.settings import Data, Experiment, Parallel, Row, Run, resolve
+from jaxdistill.settings import Data, Experiment, Parallel, Row, Run, digest, resolve
 from jaxdistill.task import FlowTask, Part, Stored
 from jaxdistill.tasks import (
     Loaded,
@@ -164,7 +165,7 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
     return Loaded(
         task._replace(
             teacher=task.teacher._replace(load=lambda: {"teacher": read()[0]}),
-            student=lambda *args: _student(*args, lambda: read()[1]),
+            student=lambda *args: _student(*args, lambda: read()[1], workdir / "start"),
         ),
         data,
         source,
@@ -345,35 +346,51 @@ def _velocities(teacher: Teacher, trunk: Any, num_classes: int, target: Target |
 
 
 def _student(
-    folder: str, shapes: PyTree, alpha: float, teacher: Callable[[], str] | None
+    folder: str,
+    shapes: PyTree,
+    alpha: float,
+    teacher: Callable[[], str] | None,
+    copies: Path | None = None,
 ) -> Stored:
     """A student on disk, to begin from.
+
+    A run that has begun from it keeps a copy, with which it goes on where the folder is gone.
 
     Args:
         folder: Where it lies, as of `load_student`.
         shapes: Those of what it has learned.
         alpha: What its adapters are scaled by, times their rank.
         teacher: Gives the checksum of the teacher that it must be of; None where nothing is read.
+        copies: Where the run keeps them; not used where nothing is read.
 
     Raises:
         InputError: If none lies there. Whose it is will be seen when it is read.
     """
-    if teacher is not None and not (_artefact(folder) / ARTEFACT).is_file():
-        raise InputError(
-            f"method.start={folder} holds no student; give the workdir of a finished run"
-        )
+    copy = f"student-{digest(str(expanded(folder).absolute()))}"
+    where, name = _artefact(folder), "student"
+    if teacher is not None and not (where / ARTEFACT).is_file():
+        where, name = copies, copy
+        if not (where / f"{name}.safetensors").is_file():
+            raise InputError(
+                f"method.start={folder} holds no student; give the workdir of a finished run"
+            )
 
     @functools.cache
     def read():
-        where = _artefact(folder)
-        params, card = weights.load(where, "student")
+        params, card = weights.load(where, name)
         if card.get("provenance", {}).get("teacher_sha256") != teacher():
             raise InputError(f"the student in {where} is of another teacher; give one of this one")
         weights.check_shapes(f"the student in {where}", params, shapes)
         _check_start(where, card, alpha)
-        return params, card["sha256"]
+        return params, card
 
-    return Stored(lambda: read()[0], lambda: read()[1])
+    def load():
+        params, card = read()
+        if name != copy and processes.is_first():
+            weights.save(copies, copy, params, card)
+        return params
+
+    return Stored(load, lambda: read()[1]["sha256"])
 
 
 def _check_start(folder: Path, card: dict, alpha: float) -> None:
