@@ -131,39 +131,52 @@ def _config(arm: str, ipc: int, seed: int, args: argparse.Namespace) -> Any:
     return jaxdistill.load_config(spec, overrides).unlock()
 
 
-def _distilled(config: Any, workdir: Path) -> float:
-    """CPU seconds until the images are there."""
-    began = time.process_time()
-    config.evals = {}
-    jaxdistill.train(config, workdir)
-    return time.process_time() - began
+class Seconds(NamedTuple):
+    """What an arm costs, in CPU seconds.
 
-
-def _seconds(arm: str, ipc: int, args: argparse.Namespace) -> dict[str, float]:
-    """CPU seconds of a step and of all before the first; kept in the workdir.
-
-    The first run prepares and compiles, the second compiles, for a schedule has the number of steps
-    in it; what the two after them differ by is steps.
+    Attributes:
+        before: All before the run: reading the data, and what is prepared.
+        start: Of the run, compilation above all.
+        step: Of a step.
     """
+
+    before: float
+    start: float
+    step: float
+
+
+def _distilled(arm: str, ipc: int, steps: int, own: Path, args: argparse.Namespace) -> list[float]:
+    """Runs an arm that prepares all for itself; CPU seconds before the run, and of it."""
+    config = _config(arm, ipc, 0, args)
+    config.pool.dir, config.evals = str(own / "pool"), {}
+    if "expert_dir" in config.method:
+        config.method.expert_dir = str(own / "experts")
+    if "steps" in config.method:
+        config.method.steps = steps
+    workdir, began = own / str(len(list(own.glob("*")))), time.process_time()
+    jaxdistill.train(config, workdir)
+    spent = time.process_time() - began
+    card = json.loads((workdir / "artifacts" / "distilled.json").read_text())
+    return [spent - card["cost"]["cpu_seconds"], card["cost"]["cpu_seconds"]]
+
+
+def _seconds(arm: str, ipc: int, args: argparse.Namespace) -> Seconds:
+    """What an arm costs, by short runs; kept in the workdir."""
     path, (few, many) = args.workdir / "seconds.json", _KINDS[args.dataset].probes
     key = _slug(args.dataset, ipc, arm)
     known = json.loads(path.read_text()) if path.is_file() else {}
     if key not in known:
-        spent = []
-        for i, steps in enumerate((few, many, few, many)):
-            config = _config(arm, ipc, 0, args)
-            own = args.workdir / f"seconds-{key}"
-            config.pool.dir = str(own / "pool")
-            if "expert_dir" in config.method:
-                config.method.expert_dir = str(own / "experts")
-            if "steps" in config.method:
-                config.method.steps = steps
-            spent.append(_distilled(config, own / str(i)))
-        step = max((spent[3] - spent[2]) / (many - few), 1e-4)
+        own = args.workdir / f"seconds-{key}"
+        (before, start), step = _distilled(arm, ipc, few, own, args), 0.0
+        if "steps" in _config(arm, ipc, 0, args).method:
+            # A schedule has the number of steps in it, so each number is compiled once.
+            _, short, long = (_distilled(arm, ipc, n, own, args)[1] for n in (many, few, many))
+            step = max((long - short) / (many - few), 1e-4)
+            start -= few * step
         known = json.loads(path.read_text()) if path.is_file() else {}
-        known[key] = {"step": step, "before": spent[0] - few * step}
+        known[key] = Seconds(before, start, step)._asdict()
         recording.write(path, known)
-    return known[key]
+    return Seconds(**known[key])
 
 
 def _workdir(
@@ -177,10 +190,11 @@ def _run(
     arm: str, ipc: int, seed: int, factor: float, part: float, args: argparse.Namespace
 ) -> dict | None:
     """The record of an arm; None where its seconds do not even last for what goes before."""
-    config, seconds = _config(arm, ipc, seed, args), {"before": 0.0}
+    config = _config(arm, ipc, seed, args)
+    seconds = Seconds(0.0, 0.0, 0.0) if arm == _WHOLE else _seconds(arm, ipc, args)
     if "steps" in config.method:
-        seconds, budget = _seconds(arm, ipc, args), part * _KINDS[args.dataset].budget[ipc]
-        steps = int((budget - seconds["before"]) / seconds["step"])
+        budget = part * _KINDS[args.dataset].budget[ipc]
+        steps = int((budget - seconds.before - seconds.start) / seconds.step)
         if steps < config.run.chunk:
             return None
         config.method.steps = steps
@@ -203,7 +217,7 @@ def _run(
         "part": part,
         "results": found,
         "cost": card["cost"],
-        "before": round(seconds["before"], 1),
+        "before": round(seconds.before, 1),
         "config": resolved,
         "versions": json.loads((workdir / "versions.json").read_text()),
     }
@@ -314,6 +328,8 @@ def picture(ipc: int, args: argparse.Namespace, path: Path) -> None:
             made = jaxdistill.load(file)
             first = [np.flatnonzero(made.labels == c)[0] for c in range(made.num_classes)]
             shown[arm] = made.images[first]
+    if not shown:
+        raise SystemExit(f"no run of {ipc} images per class in {args.workdir} to draw")
     labels = np.repeat(np.arange(len(shown), dtype=np.int32), len(next(iter(shown.values()))))
     drawn = pictures.grid(np.concatenate(list(shown.values())), labels, list(shown))
     Image.fromarray(drawn).save(path)
