@@ -515,8 +515,7 @@ def main() -> None:
                         continue
                     for rate in _RATES if args.tune else [chosen.get(arm, 0.02)]:
                         names = ("arm", "budget", "seed", "rate")
-                        known = {tuple(r[n] for n in names) for r in recording.read(path)}
-                        if (arm, budget, seed, rate) in known:
+                        if recording.has(path, (arm, budget, seed, rate), names):
                             continue
                         record = _measure(bench, arm, budget, seed, rate)
                         recording.put(path, record, names)

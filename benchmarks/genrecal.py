@@ -17,7 +17,6 @@ table has; the questions of the test split are asked once for each of those. Rec
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +112,7 @@ def _run(tokenizers: str, arm: str, rate: float, seed: int, args: argparse.Names
     config = _config(tokenizers, seed, args.tune)
     # A row of one step that all runs of a workdir have; they share the start of the students.
     config.method = _row(_SFT | {"steps": 1}, _USUAL)
-    name = re.sub("[^a-z0-9]+", "-", f"{arm} {rate}")
+    name = recording.slug(arm, rate)
     config.baselines = {name: _row(_ARMS[tokenizers][arm], rate)}
     workdir = args.workdir / f"{tokenizers}-{seed}{'-tuning' if args.tune else ''}"
     records = jaxdistill.train(config, workdir)
@@ -238,8 +237,7 @@ def main() -> None:
                         continue
                     own = chosen.get((tokenizers, tuned), _USUAL)
                     for rate in _RATES if args.tune else [own]:
-                        known = {tuple(r[n] for n in names) for r in recording.read(path)}
-                        if (tokenizers, arm, seed, rate) not in known:
+                        if not recording.has(path, (tokenizers, arm, seed, rate), names):
                             record = _run(tokenizers, arm, rate, seed, args)
                             recording.put(path, record, names)
     records = recording.read(path)

@@ -19,7 +19,6 @@ by run, and the same command goes on.
 
 import argparse
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,10 +101,6 @@ _KINDS = {
 }
 
 
-def _slug(*parts: object) -> str:
-    return re.sub("[^a-z0-9]+", "-", " ".join(map(str, parts)).lower()).strip("-")
-
-
 def _path(name: str, what: str = "") -> Path:
     return recording.FOLDER / f"leaderboard_{name}{what}.json"
 
@@ -162,28 +157,26 @@ def _distilled(arm: str, ipc: int, steps: int, own: Path, args: argparse.Namespa
 
 def _seconds(arm: str, ipc: int, args: argparse.Namespace) -> Seconds:
     """What an arm costs, by short runs; kept in the workdir."""
-    path, (few, many) = args.workdir / "seconds.json", _KINDS[args.dataset].probes
-    key = _slug(args.dataset, ipc, arm)
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    if key not in known:
-        own = args.workdir / f"seconds-{key}"
+    (few, many), key = _KINDS[args.dataset].probes, recording.slug(args.dataset, ipc, arm)
+    own = args.workdir / f"seconds-{key}"
+
+    def measure():
         (before, start), step = _distilled(arm, ipc, few, own, args), 0.0
         if "steps" in _config(arm, ipc, 0, args).method:
             # A schedule has the number of steps in it, so each number is compiled once.
             _, short, long = (_distilled(arm, ipc, n, own, args)[1] for n in (many, few, many))
             step = max((long - short) / (many - few), 1e-4)
             start -= few * step
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        known[key] = Seconds(before, start, step)._asdict()
-        recording.write(path, known)
-    return Seconds(**known[key])
+        return Seconds(before, start, step)._asdict()
+
+    return Seconds(**recording.kept(args.workdir / "seconds.json", key, measure))
 
 
 def _workdir(
     arm: str, ipc: int, seed: int, factor: float, part: float, args: argparse.Namespace
 ) -> Path:
     tuned = "-tuning" if args.tune else ""
-    return args.workdir / _slug(args.dataset + tuned, ipc, arm, seed, factor, part)
+    return args.workdir / recording.slug(args.dataset + tuned, ipc, arm, seed, factor, part)
 
 
 def _run(
@@ -365,9 +358,9 @@ def main() -> None:
                 if args.tune and not learns:
                     continue
                 for factor in _FACTORS if args.tune else [_factor(name, arm, ipc)]:
-                    for part in args.parts:
+                    for part in args.parts if learns else [1.0]:
                         own = (arm, 0 if arm == _WHOLE else ipc, seed, factor, part)
-                        if own not in [tuple(r[k] for k in _KEYS) for r in recording.read(path)]:
+                        if not recording.has(path, own, _KEYS):
                             record = _run(*own, args)
                             if record is not None:
                                 recording.put(path, record, _KEYS)

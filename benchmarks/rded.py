@@ -154,10 +154,9 @@ def main() -> None:
     for seed in () if args.table else args.seeds:
         for ipc in args.ipc:
             for cosine in args.cosines:
-                known = {(r["ipc"], r["cosine"], r["seed"]) for r in recording.read(path)}
-                if (ipc, cosine, seed) not in known:
-                    record = _run(ipc, cosine, seed, args)
-                    recording.put(path, record, ("ipc", "cosine", "seed"))
+                names = ("ipc", "cosine", "seed")
+                if not recording.has(path, (ipc, cosine, seed), names):
+                    recording.put(path, _run(ipc, cosine, seed, args), names)
     records = recording.read(path)
     for ipc, cosine in dict.fromkeys((r["ipc"], r["cosine"]) for r in records):
         print(table(records, ipc, cosine))

@@ -6,7 +6,8 @@ ones; the configs in those of before have the settings' old names.
 
 import functools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,28 @@ def put(path: Path, record: dict, names: Sequence[str]) -> None:
     same = [record[name] for name in names]
     kept = [r for r in read(path) if [r[name] for name in names] != same]
     write(path, [*kept, record])
+
+
+def has(path: Path, values: Sequence[Any], names: Sequence[str]) -> bool:
+    """Whether there is a record with these values of some names."""
+    return list(values) in [[r[name] for name in names] for r in read(path)]
+
+
+def kept(path: Path, key: str, measure: Callable[[], Any]) -> Any:
+    """What a file of several values has under a key; measured where it has nothing yet."""
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if key not in known:
+        found = measure()
+        # Another process may have added to it.
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        known[key] = found
+        write(path, known)
+    return known[key]
+
+
+def slug(*parts: object) -> str:
+    """A part of a path that tells what it is of."""
+    return re.sub("[^a-z0-9]+", "-", " ".join(map(str, parts)).lower()).strip("-")
 
 
 def _dump(record, file) -> None:

@@ -21,7 +21,6 @@ run by run, and the same command goes on.
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,8 +69,7 @@ class Kind(NamedTuple):
         rates: The learning rates.
         batch_size: Examples of an update of the student.
         chunk: Steps in a program.
-        probes: Steps of the runs that a step is timed by, so far apart that compilation, which
-            takes seconds more or less, is small beside what lies between.
+        probes: Steps of the two runs that a step is timed by.
         chosen_by: The measure that rates are chosen by, the less the better.
         columns: What the table shows.
         overrides: Of every run.
@@ -145,10 +143,6 @@ _TUNING_SEED = 100
 _TEACHERS = (4000, 8000, 16_000, 32_000)
 _SAMPLERS = ("euler:2", "euler:8", "euler:50", "midpoint:16", "ucgm_s:8")  # guidance doubles
 _KEYS = ("arm", "seed", "rate", "part")
-
-
-def _slug(*parts: object) -> str:
-    return re.sub("[^a-z0-9]+", "-", " ".join(map(str, parts)))
 
 
 def _path(name: str, what: str = "") -> Path:
@@ -235,10 +229,9 @@ def _card(workdir: Path) -> dict:
 
 def _seconds(name: str, method: str, own: dict, args: argparse.Namespace) -> float:
     """CPU seconds of a step, by two runs that are compiled already; kept in the workdir."""
-    path, kind = args.workdir / "seconds.json", _KINDS[name]
-    key = _slug(name, method, *own)
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    if key not in known:
+    kind, key = _KINDS[name], recording.slug(name, method, *own)
+
+    def measure():
         spent = []
         # The first two compile, for a schedule has the number of steps in it.
         for i, steps in enumerate(2 * kind.probes):
@@ -248,12 +241,9 @@ def _seconds(name: str, method: str, own: dict, args: argparse.Namespace) -> flo
             workdir = args.workdir / f"seconds-{key}-{i}"
             jaxdistill.train(config, workdir)
             spent.append(_card(workdir)["cost"]["cpu_seconds"])
-        found = max((spent[3] - spent[2]) / (kind.probes[1] - kind.probes[0]), 1e-4)
-        # Another process may have added to it.
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        known[key] = found
-        recording.write(path, known)
-    return known[key]
+        return max((spent[3] - spent[2]) / (kind.probes[1] - kind.probes[0]), 1e-4)
+
+    return recording.kept(args.workdir / "seconds.json", key, measure)
 
 
 def _stages(
@@ -271,7 +261,7 @@ def _stages(
             own["critic_learning_rate"] = rate
             if start is not None:
                 own["start"] = str(start)
-        start = args.workdir / f"{_slug(name, method)}-{settings.digest(line)}"
+        start = args.workdir / f"{recording.slug(name, method)}-{settings.digest(line)}"
         found.append((start, _config(name, method, own, seed, args)))
     return found
 
@@ -416,7 +406,9 @@ def main() -> None:
         if args.picture:
             args.seeds = seeds
             picture(name, args, _IMAGES_FOLDER / f"two_calls_{name}.png")
-            curves(name, recording.read(path), _IMAGES_FOLDER / f"two_calls_{name}_curves.png")
+            records = recording.read(path)
+            if any(r["part"] != 1.0 for r in records):
+                curves(name, records, _IMAGES_FOLDER / f"two_calls_{name}_curves.png")
             continue
         if not args.table:
             if kind is _FASHION and _length(name) is None:
@@ -426,8 +418,7 @@ def main() -> None:
                 for part in [kind.tuned_at] if args.tune else args.parts:
                     for arm in args.arms:
                         for rate in kind.rates if args.tune else [_rate(name, arm)]:
-                            known = {tuple(r[n] for n in _KEYS) for r in recording.read(path)}
-                            if (arm, seed, rate, part) not in known:
+                            if not recording.has(path, (arm, seed, rate, part), _KEYS):
                                 record = _run(name, arm, rate, seed, part, args)
                                 recording.put(path, record, _KEYS)
         said = tuning_table if args.tune else table

@@ -6,7 +6,7 @@ Arguments, joined by commas behind the colon:
 
     dataset=    digits (default), fashion_mnist, and the rest, as in `ncfm`
     ipc=        images per class
-    smoke       a run of a minute that only shows that everything works
+    smoke       a run of two minutes that only shows that everything works
 
 The rows are those of `ncfm`, each as its own config has it, and RDED. All are judged by the same
 networks, under hard labels first; DATM's soft labels and those of kernel regression are columns of

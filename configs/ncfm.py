@@ -7,7 +7,7 @@ Arguments, joined by commas behind the colon:
     dataset=    digits (default), fashion_mnist, mnist, cifar10, cifar100, tiny_imagenet,
                 imagenette, any other TFDS name, or a path: an image folder, IDX folder or .npz
     ipc=        images per class; recipes exist for 1, 10 and 50
-    method=     ncfm (default), dm, gradient, dc, trajectory, datm, kernel, kip,
+    method=     ncfm (default), dm, gradient, dc, trajectory, datm, kernel, kip, rded,
                 random, herding, k_center, start
     baselines=  rows beside it, joined by +: random+herding (default); empty for none
     sampler=    gaussian (default), learned, released: the distribution of NCFM's frequencies

@@ -27,8 +27,6 @@ DIM, IPC, REAL = 6, 2, 16
 CORESETS = {"random": random_subset, "herding": herding, "k_center": k_center}
 NORMALIZE = normalizer((0.3,), (0.3,))
 
-fast_jit = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
-
 
 class Case(NamedTuple):
     """A method, what it is given frozen, and how many images of each class it puts out."""
@@ -135,8 +133,8 @@ def case(request):
     """A case, a batch for it, its state at the start, and its compiled step."""
     built = CASES[request.param]()
     batch = draw(built.method.batches, toy_data()[0], jax.random.key(0))
-    init = fast_jit(lambda frozen, key: built.method.init(key, frozen, batch))
-    return built, batch, init(built.frozen, jax.random.key(1)), fast_jit(built.method.step)
+    init = jax.jit(lambda frozen, key: built.method.init(key, frozen, batch))
+    return built, batch, init(built.frozen, jax.random.key(1)), jax.jit(built.method.step)
 
 
 def shapes(tree):

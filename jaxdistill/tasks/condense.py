@@ -23,7 +23,7 @@ from jaxdistill.interrupt import ShouldStop
 from jaxdistill.io import artifact
 from jaxdistill.io.files import expanded
 from jaxdistill.keywords import Between, Count, Folder, Rate
-from jaxdistill.nn.classifiers import classifier
+from jaxdistill.nn.classifiers import CLASSIFIERS, classifier
 from jaxdistill.parallel.mesh import make_mesh
 from jaxdistill.settings import Data, Experiment, Parallel, Row, Run, digest
 from jaxdistill.task import CondenseTask, Network, Part
@@ -50,7 +50,7 @@ class Extractor(NamedTuple):
         norm: Its normalization; see `jaxdistill.nn.norm.Norm`.
     """
 
-    network: Literal["convnet", "resnet18", "resnet18_large", "vgg11", "mlp"] = "convnet"
+    network: Literal[CLASSIFIERS] = "convnet"
     depth: Annotated[int, Between(1, 16)] = 3
     width: Annotated[int, Between(1, 2**14)] = 64
     norm: str = "instance"

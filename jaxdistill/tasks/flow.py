@@ -386,7 +386,8 @@ def _student(
 
     def load():
         params, card = read()
-        if name != copy and processes.is_first():
+        missing = not (copies / f"{copy}.safetensors").is_file()
+        if missing and processes.is_first():
             weights.save(copies, copy, params, card)
         return params
 

@@ -18,9 +18,6 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "charfn.npz"
 WEIGHTS = [(0.5, 0.5), (1.0, 0.0), (0.0, 1.0), (0.2, 0.8), (0.7, 0.1)]
 DIM = 8
 
-# These programs run for microseconds; compiling them is what takes time.
-fast_jit = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
-
 
 @pytest.fixture(scope="module")
 def published():
@@ -63,7 +60,7 @@ def error(actual, desired):
 def test_values_and_gradients_are_those_of_float64(published, shape):
     inputs = tuple(jnp.asarray(published[f"{shape}_{name}"]) for name in ("real", "syn", "t"))
 
-    @fast_jit
+    @jax.jit
     def run(real, syn, freqs):
         out, unit = [], (charfn.normalize_rows(real), charfn.normalize_rows(syn))
         for alpha, beta in published["alpha_beta"].tolist():
@@ -91,7 +88,7 @@ def test_ecf_is_the_mean_of_complex_exponentials():
     np.testing.assert_allclose(imag, expected.imag, atol=1e-6)
 
 
-@fast_jit
+@jax.jit
 def discrepancies(real, syn, freqs):
     """With all weights, in one program."""
     return [charfn.discrepancy(real, syn, freqs, alpha=a, beta=b) for a, b in WEIGHTS]
@@ -125,7 +122,7 @@ def test_gradients_are_finite_at_singular_inputs():
         (real, syn * 1e-20, freqs),
     ]
 
-    @fast_jit
+    @jax.jit
     @jax.vmap
     def run(real, syn, freqs):
         return [
@@ -143,7 +140,7 @@ def test_gradients_are_finite_where_a_modulus_or_the_gap_is_zero():
     zero, one = jnp.zeros(1), jnp.ones(1)
     points = [zero, one, 0.6 * one, 0.8 * one]
 
-    @fast_jit
+    @jax.jit
     @jax.vmap
     def run(ar, ai, br, bi):
         gap = lambda a, b, w: charfn.discrepancy_at(  # noqa: E731
@@ -160,7 +157,7 @@ def test_gradients_are_finite_where_a_modulus_or_the_gap_is_zero():
 def test_the_order_of_the_samples_does_not_matter():
     real, syn, freqs = normal(20, DIM), normal(6, DIM, seed=1), normal(16, DIM, seed=2)
     order = rng(3).permutation(6)
-    run = fast_jit(jax.value_and_grad(charfn.discrepancy, 1))
+    run = jax.jit(jax.value_and_grad(charfn.discrepancy, 1))
     loss, grads = run(real, syn, freqs)
     permuted_loss, permuted_grads = run(real[rng(4).permutation(20)], syn[order], freqs)
     np.testing.assert_allclose(permuted_loss, loss, rtol=1e-5)
@@ -214,7 +211,7 @@ def test_gaussian_moments():
 def test_scale_mixture_starts_as_the_gaussian():
     sampler = charfn.scale_mixture(*net(ScaleNet(16)), scale=1.5)
 
-    @fast_jit
+    @jax.jit
     def draw(k_init, k_draw):
         # The same normal numbers in both: only the scales are the network's.
         same = charfn.gaussian(1.5).draw({}, jax.random.split(k_draw)[1], 8192, DIM)
@@ -228,7 +225,7 @@ def test_scale_mixture_starts_as_the_gaussian():
 def test_scale_mixture_scales_rows_in_groups_within_the_bound():
     outputs = 3 * np.asarray(normal(4, DIM))
 
-    @fast_jit
+    @jax.jit
     def draw(outputs):
         sampler = charfn.scale_mixture(*constant(outputs), scale=2.0, spread=3.0)
         return sampler.draw(outputs, key(1), 50, DIM)
@@ -251,7 +248,7 @@ def test_draws_differ_by_key_and_learn(name):
     sampler = SAMPLERS[name]
     real, syn = normal(20, DIM), normal(5, DIM, seed=1)
 
-    @fast_jit
+    @jax.jit
     def run(k_init, k_draw):
         gap = lambda p: charfn.discrepancy(real, syn, sampler.draw(p, k_draw, 32, DIM))  # noqa: E731
         return jax.value_and_grad(gap)(sampler.init(k_init, DIM))
@@ -268,7 +265,7 @@ def test_draws_differ_by_key_and_learn(name):
 
 def test_scale_net_is_zero_at_the_start():
     init, apply = net(ScaleNet(16))
-    assert not np.any(fast_jit(lambda k, noise: apply(init(k, DIM), noise))(key(0), normal(5, DIM)))
+    assert not np.any(jax.jit(lambda k, noise: apply(init(k, DIM), noise))(key(0), normal(5, DIM)))
 
 
 def test_released_sample_net_against_numpy():
@@ -285,4 +282,4 @@ def test_released_sample_net_against_numpy():
         x = x @ kernel + bias
         x = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) * scale + shift
         x = np.tanh(x) if i == 2 else np.where(x > 0, x, 0.2 * x)
-    np.testing.assert_allclose(fast_jit(apply)(params, noise), x, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(apply)(params, noise), x, atol=1e-5)

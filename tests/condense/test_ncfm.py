@@ -27,8 +27,6 @@ from jaxdistill.parallel.mesh import make_mesh
 
 CLASSES, SIDE, DIM, REAL, FREQS, NETWORKS = 3, 8, 6, 16, 16, 3
 
-fast_jit = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
-
 
 def key(seed):
     """A key of the generator that compiles fastest."""
@@ -99,7 +97,7 @@ def run(method, pool, batch, steps):
         changed = {name: getattr(state, name) for name in ("step", "pixels", "sampler", "tuned")}
         return state, (changed, metrics)
 
-    @fast_jit
+    @jax.jit
     def all_steps(k):
         state = method.init(k, pool, {"images": batch})
         return state, *jax.lax.scan(step, state, jax.random.split(k, steps))
@@ -195,7 +193,7 @@ def test_the_sampler_moves_and_raises_the_discrepancy_at_fixed_images(sampler, p
     first, last, _, _ = run(method, pool, batch, 30)
     np.testing.assert_array_equal(last.pixels, first.pixels)
 
-    @fast_jit
+    @jax.jit
     def discrepancies(params):
         """Averaged over classes, for fresh draws of the frequencies and of the networks."""
         syn = method.output(first)["images"]
@@ -230,7 +228,7 @@ def test_the_images_move_and_match_better(pool, batch):
 def test_a_class_depends_on_its_own_real_images_only(pool, batch):
     method = make(optimizer=optax.sgd(1e-4), strategy="color_crop_cutout")
     state = method.init(key(0), pool, {"images": batch})
-    step = fast_jit(method.step)
+    step = jax.jit(method.step)
     plain, _ = step(state, pool, {"images": batch}, key(1))
     other, _ = step(state, pool, {"images": batch.at[1].set(255 - batch[1])}, key(1))
     np.testing.assert_array_equal(plain.pixels[jnp.array([0, 2])], other.pixels[jnp.array([0, 2])])
@@ -242,7 +240,7 @@ def test_real_and_synthetic_images_are_augmented_alike(impl, batch):
     options = {"normalize": normalize, "strategy": "color_crop_cutout"}
     flat = lambda params, images: images.reshape(images.shape[0], -1)  # noqa: E731
 
-    @fast_jit
+    @jax.jit
     def both(k):
         keys = jax.random.split(k, CLASSES)
         fractions = batch.astype(jnp.float32) / 255
@@ -268,7 +266,7 @@ def test_half_precision_on_the_real_path_changes_little_and_stays_there(pool, ba
         state = method.init(key(0), pool, {"images": batch})
         program = str(jax.make_jaxpr(method.step)(state, pool, {"images": batch}, key(1)))
         assert ("bf16" in program) == (dtype == "bfloat16")
-        steps[dtype] = fast_jit(method.step)(state, pool, {"images": batch}, key(1))
+        steps[dtype] = jax.jit(method.step)(state, pool, {"images": batch}, key(1))
     (exact, told), (half, half_told) = steps["float32"], steps["bfloat16"]
     assert {x.dtype for x in jax.tree.leaves(half) if jnp.issubdtype(x.dtype, jnp.inexact)} == {
         jnp.dtype(jnp.float32)
@@ -290,7 +288,7 @@ def test_shares_of_the_synthetic_images_make_up_the_whole(classes, ipc, factor):
     shared = jax.shard_map(
         rows, mesh=mesh, in_specs=PartitionSpec(), out_specs=out_specs, check_vma=False
     )
-    found, whole = fast_jit(shared)(pixels, keys), fast_jit(rows)(pixels, keys)
+    found, whole = jax.jit(shared)(pixels, keys), jax.jit(rows)(pixels, keys)
     n = classes * ipc * factor**2
     np.testing.assert_allclose(found.images[:n], whole.images, atol=1e-6)
     np.testing.assert_array_equal(found.labels[:n], whole.labels)
@@ -414,7 +412,7 @@ def test_fine_tuning_moves_only_the_chosen_network(pool, batch):
 
 def test_the_extractor_lies_between_its_start_and_its_end(pool):
     # Not the fast generator, whose draws under vmap are not those of the single keys.
-    draw = fast_jit(jax.vmap(lambda k: pick_extractor(pool, k)))
+    draw = jax.jit(jax.vmap(lambda k: pick_extractor(pool, k)))
     blend, trained, index = draw(jax.random.split(jax.random.key(0), 200))
     assert np.bincount(index, minlength=NETWORKS).min() > 40
     np.testing.assert_array_equal(trained["w"], pool["trained"]["w"][index])

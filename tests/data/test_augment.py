@@ -14,8 +14,6 @@ from jaxdistill.errors import InputError
 N, H, W = 40, 12, 10
 ALL = "color_crop_cutout_flip_scale_rotate"
 
-fast_jit = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
-
 
 def key(seed):
     """A key of the generator that compiles fastest."""
@@ -29,7 +27,7 @@ def images(n=N, channels=3, seed=0, h=H, w=W):
 
 def apply(op, x, seed=0):
     """One draw per image."""
-    return np.asarray(fast_jit(lambda k, x: op(k, x, x.shape[:1]))(key(seed), x))
+    return np.asarray(jax.jit(lambda k, x: op(k, x, x.shape[:1]))(key(seed), x))
 
 
 def assert_uniform(values, low, high):
@@ -166,7 +164,7 @@ def test_warps_against_a_plain_sampler(name):
 def siamese():
     """All operations, one draw for the batch; the strategy's two modes in one program."""
 
-    @fast_jit
+    @jax.jit
     def run(k, x):
         return [augment(k, x, ALL, compose=c, siamese=True) for c in (False, True)]
 
@@ -182,7 +180,7 @@ def test_the_same_key_gives_the_same_siamese_transformation(siamese):
 
 def test_images_are_transformed_alike_when_siamese_and_apart_otherwise(siamese):
     x = jnp.tile(images(1), (8, 1, 1, 1))
-    apart = fast_jit(lambda k, x: augment(k, x, ALL, compose=True))
+    apart = jax.jit(lambda k, x: augment(k, x, ALL, compose=True))
     for out in siamese(key(0), x):
         np.testing.assert_allclose(out, jnp.tile(out[:1], (8, 1, 1, 1)), atol=1e-6)
     assert jnp.abs(jnp.diff(apart(key(0), x), axis=0)).max((1, 2, 3)).min() > 0.01
@@ -191,7 +189,7 @@ def test_images_are_transformed_alike_when_siamese_and_apart_otherwise(siamese):
 def test_gradients_flow():
     x = images(3)
 
-    @fast_jit
+    @jax.jit
     def slopes(k):
         modes = [partial(augment, k, strategy=ALL, siamese=True, compose=c) for c in (False, True)]
         return [jax.grad(lambda x, f=f: jnp.sum(jnp.square(f(x))))(x) for f in modes]
@@ -205,7 +203,7 @@ def test_gradients_flow():
 
 def test_plain_augmentation_applies_one_operation():
     x = images(4, channels=1)
-    run = fast_jit(lambda k, x: augment(k, x, "flip_cutout", siamese=True))
+    run = jax.jit(lambda k, x: augment(k, x, "flip_cutout", siamese=True))
     seen = set()
     for seed in range(20):
         out = run(key(seed), x)
@@ -220,7 +218,7 @@ def test_plain_augmentation_applies_one_operation():
 
 def test_composed_augmentation_ends_with_the_hole():
     x = jnp.ones((4, 8, 8, 1))
-    run = fast_jit(lambda k, x: augment(k, x, "cutout_color_crop_scale_flip", compose=True))
+    run = jax.jit(lambda k, x: augment(k, x, "cutout_color_crop_scale_flip", compose=True))
     out = np.stack([run(key(seed), x) for seed in range(10)])
     assert (out == 0).any((2, 3, 4)).all()
     # Colour changed the ones before the hole was cut.

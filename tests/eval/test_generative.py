@@ -30,7 +30,6 @@ from jaxdistill.flow.targets import grid25
 from jaxdistill.nn.judge import Judge
 
 KEY = jax.random.key(0)
-fast_jit = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
 N = 1_100  # More than two pieces of rows, and a ragged one.
 
 
@@ -350,9 +349,9 @@ def test_known_damage_of_real_images_is_told_apart():
     data = sources.load("fashion_mnist")
     # Random features suffice to see damage of this size.
     judge, prepare = Judge(), normalizer(data.mean, data.std)
-    init = fast_jit(lambda k: judge.init(k, jnp.zeros((1, *data.image_shape))))
+    init = jax.jit(lambda k: judge.init(k, jnp.zeros((1, *data.image_shape))))
     params = init(jax.random.key(0, impl="rbg"))
-    features = fast_jit(lambda x: judge.apply(params, prepare(x), method="features"))
+    features = jax.jit(lambda x: judge.apply(params, prepare(x), method="features"))
     n = 1_500
     images, labels = np.float32(data.test.images) / 255, data.test.labels
     real, fresh, others = images[:n], images[n : 2 * n], images[n:][labels[n:] != 4][:n]

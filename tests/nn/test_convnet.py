@@ -11,8 +11,6 @@ from jax import lax
 from jaxdistill.errors import InputError
 from jaxdistill.nn.convnet import ConvNet
 
-fast_jit = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
-
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
@@ -21,7 +19,7 @@ def normal(*shape, seed=0):
 def init(network, *image_shape):
     """Parameters drawn with the generator that compiles fastest; the laws are the same."""
     key, image = jax.random.key(0, impl="rbg"), jnp.zeros((1, *image_shape))
-    return fast_jit(lambda k: network.init(k, image)["params"])(key)
+    return jax.jit(lambda k: network.init(k, image)["params"])(key)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +57,7 @@ def test_initial_values_have_the_published_bounds():
 def test_small_grey_images_grow_to_32():
     network, x = ConvNet(width=4), normal(2, 28, 28, 1)
     params = init(network, 28, 28, 1)
-    run = fast_jit(lambda x: network.apply({"params": params}, x, method="features"))
+    run = jax.jit(lambda x: network.apply({"params": params}, x, method="features"))
     features = run(x)
     assert features.shape == (2, 4 * 4 * 4)
     grown = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
@@ -91,7 +89,7 @@ def test_features_and_logits_are_those_of_the_plain_formula(norm, activation, po
     leaves, tree = jax.tree.flatten(shapes)
     params = tree.unflatten([0.5 * normal(*s.shape, seed=i) for i, s in enumerate(leaves)])
 
-    @fast_jit
+    @jax.jit
     def run(params, x):
         apply = lambda **options: network.apply({"params": params}, x, **options)  # noqa: E731
         return apply(method="features"), apply()

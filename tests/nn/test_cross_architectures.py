@@ -19,9 +19,6 @@ NETWORKS = {
     "mlp": MLP(num_classes=7),
 }
 
-# Deep networks on four tiny images: compiling takes longer than running.
-FAST_COMPILATION = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
-
 
 def shapes(network, image_shape):
     variables = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *image_shape)))
@@ -40,7 +37,7 @@ def grey(request):
     key = jax.random.key(0, impl="rbg")
     params = jax.jit(net.init)(key, jnp.zeros((1, 8, 8, 1)))["params"]
 
-    @FAST_COMPILATION
+    @jax.jit
     def run(images):
         features = net.apply({"params": params}, images, method="features")
         return features, net.apply({"params": params}, images)
@@ -150,7 +147,7 @@ def test_every_parameter_gets_a_gradient(grey):
     net, params, _ = grey
     labels = jnp.arange(4)
 
-    @FAST_COMPILATION
+    @jax.jit
     @jax.grad
     def gradient(params):
         logits = net.apply({"params": params}, images_of(8))

@@ -10,8 +10,6 @@ from jax import lax
 
 from jaxdistill.nn.judge import Judge
 
-fast_jit = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
-
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
@@ -43,7 +41,7 @@ def test_features_and_logits_are_those_of_the_plain_formula():
     leaves, tree = jax.tree.flatten(shapes)
     params = tree.unflatten([normal(*s.shape, seed=i) / 2 for i, s in enumerate(leaves)])
 
-    @fast_jit
+    @jax.jit
     def run(params, x):
         apply = lambda **options: judge.apply({"params": params}, x, **options)  # noqa: E731
         return apply(method="features"), apply()

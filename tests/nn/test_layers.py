@@ -12,8 +12,6 @@ from jaxdistill.nn.dense import Dense
 from jaxdistill.nn.norm import NORMS, Norm, instance_norm
 from jaxdistill.nn.pooling import _pool_by_axes, _pool_by_windows, pool2x2
 
-fast_jit = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
-
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
@@ -84,7 +82,7 @@ def test_conv_and_its_gradients_are_those_of_xla(case):
     assert goes_by_winograd(x, kernel, stride, padding) == (case in WINOGRAD)
     mine = with_gradients(lambda x, k: conv2d(x, k, stride, padding))
     reference = with_gradients(lambda x, k: xla_conv(x, k, stride, padding))
-    actual, desired = fast_jit(lambda *args: (mine(*args), reference(*args)))(x, kernel)
+    actual, desired = jax.jit(lambda *args: (mine(*args), reference(*args)))(x, kernel)
     assert_close(actual, desired)
 
 
@@ -109,7 +107,7 @@ def test_second_derivatives_loops_and_vmap(side, channels):
 
         return jax.vmap(jax.value_and_grad(loss, (0, 1)), (None, 0))(x, kernels)
 
-    @fast_jit
+    @jax.jit
     def run(x, kernels):
         return [
             (second(conv, x, kernels[0, 0]), in_mapped_loops(conv, x, kernels))
@@ -128,7 +126,7 @@ def test_conv_then_instance_norm(channels, padding):
     reference = with_gradients(
         lambda x, k, scale, bias: plain_instance_norm(xla_conv(x, k, 1, padding), scale, bias)
     )
-    actual, desired = fast_jit(lambda *args: (mine(*args), reference(*args)))(*args)
+    actual, desired = jax.jit(lambda *args: (mine(*args), reference(*args)))(*args)
     assert_close(actual, desired, rtol=1e-4)
 
 
@@ -151,7 +149,7 @@ def test_half_precision_stays_so_and_loses_no_more_than_its_digits(side, channel
 def test_instance_norm_has_the_gradients_of_its_formula():
     args = (3 + normal(2, 5, 4, 6), 1 + 0.3 * normal(6, seed=2), normal(6, seed=3))
     mine, reference = with_gradients(instance_norm), with_gradients(plain_instance_norm)
-    actual, desired = fast_jit(lambda *args: (mine(*args), reference(*args)))(*args)
+    actual, desired = jax.jit(lambda *args: (mine(*args), reference(*args)))(*args)
     assert_close(actual, desired)
 
 
@@ -170,7 +168,7 @@ def test_norms_against_numpy(kind):
         axes = (0, 1, 2, 4) if kind == "batch" else (1, 2, 4)
         y = (y - y.mean(axes, keepdims=True)) / np.sqrt(y.var(axes, keepdims=True) + 1e-5)
         expected = y.reshape(x.shape) * np.asarray(scale) + np.asarray(bias)
-    out = fast_jit(lambda x: module.apply({"params": params}, x))(x)
+    out = jax.jit(lambda x: module.apply({"params": params}, x))(x)
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
@@ -183,7 +181,7 @@ def test_an_unknown_norm_is_refused():
 def test_pooling_drops_odd_lines(h, w):
     x = normal(2, h, w, 3)
     windows = np.asarray(x)[:, : h // 2 * 2, : w // 2 * 2].reshape(2, h // 2, 2, w // 2, 2, 3)
-    average, largest, same = fast_jit(lambda x: [pool2x2(x, k) for k in ("avg", "max", "none")])(x)
+    average, largest, same = jax.jit(lambda x: [pool2x2(x, k) for k in ("avg", "max", "none")])(x)
     np.testing.assert_allclose(average, windows.mean((2, 4)), atol=1e-6)
     np.testing.assert_array_equal(largest, windows.max((2, 4)))
     np.testing.assert_array_equal(same, x)
@@ -194,7 +192,7 @@ def test_both_forms_of_average_pooling_agree_in_second_derivatives_too(h, w):
     x, tangent = normal(3, h, w, 5), normal(3, h, w, 5, seed=1)
     by_axes = lambda x: _pool_by_axes(x, jnp.add)  # noqa: E731
 
-    @fast_jit
+    @jax.jit
     def run(x, tangent):
         results = []
         for form in (by_axes, _pool_by_windows):
@@ -220,7 +218,7 @@ def test_modules_start_within_the_bounds_and_add_their_biases():
     x = normal(2, 6, 6, 4)
     conv, dense = Conv(64, kernel_size=3, stride=2), Dense(64)
 
-    @fast_jit
+    @jax.jit
     def run(key, x):
         p = conv.init(key, x)["params"]
         q = dense.init(key, x[:, 0, 0])["params"]

@@ -11,8 +11,6 @@ from jaxdistill.errors import InputError
 from jaxdistill.nn.momentum_head import GaussianHead, MomentumHead, from_output
 from jaxdistill.nn.patches import unpatchify
 
-fast_jit = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
-
 HEADS = [MomentumHead, GaussianHead]
 
 
@@ -21,11 +19,11 @@ def normal(*shape, seed=0):
 
 
 def init(head, features):
-    return fast_jit(head.init)(jax.random.key(0, impl="rbg"), features)
+    return jax.jit(head.init)(jax.random.key(0, impl="rbg"), features)
 
 
 def apply(head, params, features):
-    return fast_jit(head.apply)({"params": params}, features)
+    return jax.jit(head.apply)({"params": params}, features)
 
 
 def dense(layer, x):

@@ -15,8 +15,6 @@ from jaxdistill.nn.flow_mlp import FlowMLP
 from jaxdistill.nn.patches import patchify, unpatchify
 from jaxdistill.nn.unet import UNet, upsample2x2
 
-fast_jit = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
-
 SMALL_DIT = DiT(channels=2, patch=2, width=8, depth=2, heads=2, num_classes=3)
 NETWORKS = {
     "dit": (SMALL_DIT, (4, 6, 2), (2, 3, 8)),
@@ -54,7 +52,7 @@ def both(network, params, x, t, label):
 @functools.cache
 def program(name):
     """One compiled program per network, for batches of four: velocity and features."""
-    return fast_jit(functools.partial(both, NETWORKS[name][0]))
+    return jax.jit(functools.partial(both, NETWORKS[name][0]))
 
 
 def count(tree):
@@ -107,7 +105,7 @@ def test_the_velocity_is_zero_at_the_start(name):
     network, shape, features_shape = NETWORKS[name]
     x, t, label = batch(3, shape)
 
-    @fast_jit
+    @jax.jit
     def start(key):
         return both(network, network.init(key, x, t, label), x, t, label)
 
@@ -157,7 +155,7 @@ def test_without_classes_labels_are_ignored(name):
     network, shape, _ = NETWORKS[name]
     network = network.clone(num_classes=0)
     x, t, label = batch(3, shape)
-    params, apply = perturbed(network, shape), fast_jit(network.apply)
+    params, apply = perturbed(network, shape), jax.jit(network.apply)
     np.testing.assert_array_equal(apply(params, x, t, label), apply(params, x, t, label[::-1]))
     assert not any("label" in str(path) for path, _ in jax.tree.leaves_with_path(params))
 
@@ -201,7 +199,7 @@ def plain_dit(params, x, t, label, heads, patch):
 def test_dit_is_that_of_the_plain_formula(options):
     network, (x, t, label) = SMALL_DIT.clone(**options), batch(4, (4, 6, 2))
     params = perturbed(network, (4, 6, 2))
-    velocity = fast_jit(network.apply)(params, x, t, label)
+    velocity = jax.jit(network.apply)(params, x, t, label)
     tokens = jnp.asarray(plain_dit(params, x, t, label, heads=2, patch=2), jnp.float32)
     np.testing.assert_allclose(velocity, unpatchify(tokens, 2), atol=1e-3)
 
@@ -209,7 +207,7 @@ def test_dit_is_that_of_the_plain_formula(options):
 def gradient(network, shape):
     x, t, label = batch(4, shape)
     params = perturbed(network, shape)
-    return fast_jit(jax.grad(lambda p: (network.apply(p, x, t, label) ** 2).mean()))(params)
+    return jax.jit(jax.grad(lambda p: (network.apply(p, x, t, label) ** 2).mean()))(params)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -227,8 +225,8 @@ def test_recomputation_keeps_the_gradient():
 def test_dit_computes_in_half_precision_and_returns_single():
     network, (x, t, label) = SMALL_DIT.clone(dtype=jnp.bfloat16), batch(4, (4, 6, 2))
     params = perturbed(network, (4, 6, 2))
-    half = fast_jit(network.apply)(params, x, t, label)
-    full = fast_jit(SMALL_DIT.apply)(params, x, t, label)
+    half = jax.jit(network.apply)(params, x, t, label)
+    full = jax.jit(SMALL_DIT.apply)(params, x, t, label)
     assert half.dtype == jnp.float32 and not np.array_equal(half, full)
     assert np.abs(half - np.asarray(full)).mean() < 0.05 * np.abs(full).mean()
     shapes = shapes_of(network.clone(param_dtype=jnp.bfloat16), (4, 6, 2))

@@ -106,7 +106,7 @@ def test_extractors_already_trained_stay(tmp_path):
     assert load(interrupt.never)["trained"]["w"].shape == (11, 16, 2)
 
 
-# --- from outside -----------------------------------------------------------------------------
+# --- from outside --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
