@@ -2,7 +2,7 @@
 
     python benchmarks/two_calls.py grid25 ring8 soft4 --tune --workdir=runs/two_calls
     python benchmarks/two_calls.py grid25 ring8 soft4 --workdir=runs/two_calls
-    python benchmarks/two_calls.py fashion_mnist --teachers      # how long to train the teacher
+    python benchmarks/two_calls.py fashion_mnist --teachers 4000 8000 16000    # its length
     python benchmarks/two_calls.py fashion_mnist --tune
     python benchmarks/two_calls.py fashion_mnist
     python benchmarks/two_calls.py fashion_mnist --parts 0.25 0.5 2 --seeds 0    # the curves
@@ -139,8 +139,6 @@ _FASHION = Kind(
 )
 _KINDS = {"grid25": _POINTS, "ring8": _POINTS, "soft4": _POINTS, "fashion_mnist": _FASHION}
 _TUNING_SEED = 100
-# Lengths of the teacher's training that are compared on images held out of it, and its samplers.
-_TEACHERS = (4000, 8000, 16_000, 32_000)
 _SAMPLERS = ("euler:2", "euler:8", "euler:50", "midpoint:16", "ucgm_s:8")  # guidance doubles
 _KEYS = ("arm", "seed", "rate", "part")
 
@@ -167,7 +165,7 @@ def _teacher(name: str, args: argparse.Namespace) -> Path:
 def _compare_teachers(name: str, args: argparse.Namespace) -> None:
     """Trains teachers of several lengths and measures each by one sampler on held-out images."""
     path = _path(name, "_teachers")
-    for steps in _TEACHERS:
+    for steps in args.teachers:
         if steps in [r["steps"] for r in recording.read(path)]:
             continue
         workdir = args.workdir / f"teacher-{name}-{steps}"
@@ -389,7 +387,9 @@ def main() -> None:
     parser.add_argument(
         "--parts", type=float, nargs="*", default=[1.0], help="of the CPU seconds of an arm"
     )
-    parser.add_argument("--teachers", action="store_true", help="compare lengths of training")
+    parser.add_argument(
+        "--teachers", type=int, nargs="+", metavar="STEPS", help="compare lengths of its training"
+    )
     parser.add_argument("--tune", action="store_true", help="compare rates")
     parser.add_argument("--table", action="store_true", help="only print what is recorded")
     parser.add_argument("--picture", action="store_true", help="only draw what is there")
@@ -412,7 +412,7 @@ def main() -> None:
             continue
         if not args.table:
             if kind is _FASHION and _length(name) is None:
-                parser.error("run --teachers first: it makes the teacher")
+                parser.error("run --teachers 4000 8000 first: it makes the teacher")
             _measure_teacher(name, args)
             for seed in [_TUNING_SEED] if args.tune else seeds:
                 for part in [kind.tuned_at] if args.tune else args.parts:
