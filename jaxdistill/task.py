@@ -253,6 +253,8 @@ class Recipe(NamedTuple):
         examples: What the steps' batches are drawn from, where it is not the task's `examples`.
         aside: What is kept beside the output; see `Aside`.
         source: What identifies that which the method begins from, beside data and teacher.
+        separate: Whether nothing in the making of a class's images looks at the other classes, so
+            that a part of the set is what the method makes of these classes alone.
     """
 
     method: Method
@@ -267,3 +269,4 @@ class Recipe(NamedTuple):
     examples: Part | None = None
     aside: Aside | None = None
     source: Callable[[], dict[str, Any]] = dict
+    separate: bool = False

@@ -165,4 +165,4 @@ def recipe(
         microbatch=task.microbatch,
         real_dtype=real_dtype,
     )
-    return Recipe(method, steps)
+    return Recipe(method, steps, separate=True)

@@ -28,4 +28,4 @@ def recipe(task: CondenseTask, *, ipc: ImagesPerClass = 1) -> Recipe:
     Raises:
         InputError: If the smallest class has too few images.
     """
-    return coreset(task, random_subset(ipc), ipc, features=False)
+    return coreset(task, random_subset(ipc), ipc, features=False)._replace(separate=True)

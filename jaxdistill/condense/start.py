@@ -81,4 +81,4 @@ def recipe(
         pixels=start_of(task, start=start, ipc=ipc, factor=factor, batch_real=batch_real),
         batch_real=batch_real,
     )
-    return Recipe(method, steps=1, rates=())
+    return Recipe(method, steps=1, rates=(), separate=True)

@@ -1,4 +1,4 @@
-"""Pictures: images by class, images with texts, points in the plane, a matrix of cosines."""
+"""Pictures: images by class or with texts, points in the plane, lines of a chart, cosines."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,8 @@ _ASPECT = 1.25  # width over height aimed at
 # Of points.
 _SIDE, _MARGIN, _TITLE = 260, 12, 22
 _INK, _START, _END = (40, 40, 40), (150, 150, 150), (200, 60, 40)
+_CHART, _LEGEND = (520, 360), 230  # of lines
+_COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), _INK)
 _CELL = 40  # of a matrix
 _PHOTO, _TEXT, _LINE = 112, 330, 20  # of images with texts
 _SCALE = 3  # drawn larger and reduced, for smooth lines
@@ -166,6 +168,90 @@ def curves(ways: Mapping[str, Float[np.ndarray, "t n 2"]]) -> UInt8[np.ndarray, 
                 canvas.ellipse((x - 6, y - 6, x + 6, y + 6), fill=color)
 
     return _panels(ways, draw)
+
+
+def lines(
+    ways: Mapping[str, Float[np.ndarray, "t 2"]], across: str, up: str, *, logarithmic: bool = False
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Draws lines over common axes, with their names beside them.
+
+    Args:
+        ways: Name -> points (x, y); those that are not finite are left out.
+        across: What the horizontal axis is.
+        up: What the vertical axis is.
+        logarithmic: Whether both axes are; then points with a zero are left out.
+    """
+    scale = (lambda x: np.log10(x)) if logarithmic else (lambda x: x)
+    shown = {}
+    for name, way in ways.items():
+        kept = np.isfinite(way).all(1) & ((way > 0).all(1) | (not logarithmic))
+        shown[name] = scale(way[kept].astype(np.float64))
+    every = np.concatenate([*shown.values(), np.zeros((0, 2))])
+    if not len(every):
+        every = np.zeros((1, 2))
+    ticks = [
+        _ticks(*every[:, axis][[every[:, axis].argmin(), every[:, axis].argmax()]], logarithmic)
+        for axis in (0, 1)
+    ]
+    (width, height), left, top = _CHART, 4 * _MARGIN + 16, 2 * _MARGIN
+    size = left + width + _LEGEND, max(top + height, top + 20 * len(ways)) + 4 * _MARGIN
+    canvas = Image.new("RGB", (size[0] * _SCALE, size[1] * _SCALE), "white")
+    pen = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(size=12 * _SCALE)
+
+    def place(points):
+        low, high = (np.array([t[i] for t in ticks]) for i in (0, -1))
+        inner = (points - low) / (high - low)
+        return (np.array([left, top + height]) + inner * [width, -height]) * _SCALE
+
+    def said(value):
+        return f"{10**value:g}" if logarithmic else f"{value:g}"
+
+    low = [t[0] for t in ticks]
+    for axis, values in enumerate(ticks):
+        for value in values:
+            here = np.array([low, low], float)
+            here[:, axis] = value
+            here[1, 1 - axis] = ticks[1 - axis][-1]
+            ends = place(here)
+            pen.line([tuple(p) for p in ends], fill=(225, 225, 225), width=_SCALE)
+            shift, anchor = ((0, 6), "mt") if axis == 0 else ((-6, 0), "rm")
+            spot = tuple(ends[0] + np.array(shift) * _SCALE)
+            pen.text(spot, said(value), fill=_INK, font=font, anchor=anchor)
+    pen.text(
+        ((left + width / 2) * _SCALE, (top + height + 26) * _SCALE),
+        across,
+        fill=_INK,
+        font=font,
+        anchor="mt",
+    )
+    pen.text((_MARGIN * _SCALE, 4 * _SCALE), up, fill=_INK, font=font)
+    for i, (name, way) in enumerate(shown.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        spots = [tuple(p) for p in place(way)]
+        pen.line(spots, fill=colour, width=2 * _SCALE)
+        for x, y in spots if len(spots) <= 20 else []:
+            pen.ellipse(
+                [c + d * _SCALE for c, d in zip((x, y) * 2, (-3, -3, 3, 3), strict=True)],
+                fill=colour,
+            )
+        beside = (left + width + 14) * _SCALE, (top + 10 + 20 * i) * _SCALE
+        pen.line([beside, (beside[0] + 18 * _SCALE, beside[1])], fill=colour, width=3 * _SCALE)
+        text = _shorten(name, font, (_LEGEND - 44) * _SCALE)
+        pen.text((beside[0] + 24 * _SCALE, beside[1]), text, fill=_INK, font=font, anchor="lm")
+    return np.asarray(canvas.resize(size, Image.Resampling.LANCZOS))
+
+
+def _ticks(low: float, high: float, logarithmic: bool) -> np.ndarray:
+    """Round numbers, four to nine of them, from below the one to above the other."""
+    if logarithmic:
+        first = math.floor(low)
+        return np.arange(first, max(math.ceil(high), first + 1) + 1, dtype=float)
+    reach = (high - low) or max(abs(high), 1.0)
+    unit = 10.0 ** math.floor(math.log10(reach / 4))
+    step = unit * next(m for m in (1, 2, 5, 10) if reach / (m * unit) <= 7)
+    first = math.floor(low / step)
+    return step * np.arange(first, max(math.ceil(high / step), first + 1) + 1)
 
 
 def captioned(
