@@ -171,7 +171,12 @@ def curves(ways: Mapping[str, Float[np.ndarray, "t n 2"]]) -> UInt8[np.ndarray, 
 
 
 def lines(
-    ways: Mapping[str, Float[np.ndarray, "t 2"]], across: str, up: str, *, logarithmic: bool = False
+    ways: Mapping[str, Float[np.ndarray, "t 2"]],
+    across: str,
+    up: str,
+    *,
+    logarithmic: bool = False,
+    joined: bool = True,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Draws lines over common axes, with their names beside them.
 
@@ -180,6 +185,7 @@ def lines(
         across: What the horizontal axis is.
         up: What the vertical axis is.
         logarithmic: Whether both axes are; then points with a zero are left out.
+        joined: Whether there are lines between the points; many points are not marked themselves.
     """
     scale = (lambda x: np.log10(x)) if logarithmic else (lambda x: x)
     shown = {}
@@ -229,8 +235,9 @@ def lines(
     for i, (name, way) in enumerate(shown.items()):
         colour = _COLOURS[i % len(_COLOURS)]
         spots = [tuple(p) for p in place(way)]
-        pen.line(spots, fill=colour, width=2 * _SCALE)
-        for x, y in spots if len(spots) <= 20 else []:
+        if joined:
+            pen.line(spots, fill=colour, width=2 * _SCALE)
+        for x, y in spots if len(spots) <= 20 or not joined else []:
             pen.ellipse(
                 [c + d * _SCALE for c, d in zip((x, y) * 2, (-3, -3, 3, 3), strict=True)],
                 fill=colour,

@@ -10,9 +10,10 @@ from jaxdistill.nn.convnet import ConvNet
 from jaxdistill.nn.mlp import MLP
 from jaxdistill.nn.resnet import ResNet18
 from jaxdistill.nn.vgg import VGG11
+from jaxdistill.nn.wide_convnet import WideConvNet
 from jaxdistill.task import Network
 
-CLASSIFIERS = ("convnet", "resnet18", "resnet18_large", "vgg11", "mlp")
+CLASSIFIERS = ("convnet", "convnet_wide", "resnet18", "resnet18_large", "vgg11", "mlp")
 
 
 def classifier(
@@ -30,7 +31,8 @@ def classifier(
         name: One of `CLASSIFIERS`.
         num_classes: Number of logits.
         image_shape: (h, w, c).
-        depth: Blocks of the ConvNet; the others have what they were published with.
+        depth: Blocks of the ConvNet and the wide one; the others have what they were published
+            with.
         width: Its channels.
         norm: Its normalization.
 
@@ -40,6 +42,7 @@ def classifier(
     if name == "convnet":
         return as_functions(ConvNet(num_classes, depth, width, norm), image_shape)
     modules = {
+        "convnet_wide": WideConvNet(num_classes, depth, width, norm),
         "resnet18": ResNet18(num_classes),
         "resnet18_large": ResNet18(num_classes, large=True),
         "vgg11": VGG11(num_classes),

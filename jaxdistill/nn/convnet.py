@@ -17,6 +17,7 @@ _ACTIVATIONS = {
     "leaky": jax.nn.leaky_relu,
     "swish": jax.nn.swish,
 }
+ACTIVATIONS = tuple(_ACTIVATIONS)
 
 
 def first_padding(height: int, channels: int) -> int:
@@ -92,6 +93,6 @@ class _Block(nn.Module):
         else:
             x = Norm(self.norm, name="norm")(conv2d(x, kernel, 1, padding) + bias)
         if self.activation not in _ACTIVATIONS:
-            names = ", ".join(_ACTIVATIONS)
+            names = ", ".join(ACTIVATIONS)
             raise InputError(f"unknown activation {self.activation!r}; choose from {names}")
         return pool2x2(_ACTIVATIONS[self.activation](x), self.pool)

@@ -45,7 +45,7 @@ class Extractor(NamedTuple):
 
     Attributes:
         network: One of `jaxdistill.nn.classifiers.CLASSIFIERS`.
-        depth: Blocks of the ConvNet, which the others have not to choose; each halves the image.
+        depth: Blocks of a ConvNet, which other networks have not to choose; each halves the image.
         width: Channels.
         norm: Its normalization; see `jaxdistill.nn.norm.Norm`.
     """
