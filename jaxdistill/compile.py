@@ -6,6 +6,7 @@ know tasks and recipes, and no method.
 
 import functools
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,14 +91,15 @@ def chunk(config: Config, devices: Sequence[jax.Device] | None = None) -> Chunk:
 @jax.enable_x64(False)  # as `experiment.train` runs it
 def plan(
     config: Config,
-    topology: str,
+    topology: str | None,
     workdir: str | os.PathLike[str] | None = None,
 ) -> dict:
     """Compiles the chunk for a TPU slice, prints what it costs and says whether it fits.
 
     Args:
         config: See `configs/`.
-        topology: The slice; see `parallel.topology.topology_devices`.
+        topology: The slice; see `parallel.topology.topology_devices`. None for the devices of this
+            machine.
         workdir: Gets `compile.json`, if given.
 
     Returns:
@@ -106,9 +108,12 @@ def plan(
     Raises:
         InputError: If the config is wrong, or does not go with the slice.
     """
-    quiet()
-    made = chunk(config, topology_devices(topology))
+    if topology is not None:
+        quiet()
+    made = chunk(config, topology and topology_devices(topology))
     found = report(made.function.lower(*made.arguments), list(made.mesh.devices.flat))
+    if topology is None:
+        found = found._replace(seconds=found.cost.flops / _speed())
     record = {
         "topology": topology,
         "mesh": dict(made.mesh.shape),
@@ -126,6 +131,19 @@ def plan(
         folder.mkdir(parents=True, exist_ok=True)
         write_files({folder / "compile.json": functools.partial(dump, record)})
     return record
+
+
+def _speed(size: int = 1024, times: int = 5) -> float:
+    """FLOPs a second of a large float32 product on a device that is there: the best of some."""
+    product = jax.jit(jnp.matmul)
+    x = jnp.ones((size, size), jnp.float32)
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
 
 
 def table(record: dict) -> str:
@@ -150,12 +168,16 @@ def table(record: dict) -> str:
             for kind, found in cost["collectives"].items()
         ]
         if record["seconds"] is not None:
-            rows.append(("seconds a step", f"{record['seconds']:.3g} (compiler's estimate)"))
+            by = "compiler's estimate" if record["topology"] else "if all were one large product"
+            rows.append(("seconds a step", f"{record['seconds']:.3g} ({by})"))
     limit = f" in {record['hbm'] / 2**30:.2f} GiB" if record["hbm"] else ""
     rows.append((f"fits{limit}", "yes" if record["fits"] else f"no: {record['refusal']}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(
-        [f"{record['topology']}, one device:", *(f"  {n:<{width}}  {text}" for n, text in rows)]
+        [
+            f"{record['topology'] or 'here'}, one device:",
+            *(f"  {n:<{width}}  {text}" for n, text in rows),
+        ]
     )
 
 

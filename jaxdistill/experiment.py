@@ -80,6 +80,45 @@ def evaluate(
     return train(config, workdir, should_stop)
 
 
+@jax.enable_x64(False)  # as `train` runs it
+def preview(config: Config, workdir: str | os.PathLike[str]) -> str:
+    """Checks everything that `train` would, makes nothing, and says what it would do.
+
+    Raises:
+        InputError: As `train` does.
+    """
+    experiment, folder = settings.resolve(config), expanded(workdir)
+    if experiment.generator is not None and not (_generated(folder) / "generated.npz").is_file():
+        before = preview(experiment.generator.stated(), folder / "generator")
+        _check_beforehand(experiment, folder, never)
+        rows = ", ".join(experiment.rows)
+        return f"{before}\n\nthen, of what that has made: {rows}"
+    ready = set_up(config, folder)
+    lines = [["row", "method", "steps", "state", "given", "in the workdir"]]
+    for name, row in ready.experiment.rows.items():
+        recipe = ready.recipes[name]
+        examples = recipe.examples or ready.loaded.task.examples
+        state = stage.shapes_of(recipe, examples, lambda state: state)
+        place = _folder(folder, ready.experiment, name)
+        there = (place / "artifacts" / ready.experiment.family.ARTEFACT).is_file()
+        sizes = [_megabytes(state), _megabytes(recipe.frozen.shapes)]
+        lines.append([name, row.method, str(recipe.steps), *sizes, _stands(place, there)])
+    evals = (f"{name} ({e.given})" for name, e in ready.experiment.evals.items())
+    return f"{results.markdown(lines)}\n\nthen measured by: {', '.join(evals) or 'nothing'}"
+
+
+def _megabytes(shapes: PyTree) -> str:
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)]
+    return f"{sum(sizes) / 1e6:.1f} MB"
+
+
+def _stands(folder: Path, there: bool) -> str:
+    """What the folder of a row has of it."""
+    checkpoints = folder / "checkpoints"
+    begun = checkpoints.is_dir() and any(checkpoints.iterdir())
+    return "finished" if there else "begun" if begun else "nothing"
+
+
 def _check_beforehand(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> None:
     """Checks what stands behind hours of a generator, with the data that it is trained on.
 

@@ -1,6 +1,11 @@
 """The command line: flags to config to run. The only module with flags.
 
     jaxdistill --config=NAME[:ARGUMENT] --workdir=FOLDER [--mode=MODE] [--config.KEY=VALUE …]
+jaxdistill list
+jaxdistill describe NAME[:ARGUMENT]
+
+list        configs, methods and evaluations, a line each
+describe    what one of them does, and everything that can be set in it
 
 --config    a shipped config or the path of one, with its argument string; any setting in it can
             be overridden by --config.a.b=value
@@ -8,6 +13,8 @@
 --mode      train distils and evaluates, eval evaluates the artefact in the workdir again;
             compile says what the run costs on a TPU slice, with neither the slice nor the data,
             and export writes its program as StableHLO
+--dry_run   checks all that training would, and says what it would do and what a step costs here;
+            nothing is made
 --topology  the slice to compile for, such as v5e:16x16; the workdir is then optional
 --distributed  for several processes: auto on SLURM and TPU pods, else HOST:PORT,PROCESSES,INDEX;
             the workdir must be one that all of them reach
@@ -67,6 +74,9 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
 
     from jaxdistill import config as configs
 
+    if argv and argv[0] in ("list", "describe"):
+        print(_told(argv))
+        return
     spec, overrides, argv = _split(argv)
     if not spec:
         names = ", ".join(sorted(configs.shipped()))
@@ -74,6 +84,7 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     flags.DEFINE_enum("mode", "train", MODES, "What to do.", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "Whether only to look.", flag_values=values)
     flags.DEFINE_string("topology", None, "A TPU slice.", flag_values=values)
     flags.DEFINE_string("distributed", None, "The processes of the run.", flag_values=values)
     try:
@@ -87,6 +98,8 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         raise InputError("--mode=compile and --topology=NAME, such as v5e:2x4, go together")
     if not values.workdir and not compiling:
         raise InputError("give --workdir=FOLDER; the run and its results go there")
+    if values.dry_run and values.mode != "train":
+        raise InputError("--dry_run says what --mode=train would do; leave one of them out")
     config = configs.load(spec, overrides)
     from jaxdistill.parallel import processes
 
@@ -97,6 +110,13 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         from jaxdistill import experiment
 
         _keep_compiled()
+        if values.dry_run:
+            from jaxdistill.compile import plan
+
+            print(experiment.preview(config, values.workdir))
+            print("\nOf the first row, a step and what is around it:")
+            plan(config.get("generator") or config, None)
+            return
         action = {"train": experiment.train, "eval": experiment.evaluate}[values.mode]
         action(config, values.workdir, should_stop)
         return
@@ -106,6 +126,23 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         plan(config, values.topology, values.workdir)
     else:
         export(config, values.workdir)
+
+
+def _told(argv: list[str]) -> str:
+    """What `list` and `describe` print.
+
+    Raises:
+        InputError: If it is not said, or not known, what should be described.
+    """
+    from jaxdistill import describe
+
+    if argv == ["list"]:
+        return describe.listed()
+    if argv[0] == "list" or len(argv) != 2:
+        raise InputError(
+            "write jaxdistill list, or jaxdistill describe NAME, and nothing behind it"
+        )
+    return describe.described(argv[1])
 
 
 def _keep_compiled() -> None:

@@ -23,8 +23,8 @@ from jaxdistill.errors import InputError
 from jaxdistill.keywords import ASIDE, Between, Folder, Natural
 from jaxdistill.task import Recipe
 
-_FAMILIES = "jaxdistill.tasks"
-_EVALS = "jaxdistill.eval"
+FAMILIES = "jaxdistill.tasks"
+EVALS = "jaxdistill.eval"
 _ROW = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 #: The name of data that an experiment before this one generates, and of its evaluation for that.
 GENERATED = "generated"
@@ -205,14 +205,14 @@ def family(name: Any) -> ModuleType:
     if not isinstance(name, str) or not name:
         raise InputError(
             f"the config does not say its family; set config.family to "
-            f"{' or '.join(modules(_FAMILIES, 'ROOM'))}"
+            f"{' or '.join(modules(FAMILIES, 'ROOM'))}"
         )
-    return _module(name, _FAMILIES, "ROOM", "family")
+    return _module(name, FAMILIES, "ROOM", "family")
 
 
 def family_name(module: ModuleType) -> str:
     """What a config calls the family of a module."""
-    return module.__name__.removeprefix(f"{_FAMILIES}.")
+    return module.__name__.removeprefix(f"{FAMILIES}.")
 
 
 def method(name: Any, room: str) -> ModuleType:
@@ -230,7 +230,7 @@ def evaluation(name: Any) -> ModuleType:
     Raises:
         InputError: If there is none, or it has no `evaluate`.
     """
-    return _module(name, _EVALS, "evaluate", "evaluation")
+    return _module(name, EVALS, "evaluate", "evaluation")
 
 
 def modules(room: str, attribute: str) -> list[str]:

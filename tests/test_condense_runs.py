@@ -39,6 +39,22 @@ def files(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_a_dry_run_says_what_is_there_and_makes_nothing(finished, tmp_path, capsys):
+    before = files(finished)
+    main.run([f"--config={WITH}", f"--workdir={finished}", *TINY, "--dry_run"])
+    said = capsys.readouterr().out
+    assert said.count("| finished ") == 3 and "accuracy (classify)" in said
+    assert "FLOPs a step" in said and "if all were one large product" in said
+    assert files(finished) == before
+    fresh = tmp_path / "fresh"
+    main.run([f"--config={WITH}", f"--workdir={fresh}", *TINY, "--dry_run"])
+    assert capsys.readouterr().out.count("| nothing ") == 3 and not fresh.exists()
+    with pytest.raises(InputError, match="was started with another config"):
+        main.run(
+            [f"--config={WITH}", f"--workdir={finished}", *TINY, "--dry_run", "--config.seed=1"]
+        )
+
+
 def test_a_run_leaves_what_it_promises(finished):
     distilled = artifact.load(finished / "artifacts")
     assert distilled.images.shape == (20, 8, 8, 1)
