@@ -51,7 +51,7 @@ def train(
     """
     experiment = settings.resolve(config)
     if experiment.generator is not None:
-        _check_beforehand(experiment, expanded(workdir), should_stop)
+        check_beforehand(experiment, expanded(workdir), should_stop)
         train(experiment.generator.stated(), expanded(workdir) / "generator", should_stop)
     ready = set_up(config, workdir, should_stop)
     with run_folder.opened(ready.workdir, ready.experiment.stated()):
@@ -80,53 +80,14 @@ def evaluate(
     return train(config, workdir, should_stop)
 
 
-@jax.enable_x64(False)  # as `train` runs it
-def preview(config: Config, workdir: str | os.PathLike[str]) -> str:
-    """Checks everything that `train` would, makes nothing, and says what it would do.
-
-    Raises:
-        InputError: As `train` does.
-    """
-    experiment, folder = settings.resolve(config), expanded(workdir)
-    if experiment.generator is not None and not (_generated(folder) / "generated.npz").is_file():
-        before = preview(experiment.generator.stated(), folder / "generator")
-        _check_beforehand(experiment, folder, never)
-        rows = ", ".join(experiment.rows)
-        return f"{before}\n\nthen, of what that has made: {rows}"
-    ready = set_up(config, folder)
-    lines = [["row", "method", "steps", "state", "given", "in the workdir"]]
-    for name, row in ready.experiment.rows.items():
-        recipe = ready.recipes[name]
-        examples = recipe.examples or ready.loaded.task.examples
-        state = stage.shapes_of(recipe, examples, lambda state: state)
-        place = _folder(folder, ready.experiment, name)
-        there = (place / "artifacts" / ready.experiment.family.ARTEFACT).is_file()
-        sizes = [_megabytes(state), _megabytes(recipe.frozen.shapes)]
-        lines.append([name, row.method, str(recipe.steps), *sizes, _stands(place, there)])
-    evals = (f"{name} ({e.given})" for name, e in ready.experiment.evals.items())
-    return f"{results.markdown(lines)}\n\nthen measured by: {', '.join(evals) or 'nothing'}"
-
-
-def _megabytes(shapes: PyTree) -> str:
-    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)]
-    return f"{sum(sizes) / 1e6:.1f} MB"
-
-
-def _stands(folder: Path, there: bool) -> str:
-    """What the folder of a row has of it."""
-    checkpoints = folder / "checkpoints"
-    begun = checkpoints.is_dir() and any(checkpoints.iterdir())
-    return "finished" if there else "begun" if begun else "nothing"
-
-
-def _check_beforehand(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> None:
+def check_beforehand(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> None:
     """Checks what stands behind hours of a generator, with the data that it is trained on.
 
     Raises:
         InputError: As `set_up` does.
     """
     generator = experiment.generator
-    if (_generated(workdir) / "generated.npz").is_file():
+    if (generated(workdir) / "generated.npz").is_file():
         return  # what is there is checked itself
     groups = experiment.groups._replace(data=generator.groups.data)
     run_folder.check(workdir)
@@ -138,7 +99,7 @@ def _check_beforehand(experiment: Experiment, workdir: Path, should_stop: Should
     )
 
 
-def _generated(workdir: Path) -> Path:
+def generated(workdir: Path) -> Path:
     """The folder that a generator of this workdir leaves its data in."""
     return workdir / "generator" / "generated"
 
@@ -173,12 +134,12 @@ def set_up(
     run_folder.check(workdir)
     groups = experiment.groups
     if experiment.generator is not None and groups.data.data_dir is None:
-        groups = groups._replace(data=groups.data._replace(data_dir=str(_generated(workdir))))
+        groups = groups._replace(data=groups.data._replace(data_dir=str(generated(workdir))))
     loaded = experiment.family.load(experiment._replace(groups=groups), workdir, should_stop)
     recipes = _recipes(experiment, loaded)
     for row in experiment.rows.values():
         run_folder.compare(
-            _folder(workdir, experiment, row.name),
+            row_folder(workdir, experiment, row.name),
             experiment.identity(row) | loaded.source,
             experiment.default_identity(row),
         )
@@ -194,7 +155,7 @@ def _recipes(experiment: Experiment, loaded: Loaded) -> dict[str, Recipe]:
     return recipes
 
 
-def _folder(workdir: Path, experiment: Experiment, name: str) -> Path:
+def row_folder(workdir: Path, experiment: Experiment, name: str) -> Path:
     """Where a row lives: the method in the workdir, a baseline below it."""
     main = name == next(iter(experiment.rows))
     return workdir if main else workdir / "baselines" / name
@@ -203,7 +164,7 @@ def _folder(workdir: Path, experiment: Experiment, name: str) -> Path:
 def _make(ready: Ready, row: Row) -> Made:
     """Runs one row to its artefact; nothing is run when the artefact is there."""
     experiment, loaded, made = ready.experiment, ready.loaded, ready.recipes[row.name]
-    family, folder = experiment.family, _folder(ready.workdir, experiment, row.name)
+    family, folder = experiment.family, row_folder(ready.workdir, experiment, row.name)
     artefact = folder / "artifacts" / family.ARTEFACT
     done = artefact.is_file()
     processes.wait(f"{row.name} is looked for")

@@ -12,7 +12,8 @@ describe    what one of them does, and everything that can be set in it
 --workdir   where everything goes; the same command goes on with an interrupted run
 --mode      train distils and evaluates, eval evaluates the artefact in the workdir again;
             compile says what the run costs on a TPU slice, with neither the slice nor the data,
-            and export writes its program as StableHLO
+            and export writes its program as StableHLO; verify, without --config, checks that what
+            the workdir holds is what its cards say, of the data and the settings that they name
 --dry_run   checks all that training would, and says what it would do and what a step costs here;
             nothing is made
 --topology  the slice to compile for, such as v5e:16x16; the workdir is then optional
@@ -40,7 +41,7 @@ of sysexits.h; docs/running.md lists the other codes."""
 EXIT_CTRL_C = 130
 """Exit code after Ctrl-C, as shells have it."""
 
-MODES = ("train", "eval", "compile", "export")
+MODES = ("train", "eval", "compile", "export", "verify")
 
 
 def _split(argv: list[str]) -> tuple[str | None, dict[str, str], list[str]]:
@@ -78,9 +79,6 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         print(_told(argv))
         return
     spec, overrides, argv = _split(argv)
-    if not spec:
-        names = ", ".join(sorted(configs.shipped()))
-        raise InputError(f"give --config=NAME and --workdir=FOLDER; shipped configs: {names}")
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     flags.DEFINE_enum("mode", "train", MODES, "What to do.", flag_values=values)
@@ -93,6 +91,16 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         raise InputError(" ".join(str(error).split())) from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}; every setting is a --flag=value")
+    if values.mode == "verify":
+        if spec or overrides or values.topology or not values.workdir:
+            raise InputError("write --mode=verify --workdir=FOLDER and nothing else")
+        from jaxdistill import look
+
+        print(look.verify(values.workdir))
+        return
+    if not spec:
+        names = ", ".join(sorted(configs.shipped()))
+        raise InputError(f"give --config=NAME and --workdir=FOLDER; shipped configs: {names}")
     compiling = values.mode == "compile"
     if compiling != bool(values.topology):
         raise InputError("--mode=compile and --topology=NAME, such as v5e:2x4, go together")
@@ -111,9 +119,10 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
 
         _keep_compiled()
         if values.dry_run:
+            from jaxdistill import look
             from jaxdistill.compile import plan
 
-            print(experiment.preview(config, values.workdir))
+            print(look.preview(config, values.workdir))
             print("\nOf the first row, a step and what is around it:")
             plan(config.get("generator") or config, None)
             return

@@ -190,6 +190,18 @@ def identity(folder: Path) -> dict[str, Any]:
     return stored
 
 
+def config(workdir: Path) -> dict[str, Any]:
+    """The config of a run, every setting said, as its folder has it.
+
+    Raises:
+        InputError: If it has none.
+    """
+    stored = _read(workdir / "config.json")
+    if stored is None:
+        raise InputError(f"{workdir} holds no config.json; give the workdir of a run")
+    return stored
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None

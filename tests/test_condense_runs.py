@@ -55,6 +55,59 @@ def test_a_dry_run_says_what_is_there_and_makes_nothing(finished, tmp_path, caps
         )
 
 
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of that workdir, to be spoiled."""
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def test_a_finished_workdir_is_what_it_says(copied, capsys):
+    before = files(copied)
+    main.run(["--mode=verify", f"--workdir={copied}"])
+    said = capsys.readouterr().out
+    assert said.count("| whole, of settings ") == 3 and files(copied) == before
+    with pytest.raises(InputError, match="and nothing else"):
+        main.run(["--mode=verify", f"--workdir={copied}", "--config=ncfm"])
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        main.run(["--mode=verify", f"--workdir={copied / 'pool'}"])
+
+
+def _exchange(folder):
+    """The artefact of another row, whole in itself."""
+    shutil.rmtree(folder / "artifacts")
+    shutil.copytree(folder / "baselines" / "start" / "artifacts", folder / "artifacts")
+
+
+def _alter(folder):
+    path = folder / "artifacts" / "distilled.json"
+    card = json.loads(path.read_text())
+    card["settings"]["method"]["learning_rate"] = 7.0
+    path.write_text(json.dumps(card))
+
+
+def _spoil(folder):
+    path = folder / "artifacts" / "distilled.npz"
+    arrays = dict(np.load(path))
+    arrays["images"][0, 0, 0, 0] = 1 - arrays["images"][0, 0, 0, 0] / 2
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_exchange, "its card is of other settings"),
+        (_alter, "its card is of other settings"),
+        (_spoil, "content_sha256 differs"),
+    ],
+)
+def test_what_is_not_what_it_says_is_found(copied, capsys, spoil, said):
+    spoil(copied)
+    with pytest.raises(InputError, match=r"^ncfm in .* is not what it says; see the table above"):
+        main.run(["--mode=verify", f"--workdir={copied}"])
+    table = capsys.readouterr().out
+    assert said in table and table.count("| whole, of settings ") == 2
+
+
 def test_a_run_leaves_what_it_promises(finished):
     distilled = artifact.load(finished / "artifacts")
     assert distilled.images.shape == (20, 8, 8, 1)

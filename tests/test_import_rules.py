@@ -101,7 +101,9 @@ METHODS = inside("condense", "flow", "vlm")
 # What stands between a method and a run, and knows neither.
 BETWEEN = inside("collective", "errors", "keywords", "method", "task")
 # The modules that carry runs out.
-ABOVE = inside("tasks", "stage", "run_folder", "experiment", "compile", "config", "main")
+ABOVE = inside(
+    "tasks", "stage", "run_folder", "experiment", "look", "compile", "config", "describe", "main"
+)
 
 
 @pytest.mark.parametrize(
