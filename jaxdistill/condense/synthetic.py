@@ -32,6 +32,8 @@ STARTS = ("tiled", "random", "noise")
 
 ImagesPerClass = Annotated[int, Between(1, 10_000)]
 """How many synthetic images a class gets."""
+ImagesByClass = Annotated[int | tuple[int, ...], Between(1, 10_000)]
+"""How many images every class gets, or how many each."""
 Factor = Annotated[int, Between(1, 64)]
 """Tiles per side that a synthetic image stores; see `jaxdistill.condense.decode`."""
 

@@ -399,7 +399,7 @@ def _counted(same: Copies, chosen: np.ndarray) -> dict[str, int]:
     }
 
 
-def _place(data: Dataset, position: int) -> dict[str, Any]:
+def _place(data: Dataset, position: np.integer) -> dict[str, Any]:
     """Where an image is, of both splits one after the other."""
     train = len(data.train.labels)
     split, index = ("train", position) if position < train else ("test", position - train)
@@ -407,7 +407,7 @@ def _place(data: Dataset, position: int) -> dict[str, Any]:
     return {"split": split, "index": int(index), "class": data.class_names[label]}
 
 
-def _measures(report: dict[str, Any]) -> dict[str, float]:
+def _measures(report: dict[str, Any]) -> dict[str, int | float]:
     copied = report["copies"]
     measured = (
         report["images"]["train"],

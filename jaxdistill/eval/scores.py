@@ -234,8 +234,8 @@ def budgets(
             f"a budget of {total} images cannot be shared out over {classes} classes of {there} "
             f"images; choose one between {classes} and {there}"
         )
-    weights = np.maximum(np.asarray(weights, np.float64), 0)
-    weights = np.where(np.isfinite(weights), weights, 0) + 1e-12 * max(weights.max(), 1.0)
+    weights = np.where(np.isfinite(weights) & (weights > 0), weights, 0.0)
+    weights += 1e-12 * (weights.max() or 1.0)
     low, high = np.ones(classes), counts.astype(np.float64)
     # The scale at which the shares, held between one and what is there, add up to the total.
     below, above = 0.0, float((high / weights).max())
