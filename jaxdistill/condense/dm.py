@@ -24,6 +24,7 @@ from jaxdistill.condense.synthetic import (
     pixels_by_class,
     real_needed,
     real_statistic,
+    repeated,
     start_of,
     synthetic_outputs,
 )
@@ -165,4 +166,4 @@ def recipe(
         microbatch=task.microbatch,
         real_dtype=real_dtype,
     )
-    return Recipe(method, steps)
+    return Recipe(method, steps, note=repeated(task, batch_real))

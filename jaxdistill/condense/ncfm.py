@@ -32,6 +32,7 @@ from jaxdistill.condense.synthetic import (
     over_classes,
     real_needed,
     real_statistic,
+    repeated,
     start_of,
     synthetic_outputs,
     synthetic_rows,
@@ -443,7 +444,8 @@ def recipe(
         real_dtype=real_dtype,
     )
     rates = ("learning_rate", "sampler_learning_rate", "finetune_learning_rate")
-    return Recipe(method, steps, task.extractors, rates)
+    note = repeated(task, batch_real)
+    return Recipe(method, steps, task.extractors, rates, note=note)
 
 
 def _sampler(name: str, scale: float, spread: float) -> charfn.FrequencySampler:

@@ -64,21 +64,41 @@ def start_of(
 
     Raises:
         InputError: If there is no such start, the factor does not divide the image, the smallest
-            class has too few images, or the distilled set does not fit.
+            class has too few images to start from, no class has as many as a step draws, or the
+            distilled set does not fit.
     """
     check_factor(task.image_shape, factor)
     stored = start.endswith(".npz")
-    count, name = task.smallest_class
-    wanted = {f"ipc={ipc}": ipc, f"batch_real={batch_real}": batch_real}
+    smallest, largest = task.smallest_class, max(task.class_sizes, key=lambda size: size[0])
+    # Classes of fewer images than a batch repeat them; what an image begins as is its own.
+    wanted = {f"batch_real={batch_real}": (batch_real, largest)}
     if not stored:
-        wanted[f"a {start} start with ipc={ipc}, factor={factor}"] = real_needed(start, ipc, factor)
-    for setting, images in wanted.items():
+        needed = real_needed(start, ipc, factor)
+        wanted[f"a {start} start with ipc={ipc}, factor={factor}"] = (needed, smallest)
+    for setting, (images, (count, name)) in wanted.items():
         if count < images:
             raise InputError(
                 f"class {name!r} has {count} training images, but {setting} asks for {images}; "
                 "lower it"
             )
     return _stored(task, start, ipc, factor) if stored else None
+
+
+def repeated(task: CondenseTask, batch_real: int) -> str:
+    """A line for people, where classes have fewer images than a step draws of each.
+
+    Args:
+        task: What the method is for.
+        batch_real: Real images of each class in a step.
+    """
+    few = sum(count < batch_real for count, _ in task.class_sizes)
+    count, name = task.smallest_class
+    if not few:
+        return ""
+    return (
+        f"{few} of {task.num_classes} classes have fewer than the {batch_real} images that a step "
+        f"draws of each, and repeat theirs; the smallest, {name!r}, has {count}"
+    )
 
 
 def _stored(task: CondenseTask, path: str, ipc: int, factor: int) -> Array:
