@@ -2,6 +2,7 @@
 
     python benchmarks/assess.py
     python benchmarks/assess.py --table
+    python benchmarks/assess.py --picture --workdir=runs/assess
 
 Digits and the first 4,000 images of Fashion-MNIST, three seeds of the planted labels, by the
 networks that the evaluation `assess` trains: two folds, ten or twenty epochs. Writes
@@ -9,6 +10,7 @@ networks that the evaluation `assess` trains: two folds, ten or twenty epochs. W
 """
 
 import argparse
+import shutil
 import tempfile
 import time
 from dataclasses import replace
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import recording
 
+import jaxdistill
 from jaxdistill.data import sources
 from jaxdistill.data.augment import normalizer
 from jaxdistill.data.dataset import Dataset, Split
@@ -25,6 +28,7 @@ from jaxdistill.io.versions import versions
 from jaxdistill.nn.classifiers import classifier
 
 _RECORD = recording.FOLDER / "assess.json"
+_IMAGES = Path(__file__).parent.parent / "docs" / "images"
 _WRONG = 0.05
 _DATA = {
     "digits": {"images": 1437, "depth": 2, "width": 32, "epochs": 20},
@@ -113,12 +117,41 @@ def table(records: list[dict]) -> str:
     return results.markdown([*lines, ["CPU seconds, compilation included", *seconds]])
 
 
+def _picture(workdir: Path) -> None:
+    """The report on the images of Fashion-MNIST as they are, whose pictures the docs show."""
+    name, shape = "fashion_mnist", _DATA["fashion_mnist"]
+    data, count = sources.load(name), shape["images"]
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "part.npz"
+    np.savez(
+        path,
+        train_images=data.train.images[:count],
+        train_labels=data.train.labels[:count],
+        test_images=data.test.images,
+        test_labels=data.test.labels,
+        class_names=np.array(data.class_names),
+    )
+    config = jaxdistill.load_config(
+        f"assess:epochs={shape['epochs']}",
+        {"data.name": str(path), "extractor.width": str(shape["width"])},
+    )
+    jaxdistill.train(config, workdir / "run")
+    for shown in ("suspicious", "copies"):
+        made = workdir / "run" / "assessment" / f"{shown}.png"
+        shutil.copy(made, _IMAGES / f"assess_{shown}.png")
+
+
 def main() -> None:
     """Measures what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="only print what is recorded")
+    parser.add_argument("--picture", action="store_true", help="only draw for the docs")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/assess"))
     args = parser.parse_args()
+    if args.picture:
+        _picture(args.workdir)
+        return
     if not args.table:
         for name in _DATA:
             for seed in args.seeds:

@@ -71,15 +71,16 @@ def start_of(
     stored = start.endswith(".npz")
     smallest, largest = task.smallest_class, max(task.class_sizes, key=lambda size: size[0])
     # Classes of fewer images than a batch repeat them; what an image begins as is its own.
-    wanted = {f"batch_real={batch_real}": (batch_real, largest)}
+    wanted = {f"batch_real={batch_real}": (batch_real, largest, "lower it")}
     if not stored:
         needed = real_needed(start, ipc, factor)
-        wanted[f"a {start} start with ipc={ipc}, factor={factor}"] = (needed, smallest)
-    for setting, (images, (count, name)) in wanted.items():
+        way = "lower ipc or factor, or start from noise"
+        wanted[f"a {start} start with ipc={ipc}, factor={factor}"] = (needed, smallest, way)
+    for setting, (images, (count, name), way) in wanted.items():
         if count < images:
             raise InputError(
                 f"class {name!r} has {count} training images, but {setting} asks for {images}; "
-                "lower it"
+                f"{way}"
             )
     return _stored(task, start, ipc, factor) if stored else None
 
