@@ -83,6 +83,9 @@ def _measure(name: str, seed: int) -> dict:
         )
     single, _ = assess.scored(data, judgements)
     seconds = time.process_time() - start
+    # What never was right is forgotten most (Toneva et al., 2019).
+    forgotten = single.forgotten + shape["epochs"] * single.never_learned
+    single = single._replace(forgotten=forgotten)
     ranked = {
         n: np.argsort(-sign * getattr(single, n), kind="stable") for n, sign in _SCORES.items()
     }

@@ -109,16 +109,14 @@ class Copies(NamedTuple):
     part: Float[np.ndarray, " m"]
 
 
-def check(
-    task: CondenseTask, data: Dataset, *, strategy: str, ipc: int, epochs: int, **others: Any
-) -> None:
+def check(task: CondenseTask, data: Dataset, *, strategy: str, ipc: int, **others: Any) -> None:
     """Refuses settings that would fail in the end.
 
     Raises:
         InputError: If an augmentation is unknown, there are too few images to be dealt to two
             folds, or fewer than the budget.
     """
-    del epochs, others
+    del others
     parse(strategy)
     count = len(data.train.labels)
     if count < 4:
