@@ -4,7 +4,7 @@
     python benchmarks/assess.py --table
     python benchmarks/assess.py --picture --workdir=runs/assess
 
-Digits and the first 4,000 images of Fashion-MNIST, three seeds of the planted labels, by the
+Digits and the first 2,000 images of Fashion-MNIST, three seeds of the planted labels, by the
 networks that the evaluation `assess` trains: two folds, ten or twenty epochs. Writes
 `benchmarks/records/assess.json`; interrupted, it goes on with the next seed.
 """
@@ -32,7 +32,7 @@ _IMAGES = Path(__file__).parent.parent / "docs" / "images"
 _WRONG = 0.05
 _DATA = {
     "digits": {"images": 1437, "depth": 2, "width": 32, "epochs": 20},
-    "fashion_mnist": {"images": 4000, "depth": 3, "width": 32, "epochs": 10},
+    "fashion_mnist": {"images": 2000, "depth": 3, "width": 32, "epochs": 10},
 }
 # What is high, or low, where a label is doubted.
 _SCORES = {
