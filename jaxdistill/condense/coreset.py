@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdistill.condense.synthetic import Budget, by_classes, longest, present
 from jaxdistill.errors import InputError
 from jaxdistill.method import BatchSpec, Method
 from jaxdistill.task import CondenseTask, Part, Recipe
@@ -78,14 +79,11 @@ def feature_table(
     return out.reshape(parts * microbatch, -1)[:n]
 
 
-def greedy(
-    ipc: int | tuple[int, ...], summarise: Callable, score: Callable, update: Callable
-) -> Method:
+def greedy(ipc: Budget, summarise: Callable, score: Callable, update: Callable) -> Method:
     """A greedy choice: the highest score among the images not taken, `ipc` times.
 
     Args:
-        ipc: Images of every class, or of each. With a tuple the output has `counts` beside the
-            images, and of each class those up to its count are meant.
+        ipc: Images of every class, or of each. Then the output says which are `present`.
         summarise: `rows -> summary`, what the rule remembers before the first choice.
         score: `(rows, summary, step, key) -> scores` (n_max,).
         update: `(rows, summary, pick) -> summary`, after a choice.
@@ -130,7 +128,8 @@ def greedy(
 
     def output(state):
         made = {"images": state.images, "chosen": state.chosen}
-        return made | {"counts": jnp.array(ipc, jnp.int32)} if isinstance(ipc, tuple) else made
+        there = present(ipc)
+        return made if there is None else made | {"present": jnp.asarray(there)}
 
     return Method(init, step, output, BatchSpec("none"))
 
@@ -148,14 +147,7 @@ def _rows(table: Table, c: Array) -> Rows:
     return Rows(features, jnp.sum(features * real, 0) / table.counts[c])
 
 
-def longest(ipc: int | tuple[int, ...]) -> int:
-    """The most images that a class gets."""
-    return max(ipc, default=1) if isinstance(ipc, tuple) else ipc
-
-
-def coreset(
-    task: CondenseTask, method: Method, ipc: int | tuple[int, ...], *, features: bool = True
-) -> Recipe:
+def coreset(task: CondenseTask, method: Method, ipc: Budget, *, features: bool = True) -> Recipe:
     """The recipe of a coreset.
 
     Args:
@@ -167,12 +159,7 @@ def coreset(
     Raises:
         InputError: If a class has too few images, or there are not as many budgets as classes.
     """
-    wanted = ipc if isinstance(ipc, tuple) else (ipc,) * task.num_classes
-    if len(wanted) != task.num_classes:
-        raise InputError(
-            f"ipc has {len(wanted)} numbers, and {task.name} {task.num_classes} classes; give one "
-            "number, or one for each class"
-        )
+    wanted = by_classes(task, ipc)
     lacking = [(size, n) for size, n in zip(task.class_sizes, wanted, strict=True) if size[0] < n]
     if lacking:
         (count, name), asked = min(lacking)

@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 
 from jaxdistill.condense.coreset import coreset, greedy
-from jaxdistill.condense.synthetic import ImagesByClass
+from jaxdistill.condense.synthetic import Budget, ImagesByClass
 from jaxdistill.method import Method
 from jaxdistill.task import CondenseTask, Recipe
 
 
-def herding(ipc: int | tuple[int, ...]) -> Method:
+def herding(ipc: Budget) -> Method:
     """Greedily keeps the mean of the chosen features close to the class mean (Welling, 2009)."""
 
     def score(rows, chosen_sum, step, key):

@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 
 from jaxdistill.condense.coreset import coreset, greedy
-from jaxdistill.condense.synthetic import ImagesByClass
+from jaxdistill.condense.synthetic import Budget, ImagesByClass
 from jaxdistill.method import Method
 from jaxdistill.task import CondenseTask, Recipe
 
 
-def k_center(ipc: int | tuple[int, ...]) -> Method:
+def k_center(ipc: Budget) -> Method:
     """Farthest-first traversal from the image nearest to the class mean (Gonzalez, 1985)."""
 
     def distance(rows, point):

@@ -3,12 +3,12 @@
 import jax
 
 from jaxdistill.condense.coreset import coreset, greedy
-from jaxdistill.condense.synthetic import ImagesByClass
+from jaxdistill.condense.synthetic import Budget, ImagesByClass
 from jaxdistill.method import Method
 from jaxdistill.task import CondenseTask, Recipe
 
 
-def random_subset(ipc: int | tuple[int, ...]) -> Method:
+def random_subset(ipc: Budget) -> Method:
     """Images drawn uniformly without replacement."""
     return greedy(
         ipc,

@@ -522,7 +522,7 @@ def markdown(report: dict[str, Any], shown: list[str]) -> str:
         "\n".join([*found, f"- {copied['other_label']} of all pairs have two labels"]),
         results.markdown(lines),
         f"Budgets share out {budgets['total']} images: *overall* for the accuracy over all images, "
-        "*mean* for the mean of the classes' accuracies. A coreset takes one as",
+        "*mean* for the mean of the classes' accuracies. A method takes one as",
         "```text\n"
         + "\n".join(
             f'--config.method.ipc="{tuple(budgets[name])}"'

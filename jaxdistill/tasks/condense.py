@@ -183,20 +183,20 @@ def save(
     data, images = loaded.data, np.asarray(output["images"])
     classes, per_class = images.shape[:2]
     # Where classes have budgets of their own, the images beyond them are nobody's.
-    counts = np.asarray(output.get("counts", np.full(classes, per_class)))
-    there = (np.arange(per_class) < counts[:, None]).reshape(-1)
+    there = np.asarray(output.get("present", np.ones((classes, per_class), bool))).reshape(-1)
+    ipc = row.settings.get("ipc", per_class)
     card = {
         "class_names": list(data.class_names),
         "mean": list(data.mean),
         "std": list(data.std),
-        "ipc": per_class if "counts" in output else row.settings.get("ipc", per_class),
+        "ipc": max(ipc) if isinstance(ipc, tuple) else ipc,
         "factor": row.settings.get("factor", 1),
         "seeds": {"condense": experiment.seed},
         "accuracies": [],
     } | card
-    if "counts" in output:
-        card["counts"] = counts.tolist()
     labels = np.repeat(np.arange(classes, dtype=np.int32), per_class)[there]
+    if "present" in output:
+        card["counts"] = np.bincount(labels, minlength=classes).tolist()
     flat = images.reshape(-1, *images.shape[2:])[there]
     soft, learned = (
         None if name not in output else np.asarray(output[name]).reshape(len(there), -1)[there]
@@ -218,7 +218,7 @@ def read(folder: Path, shapes: PyTree) -> tuple[artifact.Distilled, dict]:
     distilled = artifact.load(folder)
     classes, per_class, *shape = shapes["images"].shape
     counts = np.bincount(distilled.labels, minlength=classes)
-    full = counts.max() == per_class if "counts" in shapes else (counts == per_class).all()
+    full = counts.max() == per_class if "present" in shapes else (counts == per_class).all()
     if len(counts) != classes or not full or distilled.images.shape[1:] != tuple(shape):
         raise InputError(
             f"{folder} holds images of shape {distilled.images.shape}, this run's are "
