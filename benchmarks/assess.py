@@ -20,6 +20,7 @@ import numpy as np
 import recording
 
 import jaxdistill
+from jaxdistill import keywords
 from jaxdistill.data import sources
 from jaxdistill.data.augment import normalizer
 from jaxdistill.data.dataset import Dataset, Split
@@ -89,7 +90,7 @@ def _measure(name: str, seed: int) -> dict:
     ranked = {
         n: np.argsort(-sign * getattr(single, n), kind="stable") for n, sign in _SCORES.items()
     }
-    doubtful = single.doubtful(0.5)
+    doubtful = single.doubtful(keywords.defaults(assess.evaluate)["least_agreement"])
     return {
         "data": name,
         "seed": seed,
@@ -117,7 +118,7 @@ def table(records: list[dict]) -> str:
         cells = [results.percent([r[field] for r in own]) for own in groups]
         lines.append([field.replace("_", ", "), *cells])
     seconds = [f"{np.mean([r['cpu_seconds'] for r in own]):.0f}" for own in groups]
-    return results.markdown([*lines, ["CPU seconds, compilation included", *seconds]])
+    return results.markdown([*lines, ["CPU seconds", *seconds]])
 
 
 def _picture(workdir: Path) -> None:

@@ -137,7 +137,7 @@ def evaluate(
     learning_rate: Rate = 0.02,
     strategy: str = "none",
     neighbours: Count = 20,
-    least_agreement: Fraction = 0.5,
+    least_agreement: Fraction = 0.2,
     near: Fraction = 0.3,
     ipc: Count = 10,
 ) -> list[dict]:
