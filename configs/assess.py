@@ -1,6 +1,6 @@
 """The data before they are distilled: hard, doubtful, double and rare images, in one report.
 
-    jaxdistill --config=assess:dataset=fashion_mnist --workdir=runs/assessed
+    jaxdistill --config=assess:dataset=digits --workdir=runs/assessed
 
 Arguments, joined by commas behind the colon:
 
@@ -14,10 +14,10 @@ The report is `assessment/` in the workdir: `assessment.md` to be read, `assessm
 `scores.npz` and pictures. The row of the run is one random image a class, for a run has one; the
 evaluation `assess` looks at none, and may stand beside others in any config of this family.
 
-    config                          hardware     time
-    assess:dataset=digits           2 CPU cores  under a minute
-    assess:dataset=fashion_mnist    2 CPU cores  see docs/assess.md
-    every other data set            accelerator, not run here
+    config                          hardware
+    assess:dataset=digits           2 CPU cores
+    2,000 images of Fashion-MNIST   2 CPU cores; what it finds and takes is in docs/assess.md
+    every other data set            not run here
 """
 
 from jaxdistill import config as configs

@@ -430,14 +430,16 @@ def _write(
     shown = {
         name: _extreme(data, [c[name] for c in report["classes"]])
         for name in ("suspicious", "easiest", "hardest")
+        if any(c[name] for c in report["classes"])
     }
     if len(same.pairs):
         shown["copies"] = _pairs(data, same)
     arrays = {name: values.astype(np.float32) for name, values in single._asdict().items()}
     arrays |= {"doubtful": single.doubtful(least_agreement), "copies": same.pairs}
     text = markdown(report, list(shown)).encode()
-    if "copies" not in shown:  # of other settings
-        (folder / "copies.png").unlink(missing_ok=True)
+    for name in ("copies", "hardest"):
+        if name not in shown:  # what lies there is of other settings
+            (folder / f"{name}.png").unlink(missing_ok=True)
     write_files(
         {
             **{

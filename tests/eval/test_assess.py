@@ -208,6 +208,29 @@ def test_what_cannot_be_is_refused_beforehand(changes, message, assessed, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_handful_of_images_is_assessed(tmp_path):
+    """Five of two classes, one of which has a single image, and a test image that is one of them."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
+    labels = np.array([0, 0, 1, 0, 0])
+    np.savez(
+        tmp_path / "few.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=images[2:3],
+        test_labels=labels[2:3],
+    )
+    config = configs.load(
+        "assess:ipc=1,smoke",
+        {"data.name": str(tmp_path / "few.npz"), "extractor.network": "mlp"},
+    )
+    values = {r["metric"]: r["value"] for r in experiment.train(config, tmp_path / "run")}
+    assert (values["images"], values["copies"], values["copies in test"]) == (5, 0, 1)
+    report = report_of(tmp_path)
+    assert [c["images"] for c in report["classes"]] == [4, 1]
+    assert report["budgets"]["overall"] == report["budgets"]["mean_over_classes"] == [1, 1]
+    assert report["classes"][1]["gradient_variance"] == 0
+
+
 def test_folds_are_halves_of_every_class():
     labels = np.random.default_rng(1).permutation(np.repeat([0, 1, 2, 3], [31, 8, 1, 61]))
     fold = dynamics.folds(labels, 5)
