@@ -209,7 +209,7 @@ def test_what_cannot_be_is_refused_beforehand(changes, message, assessed, tmp_pa
 
 
 def test_a_handful_of_images_is_assessed(tmp_path):
-    """Five of two classes, one of which has a single image, and a test image that is one of them."""
+    """Five of two classes, one of which has a single image, which is in the test split too."""
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
     labels = np.array([0, 0, 1, 0, 0])
     np.savez(
