@@ -5,9 +5,9 @@ keywords and defaults. What a config says is held against the signature, so that
 declared once, with its type, its range and its default.
 
 The annotations that a table may have are `bool`, `int`, `float`, `str`, `Literal`, tuples of those
-with an ellipsis, any of them `| None`, and `Annotated` with `Between` or `ASIDE`. Keywords that
-several functions share stand once, in a `NamedTuple`: `**rest: Annotated[Any, Shared, ...]` takes
-them, and `grouped` gives them back as such.
+with an ellipsis, one or many as `int | tuple[int, ...]`, any of them `| None`, and `Annotated` with
+`Between` or `ASIDE`. Keywords that several functions share stand once, in a `NamedTuple`:
+`**rest: Annotated[Any, Shared, ...]` takes them, and `grouped` gives them back as such.
 """
 
 import difflib
@@ -67,6 +67,7 @@ class Keyword(NamedTuple):
         between: The range, of a number or of each number of a tuple.
         aside: Whether it identifies nothing.
         default: Its value when nothing is said, or `REQUIRED`.
+        or_many: Whether it may be a tuple of such values as well.
     """
 
     kind: Any
@@ -74,6 +75,7 @@ class Keyword(NamedTuple):
     between: Between | None
     aside: bool
     default: Any
+    or_many: bool = False
 
 
 @functools.lru_cache
@@ -107,16 +109,18 @@ def _keyword(hint: Any, default: Any) -> Keyword:
             found.extend(notes)
             return bare(inner)
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-            options = [x for x in typing.get_args(hint) if x is not type(None)]
-            found.append(None)
-            return bare(options[0])
+            options = typing.get_args(hint)
+            found.extend(None for x in options if x is type(None))
+            first, *others = (x for x in options if x is not type(None))
+            found.extend(tuple for x in others if typing.get_origin(x) is tuple)
+            return bare(first)
         if typing.get_origin(hint) is tuple:
             return tuple[bare(typing.get_args(hint)[0]), ...]
         return hint
 
     kind = bare(hint)
     between = next((note for note in found if isinstance(note, Between)), None)
-    return Keyword(kind, None in found, between, ASIDE in found, default)
+    return Keyword(kind, None in found, between, ASIDE in found, default, tuple in found)
 
 
 def check(path: str, keyword: Keyword, value: Any) -> Any:
@@ -141,6 +145,8 @@ def check(path: str, keyword: Keyword, value: Any) -> Any:
 def _converted(keyword: Keyword, value: Any) -> Any:
     if value is None and keyword.optional:
         return None
+    if keyword.or_many and isinstance(value, tuple | list):
+        return tuple(_converted(keyword._replace(optional=False, or_many=False), x) for x in value)
     if typing.get_origin(keyword.kind) is tuple:
         if not isinstance(value, tuple | list):
             raise TypeError
@@ -183,6 +189,8 @@ def expected(keyword: Keyword) -> str:
         text += f" between {least} and {most}"
     if many:
         text = f"a tuple {text}"
+    if keyword.or_many:
+        text += ", or a tuple of such"
     return f"{text}, or None" if keyword.optional else text
 
 

@@ -83,7 +83,10 @@ def _is_writable(workdir: Path) -> bool:
 
 
 # Where what a kill leaves half-written is removed.
-_FOLDERS = ("", "artifacts", "teacher", "start", "judge", "generated", "readings", "answers")
+_FOLDERS = (
+    *("", "artifacts", "teacher", "start", "judge", "generated", "readings", "answers"),
+    *("assessment", "assessment/networks"),
+)
 
 
 def _prepare(workdir: Path, config: Mapping[str, Any]) -> None:

@@ -60,7 +60,7 @@ class CondenseTask(NamedTuple):
         name: The name of the data set.
         num_classes: Number of classes.
         image_shape: (h, w, c).
-        smallest_class: Training images of the smallest class, and its name for messages.
+        class_sizes: Training images of each class, and its name for messages.
         normalize: uint8 images, or images in [0, 1], to normalized ones.
         network: The extractors' network.
         extractors: `{"initial": params, "trained": params}`, each leaf stacked over networks.
@@ -78,7 +78,7 @@ class CondenseTask(NamedTuple):
     name: str
     num_classes: int
     image_shape: tuple[int, int, int]
-    smallest_class: tuple[int, str]
+    class_sizes: tuple[tuple[int, str], ...]
     normalize: Callable[[Array], Array]
     network: Network
     extractors: Part
@@ -87,6 +87,11 @@ class CondenseTask(NamedTuple):
     microbatch: int
     distilled: Callable[[str], tuple[Any, Any]]
     trajectories: Callable[[Any, int, int], Part]
+
+    @property
+    def smallest_class(self) -> tuple[int, str]:
+        """Training images of the smallest class, and its name for messages."""
+        return min(self.class_sizes, key=lambda size: size[0])
 
 
 class FlowTask(NamedTuple):

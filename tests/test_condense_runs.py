@@ -321,3 +321,85 @@ def test_every_recipe_loads_and_fits_its_images(dataset, ipc):
     assert side % config.method.factor == 0
     assert side >= 2**config.extractor.depth == 2**config.evals.accuracy.depth
     assert config.method.steps % config.run.chunk == 0
+
+
+BUDGETS = (3, 3, 3, 2, 2, 2, 1, 1, 1, 2)
+FEWER = (2, 2, 2, 2, 2, 1, 1, 1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def tail(tmp_path_factory):
+    """Digits of which the first class has 140 and the last 3."""
+    path = tmp_path_factory.mktemp("tail") / "tail.npz"
+    images, labels = load_digits(return_X_y=True)
+    images = np.round(images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
+    sizes = np.rint(140 * 50 ** (-np.arange(10) / 9)).astype(int)
+    own = [np.flatnonzero(labels[:1437] == c)[:n] for c, n in enumerate(sizes)]
+    train = np.sort(np.concatenate(own))
+    np.savez(
+        path,
+        train_images=images[train],
+        train_labels=labels[train],
+        test_images=images[1437:],
+        test_labels=labels[1437:],
+    )
+    return path
+
+
+def test_a_long_tail_is_condensed_with_budgets_of_its_own(tail, tmp_path, capsys):
+    """By a method that draws more of each class than the rare ones have, and by a coreset."""
+    spec = "ncfm:ipc=1,baselines=herding,smoke"
+    flags = [f"--config.data.name={tail}", "--config.method.factor=1", *TINY]
+    flags += [f"--config.method.ipc={FEWER}", f"--config.baselines.herding.ipc={BUDGETS}"]
+    main.run([f"--config={spec}", f"--workdir={tmp_path}", *flags])
+    told = capsys.readouterr().out
+    assert "4 of 10 classes have fewer than the 16 images that a step draws of each" in told
+    assert "convnet, hard labels, rarest third" in told
+    learned = artifact.load(tmp_path / "artifacts")
+    np.testing.assert_array_equal(learned.labels, np.repeat(np.arange(10), FEWER))
+    herded = artifact.load(tmp_path / "baselines" / "herding" / "artifacts")
+    np.testing.assert_array_equal(herded.labels, np.repeat(np.arange(10), BUDGETS))
+    assert herded.card["counts"] == list(BUDGETS) and herded.card["ipc"] == 3
+    with np.load(tail) as real:
+        assert len({image.tobytes() for image in herded.images}) == sum(BUDGETS)
+        for image, label in zip(herded.images, herded.labels, strict=True):
+            gaps = np.abs(real["train_images"] / 255 - image).max((1, 2, 3))
+            assert gaps.min() < 1e-6 and real["train_labels"][gaps.argmin()] == label
+    # The same command finds what it made.
+    before = files(tmp_path)
+    main.run([f"--config={spec}", f"--workdir={tmp_path}", *flags])
+    assert files(tmp_path) == before
+    records = json.loads((tmp_path / "results.json").read_text())
+    rows = capsys.readouterr().out.splitlines()
+    for name in ("ncfm", "herding"):
+        cells = [x.strip() for x in next(r for r in rows if r.startswith(f"| {name} ")).split("|")]
+        thirds = [100 * np.mean(r["classes"][7:]) for r in records if r["row"] == name]
+        assert cells[3] == f"{np.mean(thirds):.1f} ± {np.std(thirds):.1f}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["herding", "(1, 2)"], "ipc has 2 numbers, and tail 10 classes; give one number"),
+        (["random", "(1, 1, 1, 1, 1, 1, 1, 1, 1, 4)"], "class '9' has 3 training images"),
+        (["random", "(1, 0, 1, 1, 1, 1, 1, 1, 1, 1)"], "between 1 and 10000, or a tuple of such"),
+        (["gradient", "(1, 1, 1, 1, 1, 1, 1, 1, 1, 1)"], "must be a whole number between 1 and"),
+        (
+            ["dm", "4"],
+            "a tiled start with ipc=4, factor=2 asks for 16; lower ipc or factor, or start",
+        ),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused(flags, message, tail, tmp_path):
+    method, ipc = flags
+    with pytest.raises(InputError) as error:
+        main.run(
+            [
+                f"--config=ncfm:method={method},baselines=,smoke",
+                f"--config.data.name={tail}",
+                f"--config.method.ipc={ipc}",
+                f"--workdir={tmp_path / 'run'}",
+            ]
+        )
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()

@@ -67,6 +67,11 @@ def test_the_library_example_closes_the_gap(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_the_example_of_assessing_finds_copies_and_shares_out(tmp_path, monkeypatch, capsys):
+    run("assess_arrays.py", tmp_path, monkeypatch)
+    assert capsys.readouterr().out == "[[0, 50], [1, 51]]\n[4, 9, 17]\n"
+
+
 def test_a_plain_file_of_parameters_becomes_a_teacher(tmp_path, monkeypatch):
     config = configs.load("ucgm:dataset=soft4,baselines=,smoke")
     experiment = settings.resolve(config)

@@ -119,7 +119,7 @@ def discrepancy(
 
 
 def sampling_floor(
-    real: ECF, num_real: int, num_syn: int, *, alpha: float = 0.5
+    real: ECF, num_real: int, num_syn: int | Float[Array, "..."], *, alpha: float = 0.5
 ) -> Float[Array, "... k"]:
     """The gap that chance alone gives at each frequency: two samples of one distribution.
 
@@ -130,7 +130,7 @@ def sampling_floor(
     Args:
         real: Characteristic function of the real features.
         num_real: Number of real samples n.
-        num_syn: Number of synthetic samples m.
+        num_syn: Number of synthetic samples m, of all or, with a last axis of one, of each.
         alpha: The weight used in the discrepancy.
 
     Returns:

@@ -1,7 +1,9 @@
 """Coresets: real images chosen per class by their features, as methods of the common contract.
 
-Each step picks one more image of every class, so `ipc` steps make the set; the smallest class must
-have that many. `frozen` is the `Table` that the choice is made from.
+Each step picks one more image of every class, so `ipc` steps make the set; a class must have as
+many as it is to give. `frozen` is the `Table` that the choice is made from. Where classes have
+budgets of their own, the longest decides how many steps there are, and what goes beyond the budget
+of another class is left out in the end.
 """
 
 import functools
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdistill.condense.synthetic import Budget, by_classes, longest, present
 from jaxdistill.errors import InputError
 from jaxdistill.method import BatchSpec, Method
 from jaxdistill.task import CondenseTask, Part, Recipe
@@ -76,15 +79,16 @@ def feature_table(
     return out.reshape(parts * microbatch, -1)[:n]
 
 
-def greedy(ipc: int, summarise: Callable, score: Callable, update: Callable) -> Method:
+def greedy(ipc: Budget, summarise: Callable, score: Callable, update: Callable) -> Method:
     """A greedy choice: the highest score among the images not taken, `ipc` times.
 
     Args:
-        ipc: Images of each class.
+        ipc: Images of every class, or of each. Then the output says which are `present`.
         summarise: `rows -> summary`, what the rule remembers before the first choice.
         score: `(rows, summary, step, key) -> scores` (n_max,).
         update: `(rows, summary, pick) -> summary`, after a choice.
     """
+    most = longest(ipc)
 
     def init(key, frozen, batch):
         del key, batch
@@ -92,10 +96,10 @@ def greedy(ipc: int, summarise: Callable, score: Callable, update: Callable) -> 
         repeats = jnp.arange(columns) >= frozen.counts[:, None]
         return CoresetState(
             step=jnp.zeros((), jnp.int32),
-            chosen=jnp.zeros((classes, ipc), jnp.int32),
+            chosen=jnp.zeros((classes, most), jnp.int32),
             taken=repeats,
             summary=lax.map(lambda c: summarise(_rows(frozen, c)), jnp.arange(classes)),
-            images=jnp.zeros((classes, ipc, *frozen.images.shape[1:]), jnp.float32),
+            images=jnp.zeros((classes, most, *frozen.images.shape[1:]), jnp.float32),
         )
 
     def step(state, frozen, batch, key):
@@ -123,7 +127,9 @@ def greedy(ipc: int, summarise: Callable, score: Callable, update: Callable) -> 
         return state, {"chosen": state.step.astype(jnp.float32)}
 
     def output(state):
-        return {"images": state.images, "chosen": state.chosen}
+        made = {"images": state.images, "chosen": state.chosen}
+        there = present(ipc)
+        return made if there is None else made | {"present": jnp.asarray(there)}
 
     return Method(init, step, output, BatchSpec("none"))
 
@@ -141,24 +147,27 @@ def _rows(table: Table, c: Array) -> Rows:
     return Rows(features, jnp.sum(features * real, 0) / table.counts[c])
 
 
-def coreset(task: CondenseTask, method: Method, ipc: int, *, features: bool = True) -> Recipe:
+def coreset(task: CondenseTask, method: Method, ipc: Budget, *, features: bool = True) -> Recipe:
     """The recipe of a coreset.
 
     Args:
         task: What it is for.
         method: The rule.
-        ipc: Images of each class.
+        ipc: Images of every class, or of each.
         features: Whether the rule looks at features, those of the first trained extractor.
 
     Raises:
-        InputError: If the smallest class has too few images.
+        InputError: If a class has too few images, or there are not as many budgets as classes.
     """
-    count, name = task.smallest_class
-    if count < ipc:
+    wanted = by_classes(task, ipc)
+    lacking = [(size, n) for size, n in zip(task.class_sizes, wanted, strict=True) if size[0] < n]
+    if lacking:
+        (count, name), asked = min(lacking)
         raise InputError(
-            f"class {name!r} has {count} training images, but ipc={ipc} asks for {ipc}; lower it"
+            f"class {name!r} has {count} training images, but ipc={asked} asks for {asked}; "
+            "lower it"
         )
-    return Recipe(method, steps=ipc, frozen=_table(task, features), rates=())
+    return Recipe(method, steps=longest(ipc), frozen=_table(task, features), rates=())
 
 
 def _table(task: CondenseTask, wanted: bool) -> Part:

@@ -14,16 +14,20 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jaxdistill import collective
 from jaxdistill.condense.synthetic import (
+    Budget,
     Factor,
     Features,
-    ImagesPerClass,
+    ImagesByClass,
     Pixels,
     descended,
     distilled,
     initial_pixels,
+    longest,
     pixels_by_class,
+    present,
     real_needed,
     real_statistic,
+    repeated,
     start_of,
     synthetic_outputs,
 )
@@ -46,7 +50,7 @@ def dm(
     optimizer: optax.GradientTransformation,
     *,
     normalize: Callable[[Array], Array],
-    ipc: int,
+    ipc: Budget,
     factor: int = 1,
     start: str = "random",
     pixels: Pixels | None = None,
@@ -62,7 +66,7 @@ def dm(
         network_init: `key -> params` of a random network.
         optimizer: Optimizer of the pixels, acting image by image; see `ncfm`.
         normalize: uint8 or [0, 1] images to normalized images.
-        ipc: Synthetic images per class.
+        ipc: Synthetic images of every class, or a tuple with those of each.
         factor: Tiles per side stored in each synthetic image (1 in the paper).
         start: Initial images, see `initial_pixels`.
         pixels: Initial images given outright, instead of `start`.
@@ -75,8 +79,8 @@ def dm(
     Returns:
         A `Method`; its output is that of `ncfm`.
     """
-    needed = 1 if pixels is not None else real_needed(start, ipc, factor)
-    num_real = max(batch_real, needed)
+    needed = 1 if pixels is not None else real_needed(start, longest(ipc), factor)
+    num_real, there = max(batch_real, needed), present(ipc, factor)
     augmentation = {"normalize": normalize, "strategy": strategy}
 
     def init(key, frozen, batch):
@@ -106,7 +110,14 @@ def dm(
 
         def loss(pixels):
             out, rows = synthetic_outputs(
-                features, params, pixels, keys, factor=factor, microbatch=microbatch, **augmentation
+                features,
+                params,
+                pixels,
+                keys,
+                factor=factor,
+                microbatch=microbatch,
+                there=there,
+                **augmentation,
             )
             return jnp.sum(jnp.square(rows.class_means(out) - target))
 
@@ -115,7 +126,7 @@ def dm(
         return DMState(pixels, pixels_opt), {"match": value / classes}
 
     def output(state):
-        return distilled(state.pixels, factor)
+        return distilled(state.pixels, factor, ipc)
 
     return Method(init, step, output, BatchSpec("per_class", num_real), pixels_by_class)
 
@@ -123,7 +134,7 @@ def dm(
 def recipe(
     task: CondenseTask,
     *,
-    ipc: ImagesPerClass = 1,
+    ipc: ImagesByClass = 1,
     steps: Count = 20_000,
     factor: Factor = 1,
     start: str = "random",
@@ -137,7 +148,7 @@ def recipe(
 
     Args:
         task: What it is for.
-        ipc: Synthetic images per class.
+        ipc: Synthetic images of every class, or a tuple with those of each.
         steps: Length of the run.
         factor: Tiles per side that a synthetic image stores.
         start: `tiled`, `random`, `noise`, or the path of a `distilled.npz`.
@@ -165,4 +176,4 @@ def recipe(
         microbatch=task.microbatch,
         real_dtype=real_dtype,
     )
-    return Recipe(method, steps, separate=True)
+    return Recipe(method, steps, note=repeated(task, batch_real), separate=True)

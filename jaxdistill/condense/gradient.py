@@ -29,6 +29,7 @@ from jaxdistill.condense.synthetic import (
     loss_gradient,
     pixels_by_class,
     real_needed,
+    repeated,
     shared_evenly,
     start_of,
 )
@@ -275,4 +276,4 @@ def recipe(
         strategy=strategy,
         microbatch=task.microbatch,
     )
-    return Recipe(method, steps)
+    return Recipe(method, steps, note=repeated(task, batch_real))

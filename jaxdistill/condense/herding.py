@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 
 from jaxdistill.condense.coreset import coreset, greedy
-from jaxdistill.condense.synthetic import ImagesPerClass
+from jaxdistill.condense.synthetic import Budget, ImagesByClass
 from jaxdistill.method import Method
 from jaxdistill.task import CondenseTask, Recipe
 
 
-def herding(ipc: int) -> Method:
+def herding(ipc: Budget) -> Method:
     """Greedily keeps the mean of the chosen features close to the class mean (Welling, 2009)."""
 
     def score(rows, chosen_sum, step, key):
@@ -23,14 +23,14 @@ def herding(ipc: int) -> Method:
     )
 
 
-def recipe(task: CondenseTask, *, ipc: ImagesPerClass = 1) -> Recipe:
+def recipe(task: CondenseTask, *, ipc: ImagesByClass = 1) -> Recipe:
     """The recipe of herding.
 
     Args:
         task: What it is for.
-        ipc: Images of each class.
+        ipc: Images of every class, or a tuple with those of each.
 
     Raises:
-        InputError: If the smallest class has too few images.
+        InputError: If a class has too few images, or there are not as many numbers as classes.
     """
     return coreset(task, herding(ipc), ipc)

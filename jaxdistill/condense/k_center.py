@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 
 from jaxdistill.condense.coreset import coreset, greedy
-from jaxdistill.condense.synthetic import ImagesPerClass
+from jaxdistill.condense.synthetic import Budget, ImagesByClass
 from jaxdistill.method import Method
 from jaxdistill.task import CondenseTask, Recipe
 
 
-def k_center(ipc: int) -> Method:
+def k_center(ipc: Budget) -> Method:
     """Farthest-first traversal from the image nearest to the class mean (Gonzalez, 1985)."""
 
     def distance(rows, point):
@@ -27,14 +27,14 @@ def k_center(ipc: int) -> Method:
     )
 
 
-def recipe(task: CondenseTask, *, ipc: ImagesPerClass = 1) -> Recipe:
+def recipe(task: CondenseTask, *, ipc: ImagesByClass = 1) -> Recipe:
     """The recipe of farthest-first traversal.
 
     Args:
         task: What it is for.
-        ipc: Images of each class.
+        ipc: Images of every class, or a tuple with those of each.
 
     Raises:
-        InputError: If the smallest class has too few images.
+        InputError: If a class has too few images, or there are not as many numbers as classes.
     """
     return coreset(task, k_center(ipc), ipc)

@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxdistill import collective
 from jaxdistill.condense import charfn
 from jaxdistill.condense.synthetic import (
+    Budget,
     Factor,
     Features,
-    ImagesPerClass,
+    ImagesByClass,
     Pixels,
     Rows,
     by_class,
@@ -29,9 +30,12 @@ from jaxdistill.condense.synthetic import (
     distilled,
     in_microbatches,
     initial_pixels,
+    longest,
     over_classes,
+    present,
     real_needed,
     real_statistic,
+    repeated,
     start_of,
     synthetic_outputs,
     synthetic_rows,
@@ -115,7 +119,7 @@ def ncfm(
     *,
     normalize: Callable[[Array], Array],
     feature_dim: int,
-    ipc: int,
+    ipc: Budget,
     factor: int = 2,
     start: str = "tiled",
     pixels: Pixels | None = None,
@@ -147,7 +151,7 @@ def ncfm(
             Needed if the sampler has parameters.
         normalize: uint8 or [0, 1] images to normalized ones, see `data.augment.normalizer`.
         feature_dim: Length of a feature vector.
-        ipc: Synthetic images per class.
+        ipc: Synthetic images of every class, or a tuple with those of each.
         factor: Tiles per side stored in each synthetic image.
         start: Initial images, see `initial_pixels`.
         pixels: Initial images given outright, instead of `start`.
@@ -177,16 +181,16 @@ def ncfm(
         InputError: for settings that do not fit together.
     """
     check_objective(objective, alpha, beta)
-    if batch_real < 1 or ipc < 1 or num_freqs < 1:
+    if min(batch_real, num_freqs, *(ipc if isinstance(ipc, tuple) else (ipc,))) < 1:
         raise InputError("ipc, batch_real and num_freqs must be at least 1")
-    needed = 1 if pixels is not None else real_needed(start, ipc, factor)
+    needed = 1 if pixels is not None else real_needed(start, longest(ipc), factor)
     probe = jax.eval_shape(lambda k: sampler.init(k, feature_dim), jax.random.key(0))
     learned = bool(jax.tree.leaves(probe))
     if learned and sampler_optimizer is None:
         raise InputError("a sampler with parameters needs sampler_optimizer, an optax optimizer")
     sampler_optimizer = sampler_optimizer or optax.identity()
 
-    num_real = max(batch_real, needed)
+    num_real, there = max(batch_real, needed), present(ipc, factor)
 
     def init(key, frozen, batch):
         k_pixels, k_sampler = jax.random.split(key)
@@ -208,7 +212,14 @@ def ncfm(
     def classification_losses(params, pixels, keys):
         """The mean cross-entropy of each class."""
         out, rows = synthetic_outputs(
-            logits, params, pixels, keys, factor=factor, microbatch=microbatch, **augmentation
+            logits,
+            params,
+            pixels,
+            keys,
+            factor=factor,
+            microbatch=microbatch,
+            there=there,
+            **augmentation,
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(out, rows.labels)
         return rows.class_means(losses[:, None])[:, 0]
@@ -224,7 +235,10 @@ def ncfm(
             gap = collective.class_mean(gap.mean())
             if objective == "gap":
                 return gap
-            per_class = ipc * factor**2
+            per_class = longest(ipc) * factor**2
+            if there is not None:
+                own = collective.class_ids(real_ecf.real.shape[0])
+                per_class = jnp.asarray(there.sum(1, keepdims=True), jnp.float32)[own]
             floor = charfn.sampling_floor(real_ecf, num_real, per_class, alpha=alpha)
             floor = collective.class_mean(floor.mean())
             if objective == "excess":
@@ -264,12 +278,15 @@ def ncfm(
 
         def whole_classes(batch):
             syn = charfn.normalize_rows(features(blend, batch))
-            by_class = syn.reshape(-1, ipc * factor**2, feature_dim)
+            by_class = syn.reshape(-1, longest(ipc) * factor**2, feature_dim)
             return charfn.ecf(by_class, freqs), syn if learned else ()
 
         def loss(pixels):
-            group = classes_a_pass(pixels, factor, microbatch)
-            rows = synthetic_rows(pixels, match_keys, factor=factor, kept=not group, **augmentation)
+            # Whole classes at a time are of one size.
+            group = 0 if there is not None else classes_a_pass(pixels, factor, microbatch)
+            rows = synthetic_rows(
+                pixels, match_keys, factor=factor, kept=not group, there=there, **augmentation
+            )
             if group:  # the phases too are made anew for each pass
                 syn_ecf, syn = over_classes(
                     whole_classes, pixels, match_keys, group, factor=factor, **augmentation
@@ -314,7 +331,7 @@ def ncfm(
         return state, metrics
 
     def output(state):
-        return distilled(state.pixels, factor)
+        return distilled(state.pixels, factor, ipc)
 
     return Method(init, step, output, BatchSpec("per_class", num_real), _specs)
 
@@ -354,7 +371,7 @@ def _specs(state: NCFMState, mesh: Mesh) -> NCFMState:
 def recipe(
     task: CondenseTask,
     *,
-    ipc: ImagesPerClass = 1,
+    ipc: ImagesByClass = 1,
     steps: Count = 20_000,
     factor: Factor = 2,
     start: str = "tiled",
@@ -381,7 +398,7 @@ def recipe(
 
     Args:
         task: What it is for.
-        ipc: Synthetic images per class.
+        ipc: Synthetic images of every class, or a tuple with those of each.
         steps: Length of the run.
         factor: Tiles per side that a synthetic image stores.
         start: `tiled`, `random`, `noise`, or the path of a `distilled.npz`.
@@ -443,7 +460,8 @@ def recipe(
         real_dtype=real_dtype,
     )
     rates = ("learning_rate", "sampler_learning_rate", "finetune_learning_rate")
-    return Recipe(method, steps, task.extractors, rates)
+    note = repeated(task, batch_real)
+    return Recipe(method, steps, task.extractors, rates, note=note)
 
 
 def _sampler(name: str, scale: float, spread: float) -> charfn.FrequencySampler:

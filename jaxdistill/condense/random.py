@@ -3,12 +3,12 @@
 import jax
 
 from jaxdistill.condense.coreset import coreset, greedy
-from jaxdistill.condense.synthetic import ImagesPerClass
+from jaxdistill.condense.synthetic import Budget, ImagesByClass
 from jaxdistill.method import Method
 from jaxdistill.task import CondenseTask, Recipe
 
 
-def random_subset(ipc: int) -> Method:
+def random_subset(ipc: Budget) -> Method:
     """Images drawn uniformly without replacement."""
     return greedy(
         ipc,
@@ -18,14 +18,14 @@ def random_subset(ipc: int) -> Method:
     )
 
 
-def recipe(task: CondenseTask, *, ipc: ImagesPerClass = 1) -> Recipe:
+def recipe(task: CondenseTask, *, ipc: ImagesByClass = 1) -> Recipe:
     """The recipe of the random choice.
 
     Args:
         task: What it is for.
-        ipc: Images of each class.
+        ipc: Images of every class, or a tuple with those of each.
 
     Raises:
-        InputError: If the smallest class has too few images.
+        InputError: If a class has too few images, or there are not as many numbers as classes.
     """
     return coreset(task, random_subset(ipc), ipc, features=False)._replace(separate=True)

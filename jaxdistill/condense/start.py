@@ -3,12 +3,14 @@
 import jax
 
 from jaxdistill.condense.synthetic import (
+    Budget,
     Factor,
-    ImagesPerClass,
+    ImagesByClass,
     Pixels,
     by_class,
     distilled,
     initial_pixels,
+    longest,
     real_needed,
     start_of,
 )
@@ -18,19 +20,19 @@ from jaxdistill.task import CondenseTask, Recipe
 
 
 def start_alone(
-    *, ipc: int, factor: int, start: str, pixels: Pixels | None = None, batch_real: int = 1
+    *, ipc: Budget, factor: int, start: str, pixels: Pixels | None = None, batch_real: int = 1
 ) -> Method:
     """A method whose one step changes nothing: its output is the start.
 
     Args:
-        ipc: Images per class.
+        ipc: Images of every class, or a tuple with those of each.
         factor: Tiles per side of an image.
         start: See `synthetic.initial_pixels`, as `pixels`.
         pixels: The start outright.
         batch_real: Real images of each class that are drawn; with as many as `ncfm` draws, and its
             key, the images are those it starts from.
     """
-    needed = 1 if pixels is not None else real_needed(start, ipc, factor)
+    needed = 1 if pixels is not None else real_needed(start, longest(ipc), factor)
 
     def init(key, frozen, batch):
         del frozen
@@ -44,7 +46,7 @@ def start_alone(
         return state, {"mean": state.mean()}
 
     def output(state):
-        return distilled(state, factor)
+        return distilled(state, factor, ipc)
 
     def specs(state, mesh):
         del mesh
@@ -57,7 +59,7 @@ def start_alone(
 def recipe(
     task: CondenseTask,
     *,
-    ipc: ImagesPerClass = 1,
+    ipc: ImagesByClass = 1,
     factor: Factor = 2,
     start: str = "tiled",
     batch_real: Count = 1,
@@ -66,7 +68,7 @@ def recipe(
 
     Args:
         task: What it is for.
-        ipc: Images per class.
+        ipc: Images of every class, or a tuple with those of each.
         factor: Tiles per side of an image.
         start: `tiled`, `random`, `noise`, or the path of a `distilled.npz`.
         batch_real: Real images of each class that the method draws in a step.

@@ -14,7 +14,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree, UInt8
 
 from jaxdistill import collective
 from jaxdistill.condense.decode import check_factor, decode, encode
@@ -32,8 +32,52 @@ STARTS = ("tiled", "random", "noise")
 
 ImagesPerClass = Annotated[int, Between(1, 10_000)]
 """How many synthetic images a class gets."""
+Budget = int | tuple[int, ...]
+"""Images of every class, or those of each."""
+ImagesByClass = Annotated[Budget, Between(1, 10_000)]
+"""How many images every class gets, or how many each."""
 Factor = Annotated[int, Between(1, 64)]
 """Tiles per side that a synthetic image stores; see `jaxdistill.condense.decode`."""
+
+
+def longest(ipc: Budget) -> int:
+    """The most images that a class gets."""
+    return max(ipc, default=1) if isinstance(ipc, tuple) else ipc
+
+
+def by_classes(task: CondenseTask, ipc: Budget) -> tuple[int, ...]:
+    """The images of each class.
+
+    Args:
+        task: What they are of.
+        ipc: Images of every class, or of each.
+
+    Raises:
+        InputError: If there are not as many numbers as classes.
+    """
+    found = ipc if isinstance(ipc, tuple) else (ipc,) * task.num_classes
+    if len(found) != task.num_classes:
+        raise InputError(
+            f"ipc has {len(found)} numbers, and {task.name} {task.num_classes} classes; give one "
+            "number, or one for each class"
+        )
+    return found
+
+
+def present(ipc: Budget, factor: int = 1) -> Bool[np.ndarray, "classes m"] | None:
+    """Which of the images to train on there are; None where all classes have the same number.
+
+    Arrays have a row for each class, as long as the longest; what is beyond a class's own number
+    weighs nothing and is left out in the end.
+
+    Args:
+        ipc: Stored images of every class, or of each.
+        factor: Tiles per side of a stored image.
+    """
+    if not isinstance(ipc, tuple):
+        return None
+    own = np.arange(longest(ipc)) < np.array(ipc)[:, None]
+    return np.tile(own, (1, factor**2))  # tile by tile, as `decode` gives them
 
 
 def real_needed(start: str, ipc: int, factor: int) -> int:
@@ -46,14 +90,14 @@ def real_needed(start: str, ipc: int, factor: int) -> int:
 
 
 def start_of(
-    task: CondenseTask, *, start: str, ipc: int, factor: int, batch_real: int = 1
+    task: CondenseTask, *, start: str, ipc: Budget, factor: int, batch_real: int = 1
 ) -> Float[Array, "classes ipc h w c"] | None:
     """Checks what a method starts from, and reads it where it lies on disk.
 
     Args:
         task: What the method is for.
         start: One of `STARTS`, or the path of a distilled set, a `.npz`.
-        ipc: Images per class.
+        ipc: Images of every class, or of each.
         factor: Tiles per side of an image.
         batch_real: Real images of each class in a step.
 
@@ -61,22 +105,47 @@ def start_of(
         The images of the distilled set, as `initial_pixels` takes them; None for the other starts.
 
     Raises:
-        InputError: If there is no such start, the factor does not divide the image, the smallest
-            class has too few images, or the distilled set does not fit.
+        InputError: If there is no such start, the factor does not divide the image, a class has too
+            few images to start from, none has as many as a step draws, there are not as many
+            numbers as classes, or the distilled set does not fit.
     """
     check_factor(task.image_shape, factor)
-    stored = start.endswith(".npz")
-    count, name = task.smallest_class
-    wanted = {f"ipc={ipc}": ipc, f"batch_real={batch_real}": batch_real}
-    if not stored:
-        wanted[f"a {start} start with ipc={ipc}, factor={factor}"] = real_needed(start, ipc, factor)
-    for setting, images in wanted.items():
-        if count < images:
+    stored, budgets = start.endswith(".npz"), by_classes(task, ipc)
+    if stored and isinstance(ipc, tuple):
+        raise InputError(
+            "a distilled set to start from has as many images of each class; so has ipc"
+        )
+    # Classes of fewer images than a batch repeat them; what an image begins as is its own.
+    count, name = max(task.class_sizes, key=lambda size: size[0])
+    if count < batch_real:
+        raise InputError(
+            f"class {name!r}, the largest, has {count} training images, but "
+            f"batch_real={batch_real} asks for {batch_real}; lower it"
+        )
+    for (count, name), own in [] if stored else sorted(zip(task.class_sizes, budgets, strict=True)):
+        if count < (needed := real_needed(start, own, factor)):
             raise InputError(
-                f"class {name!r} has {count} training images, but {setting} asks for {images}; "
-                "lower it"
+                f"class {name!r} has {count} training images, but a {start} start with ipc={own}, "
+                f"factor={factor} asks for {needed}; lower ipc or factor, or start from noise"
             )
     return _stored(task, start, ipc, factor) if stored else None
+
+
+def repeated(task: CondenseTask, batch_real: int) -> str:
+    """A line for people, where classes have fewer images than a step draws of each.
+
+    Args:
+        task: What the method is for.
+        batch_real: Real images of each class in a step.
+    """
+    few = sum(count < batch_real for count, _ in task.class_sizes)
+    count, name = task.smallest_class
+    if not few:
+        return ""
+    return (
+        f"{few} of {task.num_classes} classes have fewer than the {batch_real} images that a step "
+        f"draws of each, and repeat theirs; the smallest, {name!r}, has {count}"
+    )
 
 
 def _stored(task: CondenseTask, path: str, ipc: int, factor: int) -> Array:
@@ -97,7 +166,7 @@ def initial_pixels(
     key: PRNGKeyArray,
     real: UInt8[Array, "classes n h w c"],
     *,
-    ipc: int,
+    ipc: Budget,
     factor: int,
     start: str = "tiled",
     pixels: Float[Array, "all_classes ipc h w c"] | None = None,
@@ -107,7 +176,7 @@ def initial_pixels(
     Args:
         key: Used by the `noise` start.
         real: Distinct real images of each class, at least `real_needed(...)` of them.
-        ipc: Images per class.
+        ipc: Images of every class, or of each.
         factor: Tiles per side that a synthetic image stores.
         start: `tiled` pastes factor**2 shrunken real images into each synthetic one, `random`
             takes real images as they are, `noise` draws grey noise around 0.5.
@@ -121,20 +190,28 @@ def initial_pixels(
     """
     classes, available, *shape = real.shape
     check_factor(tuple(shape), factor)
+    most = longest(ipc)
     if pixels is not None:
-        wanted = (collective.all_classes(classes), ipc, *shape)
+        wanted = (collective.all_classes(classes), most, *shape)
         if pixels.shape != wanted:
             raise InputError(f"initial pixels of shape {pixels.shape} do not fit {wanted}")
         mine = jnp.asarray(pixels, jnp.float32)[collective.class_ids(classes)]
         return jnp.clip(mine, 0.0, 1.0)
-    needed = real_needed(start, ipc, factor)
+    needed = real_needed(start, most, factor)
     if available < needed:
         raise InputError(f"start={start!r} needs {needed} images per class, got {available}")
     if start == "noise":
         keys = collective.class_keys(key, classes)
-        noise = jax.vmap(lambda k: jax.random.normal(k, (ipc, *shape)))(keys)
+        noise = jax.vmap(lambda k: jax.random.normal(k, (most, *shape)))(keys)
         return jnp.clip(0.5 + noise / 4, 0.0, 1.0)
-    images = real[:, :needed].astype(jnp.float32) / 255.0
+    real = real[:, :needed]
+    if start == "tiled" and isinstance(ipc, tuple):
+        # A class of few images has all tiles from among its first.
+        own, tile = np.array(ipc)[:, None, None], np.arange(factor**2)[:, None]
+        places = np.where(np.arange(most) < own, tile * own + np.arange(most), 0)
+        places = jnp.asarray(places.reshape(len(ipc), -1))[collective.class_ids(classes)]
+        real = jax.vmap(lambda x, i: x[i])(real, places)
+    images = real.astype(jnp.float32) / 255.0
     return images if start == "random" else jax.vmap(lambda x: encode(x, factor))(images)
 
 
@@ -216,10 +293,18 @@ def descended(
     return jnp.clip(optax.apply_updates(pixels, updates), 0.0, 1.0), opt
 
 
-def distilled(pixels: Pixels, factor: int) -> dict[str, Array]:
-    """What a method that learns pixels puts out: the images to train on, and what is stored."""
+def distilled(pixels: Pixels, factor: int, ipc: Budget = 1) -> dict[str, Array]:
+    """What a method that learns pixels puts out: the images to train on, and what is stored.
+
+    Args:
+        pixels: The stored images.
+        factor: Tiles per side of each.
+        ipc: Those of each class where they differ; then the output says which are `present`.
+    """
     # Bilinear weights may sum to a hair above one.
-    return {"images": jnp.clip(decoded(pixels, factor), 0.0, 1.0), "pixels": pixels}
+    made = {"images": jnp.clip(decoded(pixels, factor), 0.0, 1.0), "pixels": pixels}
+    there = present(ipc, factor)
+    return made if there is None else made | {"present": jnp.asarray(there)}
 
 
 def shared_evenly(wanted: int, there: int) -> int:
@@ -313,6 +398,7 @@ def synthetic_rows(
     strategy: str,
     factor: int = 1,
     kept: bool = True,
+    there: Bool[np.ndarray, "all_classes m"] | None = None,
 ) -> Rows:
     """Decodes and augments synthetic images and takes this device's share of them.
 
@@ -326,6 +412,7 @@ def synthetic_rows(
         strategy: Augmentation that the class shares.
         factor: Tiles per side stored in each image.
         kept: Whether the images are wanted.
+        there: Which images of all classes count; see `present`.
     """
     classes, m = pixels.shape[0], pixels.shape[1] * factor**2
     index, number = collective.share()
@@ -343,11 +430,13 @@ def synthetic_rows(
             pixels, keys = (lax.dynamic_slice_in_dim(x, first, touched) for x in (pixels, keys))
         images = _augmented(pixels, keys, factor, normalize, strategy)
         images = images if number == 1 else images[position - first * m]
-    return Rows(
-        images,
-        collective.class_ids(classes)[position // m],
-        jax.nn.one_hot(owner, classes, axis=0) / m,
-    )
+    weights = jax.nn.one_hot(owner, classes, axis=0)
+    if there is None:
+        weights /= m
+    else:
+        own = jnp.asarray(there, jnp.float32)[collective.class_ids(classes)]
+        weights *= own.reshape(-1)[position] / own.sum(1)[:, None]
+    return Rows(images, collective.class_ids(classes)[position // m], weights)
 
 
 def _augmented(pixels, keys, factor, normalize, strategy) -> Float[Array, "rows h w c"]:
@@ -425,6 +514,7 @@ def synthetic_outputs(
     strategy: str,
     factor: int,
     microbatch: int,
+    there: Bool[np.ndarray, "all_classes m"] | None = None,
 ) -> tuple[Float[Array, "r d"], Rows]:
     """Outputs of a network for this device's share of the synthetic images, and the share.
 
@@ -433,7 +523,7 @@ def synthetic_outputs(
     """
     augmentation = {"normalize": normalize, "strategy": strategy, "factor": factor}
     group = classes_a_pass(pixels, factor, microbatch)
-    rows = synthetic_rows(pixels, keys, kept=not group, **augmentation)
+    rows = synthetic_rows(pixels, keys, kept=not group, there=there, **augmentation)
     run = lambda part: apply(params, part)  # noqa: E731
     if group:
         return over_classes(run, pixels, keys, group, **augmentation), rows

@@ -189,7 +189,7 @@ def check(spec: BatchSpec, data: Any, class_names: Sequence[str] | None = None) 
 
     Raises:
         InputError: If the batch is empty, there are no data, there are no classes to take it from,
-            or a class has too few examples.
+            or no class has that many examples.
     """
     if spec.size < 1 and spec.kind != "none":
         raise InputError(f"a {spec.kind} batch of {spec.size} examples; ask for at least one")
@@ -202,12 +202,12 @@ def check(spec: BatchSpec, data: Any, class_names: Sequence[str] | None = None) 
     if spec.kind == "per_class" and not data.labelled:
         raise InputError("the method takes examples of each class; give it data with labels")
     counts = np.asarray(data.counts)
-    smallest = int(counts.argmin())
-    if spec.kind == "per_class" and counts[smallest] < spec.size:
-        name = smallest if class_names is None else class_names[smallest]
+    largest = int(counts.argmax())
+    if spec.kind == "per_class" and counts[largest] < spec.size:
+        name = largest if class_names is None else class_names[largest]
         raise InputError(
-            f"class '{name}' has {counts[smallest]} examples, the batch asks for {spec.size} of "
-            f"each class; lower it to {counts[smallest]} or less"
+            f"class '{name}', the largest, has {counts[largest]} examples, the batch asks for "
+            f"{spec.size} of each class; lower it to {counts[largest]} or less"
         )
 
 
@@ -221,7 +221,8 @@ def draw(
     """Draws a batch. Pure, and of fixed shapes, so it can be part of a compiled step.
 
     The draws of a class are distinct and equally likely, and depend on the key and the class
-    alone. Those of a `uniform` batch are independent: an example may occur twice.
+    alone; a class of fewer examples gives them all, again and again in one order. Those of a
+    `uniform` batch are independent: an example may occur twice.
 
     Args:
         spec: What is wanted; see `check`.
@@ -286,6 +287,9 @@ def choose(
     marks = jax.vmap(lambda k: jax.random.uniform(k, (columns,), jnp.float32))(keys)
     real = jnp.arange(columns) < counts[:, None]
     chosen = jax.lax.top_k(jnp.where(real, marks, -1.0), spec.size)[1]
+    # Behind the real ones, where they are too few, they begin anew.
+    again = jnp.arange(spec.size) % counts[:, None]
+    chosen = jnp.take_along_axis(chosen, again, axis=1)
     labels = jnp.broadcast_to(jnp.arange(classes, dtype=jnp.int32)[:, None], chosen.shape)
     return labels, chosen
 

@@ -164,7 +164,8 @@ def evaluate(
             _record_in_card(row, [r for r in own if r["value"] is not None])
         where = f"{data.name}, {epochs} epochs, {len(data.test.labels)} test images"
         print(f"{where}: accuracy in %, mean ± std over {seeds} seeds, last epoch")
-        print(results.table(records, results.percent))
+        rarest = results.rarest_third(np.bincount(data.train.labels, minlength=task.num_classes))
+        print(results.table(results.with_rarest(records, rarest), results.percent))
     return records
 
 

@@ -180,7 +180,8 @@ def evaluate(
             f"{data.name}, {epochs} epochs, {cosine} cosine, {len(data.test.labels)} test images: "
             f"accuracy in %, mean ± std over {seeds} seeds, last epoch"
         )
-        print(results.table(records, results.percent))
+        rarest = results.rarest_third(np.bincount(data.train.labels, minlength=task.num_classes))
+        print(results.table(results.with_rarest(records, rarest), results.percent))
     return records
 
 

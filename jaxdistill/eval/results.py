@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from jaxdistill.errors import InputError
 from jaxdistill.io.files import write_files
@@ -168,6 +169,44 @@ def table(
         cells = [values.get((row, metric)) for metric in metrics]
         lines.append([row, *("–" if cell is None else _cell(cell, shown) for cell in cells)])
     return markdown(lines)
+
+
+_UNEVEN = 2  # the largest class over the smallest, from which a training set has rare classes
+
+
+def rarest_third(counts: Int[np.ndarray, " c"]) -> list[int]:
+    """The third of the classes, one at least, that have the fewest training images.
+
+    Args:
+        counts: Training images of each class.
+
+    Returns:
+        Class ids, the rarest first; none where no class has twice the images of another.
+    """
+    if counts.max() < _UNEVEN * counts.min():
+        return []
+    return np.argsort(counts, kind="stable")[: max(len(counts) // 3, 1)].tolist()
+
+
+def with_rarest(records: Iterable[Mapping[str, Any]], rarest: Sequence[int]) -> list[Mapping]:
+    """Records of accuracies, and behind them what they say of some classes, for a table.
+
+    Args:
+        records: Fields of `Cell`, `value`, and the accuracies of the `classes`.
+        rarest: Class ids; none adds nothing.
+    """
+    records = list(records)
+    if not rarest:
+        return records
+    added = []
+    for record in records:
+        # A class without test images has no accuracy.
+        known = [x for c in rarest if (x := record["classes"][c]) is not None]
+        value = float(np.mean(known)) if known and record["value"] is not None else None
+        if known:
+            metric = f"{record['metric']}, rarest third"
+            added.append({"row": record["row"], "metric": metric, "value": value})
+    return records + added
 
 
 def _cell(values: Sequence[float | int | None], shown: Callable) -> str:

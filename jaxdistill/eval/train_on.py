@@ -266,12 +266,9 @@ def train_many(
     }
 
     per_epoch = -(-images.shape[0] // min(protocol.batch, images.shape[0]))
-    # Whole epochs, the first of which has the full rate, however few there are.
-    decays = [max(int(protocol.epochs * f), 1) for f in protocol.decay_at]
-    edges = [0, *decays, protocol.epochs]
     total = protocol.epochs * per_epoch
     block = -(-total // _BLOCKS)
-    for stage, epochs in enumerate(itertools.pairwise(edges)):
+    for stage, epochs in enumerate(_stages(protocol)):
         begin, end = (epoch * per_epoch for epoch in epochs)
         keys_stage = jax.vmap(lambda k, stage=stage: jax.random.fold_in(k, stage))(k_train)
         # Fresh momentum in each stage.
@@ -293,6 +290,93 @@ def train_many(
             on_block(min(begin + first + block, end) / total)
         params = carry.params
     return jax.tree.map(lambda x: x[:count], jax.device_put(params, devices[0]))
+
+
+def _stages(protocol: Protocol) -> list[tuple[int, int]]:
+    """The epochs from which and up to which the rate is the same."""
+    # Whole epochs, the first of which has the full rate, however few there are.
+    decays = [max(int(protocol.epochs * f), 1) for f in protocol.decay_at]
+    return list(itertools.pairwise([0, *decays, protocol.epochs]))
+
+
+def train_observed(
+    key: PRNGKeyArray,
+    network: Network,
+    images: Array,
+    targets: Float[Array, "n classes"],
+    observe: Callable[[Any, Any], Any],
+    seen: Any,
+    *,
+    normalize: Callable[[Array], Array],
+    protocol: Protocol,
+    loss: Loss = optax.softmax_cross_entropy,
+    microbatch: int = 256,
+    on_epoch: Callable[[int], None] = lambda epochs: None,
+    should_stop: ShouldStop = never,
+) -> tuple[Any, Any]:
+    """Trains a fresh network as `train` does, and looks at it after each epoch.
+
+    Args:
+        key: As `train` has it; the network ends in the same state.
+        network: What to train.
+        images: uint8, or float32 in [0, 1], (n, H, W, C).
+        targets: One-hot or soft labels, or what else the loss takes.
+        observe: `(params, seen) -> tree`, a part of the program of an epoch; one program is
+            compiled for each function.
+        seen: What it looks at: a tree of arrays.
+        normalize: Images to normalized images.
+        protocol: How.
+        loss: What is descended.
+        microbatch: Images in one pass.
+        on_epoch: Called with the number of epochs that are done, after each.
+        should_stop: Whether to give up.
+
+    Returns:
+        The parameters after the last epoch, and what was observed, on the host, with a leading
+        axis of epochs.
+
+    Raises:
+        Interrupted: If `should_stop` said yes.
+    """
+    k_init, k_train = jax.random.split(key)
+    params = jax.tree.map(lambda x: x[0], _initial(k_init[None], network=network))
+    images, targets, seen = jax.device_put((images, targets, seen))
+    found = []
+    for stage, (begin, end) in enumerate(_stages(protocol)):
+        carry = _Carry(params, optimizer(protocol).init(params))
+        for epoch in range(end - begin):
+            carry, observed = _observed_epoch(
+                carry,
+                jax.random.fold_in(k_train, stage),
+                images,
+                targets,
+                seen,
+                jnp.float32(protocol.rate * 0.1**stage),
+                jnp.int32(epoch),
+                observe=observe,
+                network=network,
+                protocol=protocol,
+                normalize=normalize,
+                loss=loss,
+                microbatch=microbatch,
+            )
+            wait(carry, should_stop, "stopped while training networks")
+            found.append(jax.device_get(observed))
+            on_epoch(begin + epoch + 1)
+        params = carry.params
+    return params, jax.tree.map(lambda *x: np.stack(x), *found)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("observe", "network", "protocol", "normalize", "loss", "microbatch"),
+    donate_argnames="carry",
+)
+def _observed_epoch(carry, key, images, targets, seen, rate, epoch, *, observe, **options):
+    n = images.shape[0]
+    per_epoch = -(-n // min(options["protocol"].batch, n))
+    carry = _train_steps(carry, key, images, targets, rate, epoch * per_epoch, per_epoch, **options)
+    return carry, observe(carry.params, seen)
 
 
 def have_diverged(

@@ -103,14 +103,13 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
     normalize = normalizer(data.mean, data.std)
     network = _extractor(groups, data.num_classes, data.image_shape)
     counts = np.bincount(data.train.labels, minlength=data.num_classes)
-    smallest = int(counts.argmin())
     index, _ = per_class_table(data.train.labels, data.num_classes)
     train = data.train._asdict() | {"index": index, "counts": counts.astype(np.int32)}
     task = CondenseTask(
         data.name,
         data.num_classes,
         data.image_shape,
-        (int(counts[smallest]), data.class_names[smallest]),
+        tuple(zip(counts.tolist(), data.class_names, strict=True)),
         normalize,
         network,
         Part(
@@ -150,7 +149,7 @@ def shapes(experiment: Experiment) -> CondenseTask:
         groups.data.name,
         facts.num_classes,
         facts.image_shape,
-        (per_class, "the largest"),
+        ((per_class, "the largest"),) * facts.num_classes,
         # The statistics are numbers in the program; which ones changes nothing.
         normalizer((0.0,) * channels, (1.0,) * channels),
         network,
@@ -183,19 +182,24 @@ def save(
     """Writes the distilled set; see `jaxdistill.io.artifact`."""
     data, images = loaded.data, np.asarray(output["images"])
     classes, per_class = images.shape[:2]
+    # Where classes have budgets of their own, the images beyond them are nobody's.
+    there = np.asarray(output.get("present", np.ones((classes, per_class), bool))).reshape(-1)
+    ipc = row.settings.get("ipc", per_class)
     card = {
         "class_names": list(data.class_names),
         "mean": list(data.mean),
         "std": list(data.std),
-        "ipc": row.settings.get("ipc", per_class),
+        "ipc": max(ipc) if isinstance(ipc, tuple) else ipc,
         "factor": row.settings.get("factor", 1),
         "seeds": {"condense": experiment.seed},
         "accuracies": [],
     } | card
-    labels = np.repeat(np.arange(classes, dtype=np.int32), per_class)
-    flat = images.reshape(-1, *images.shape[2:])
+    labels = np.repeat(np.arange(classes, dtype=np.int32), per_class)[there]
+    if "present" in output:
+        card["counts"] = np.bincount(labels, minlength=classes).tolist()
+    flat = images.reshape(-1, *images.shape[2:])[there]
     soft, learned = (
-        None if name not in output else np.asarray(output[name]).reshape(len(labels), -1)
+        None if name not in output else np.asarray(output[name]).reshape(len(there), -1)[there]
         for name in ("soft_labels", "learned_labels")
     )
     artifact.save(folder, artifact.Distilled(flat, labels, soft, card, learned))
@@ -213,7 +217,9 @@ def read(folder: Path, shapes: PyTree) -> tuple[artifact.Distilled, dict]:
     """
     distilled = artifact.load(folder)
     classes, per_class, *shape = shapes["images"].shape
-    if distilled.images.shape != (classes * per_class, *shape):
+    counts = np.bincount(distilled.labels, minlength=classes)
+    full = counts.max() == per_class if "present" in shapes else (counts == per_class).all()
+    if len(counts) != classes or not full or distilled.images.shape[1:] != tuple(shape):
         raise InputError(
             f"{folder} holds images of shape {distilled.images.shape}, this run's are "
             f"{(classes * per_class, *shape)}; use another workdir"

@@ -56,6 +56,17 @@ def test_a_class_gives_distinct_images_of_its_own(data, size):
             assert (labels[row] == label).all()
 
 
+def test_a_class_of_too_few_images_repeats_them_evenly(data):
+    """Nine of classes of seven, four and nine; what there are enough of is drawn as ever."""
+    drawn = positions(draw(BatchSpec("per_class", 9), data, jax.random.key(1)))
+    _, labels = split()
+    for label, (row, count) in enumerate(zip(drawn, COUNTS, strict=True)):
+        assert len(set(row[:count])) == count and (labels[row] == label).all()
+        np.testing.assert_array_equal(row, np.resize(row[:count], 9))
+    fewer = positions(draw(BatchSpec("per_class", 4), data, jax.random.key(1)))
+    np.testing.assert_array_equal(fewer, drawn[:, :4])
+
+
 def test_the_images_of_a_class_are_equally_likely(data):
     keys = jax.random.split(jax.random.key(3), 4000)
     drawn = jax.jit(jax.vmap(lambda key: draw(BatchSpec("per_class", 3), data, key)))(keys)
@@ -110,11 +121,11 @@ def test_the_data_do_not_follow_the_callers_memory():
     ("spec", "names", "message"),
     [
         (
-            BatchSpec("per_class", 5),
+            BatchSpec("per_class", 10),
             ("cat", "dog", "eel"),
-            "class 'dog' has 4 examples, the batch ",
+            "class 'eel', the largest, has 9 examples, the batch ",
         ),
-        (BatchSpec("per_class", 5), None, "class '1' has 4 .* asks for 5 .* lower it to 4 or less"),
+        (BatchSpec("per_class", 11), None, "class '2', .* asks for 11 .* lower it to 9 or less"),
         (BatchSpec("per_class", 0), None, "a per_class batch of 0 examples; ask for at least one"),
         (BatchSpec("uniform", 0), None, "a uniform batch of 0 examples"),
         (BatchSpec("keys", 0), None, "a keys batch of 0 examples"),
@@ -126,7 +137,7 @@ def test_batches_that_cannot_be_filled_are_refused(data, spec, names, message):
 
 
 def test_batches_that_can_be_filled_are_not(data):
-    check(BatchSpec("per_class", 4), data, ("cat", "dog", "eel"))
+    check(BatchSpec("per_class", 9), data, ("cat", "dog", "eel"))
     check(BatchSpec("uniform", 100), data)
 
 
