@@ -119,8 +119,8 @@ def start_of(
     count, name = max(task.class_sizes, key=lambda size: size[0])
     if count < batch_real:
         raise InputError(
-            f"class {name!r}, the largest, has {count} training images, but "
-            f"batch_real={batch_real} asks for {batch_real}; lower it"
+            f"class {name!r} has {count} training images, but batch_real={batch_real} asks for "
+            f"{batch_real}, and no class has more; lower it"
         )
     for (count, name), own in [] if stored else sorted(zip(task.class_sizes, budgets, strict=True)):
         if count < (needed := real_needed(start, own, factor)):
