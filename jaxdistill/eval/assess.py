@@ -20,7 +20,7 @@ from jaxdistill.data.augment import parse
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.neighbours import copies, near_copies
 from jaxdistill.errors import InputError, Interrupted
-from jaxdistill.eval import dynamics, results, sampling, scores, train_on
+from jaxdistill.eval import dynamics, results, scores, train_on
 from jaxdistill.eval.bench import Bench
 from jaxdistill.eval.dynamics import Judgement
 from jaxdistill.eval.results import Cell
@@ -30,6 +30,7 @@ from jaxdistill.io.reading import read_json
 from jaxdistill.io.versions import versions
 from jaxdistill.io.writers import Progress
 from jaxdistill.keywords import Between, Count, Fraction, Rate
+from jaxdistill.parallel import processes
 from jaxdistill.settings import digest
 from jaxdistill.task import CondenseTask
 
@@ -216,7 +217,7 @@ def evaluate(
         print(f"{data.name}: {folder / 'assessment.md'}")
         print(results.table(bench.results.records(cells)))
 
-    sampling.in_the_first_process(work)
+    processes.in_the_first(work)
     bench.results.gather()
     return bench.results.records(cells)
 

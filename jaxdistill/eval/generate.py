@@ -27,6 +27,7 @@ from jaxdistill.io.files import dump, expanded, write_files
 from jaxdistill.io.reading import read_json, read_npz
 from jaxdistill.io.writers import Progress
 from jaxdistill.keywords import Between, Count, Folder, Natural
+from jaxdistill.parallel import processes
 from jaxdistill.settings import digest
 from jaxdistill.task import FlowTask
 
@@ -159,7 +160,7 @@ def evaluate(
         print(f"{bench.task.name}: {path}, by {name}")
         print(results.table(bench.results.records(cells)))
 
-    sampling.in_the_first_process(work)
+    processes.in_the_first(work)
     bench.results.gather()
     return bench.results.records(cells)
 

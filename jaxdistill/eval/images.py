@@ -26,6 +26,7 @@ from jaxdistill.io.files import expanded, write_files
 from jaxdistill.io.reading import read_npz
 from jaxdistill.keywords import Between, Count, Folder
 from jaxdistill.nn.judge import Judge
+from jaxdistill.parallel import processes
 from jaxdistill.settings import digest
 from jaxdistill.task import FlowTask
 
@@ -129,7 +130,7 @@ def evaluate(
             _draw(rows)
         sampling.show(bench, names, protocol, examples)
 
-    sampling.in_the_first_process(work)
+    processes.in_the_first(work)
     bench.results.gather()
     return sampling.records(bench, names, protocol)
 

@@ -16,6 +16,7 @@ from jaxdistill.flow import samplers
 from jaxdistill.flow.paths import boundaries, shifted
 from jaxdistill.io import pictures
 from jaxdistill.keywords import Between, Count
+from jaxdistill.parallel import processes
 from jaxdistill.settings import digest
 from jaxdistill.task import FlowTask
 
@@ -77,7 +78,7 @@ def evaluate(
             _draw(rows, min(2000, examples))
         sampling.show(bench, names, protocol, examples)
 
-    sampling.in_the_first_process(work)
+    processes.in_the_first(work)
     bench.results.gather()
     return sampling.records(bench, names, protocol)
 

@@ -25,7 +25,6 @@ from jaxdistill.flow import samplers
 from jaxdistill.flow.paths import boundaries, shifted
 from jaxdistill.io.files import write_files
 from jaxdistill.io.writers import Progress
-from jaxdistill.parallel import processes
 from jaxdistill.task import FlowTask
 
 # Streams of noise, far from the numbers that splitting a key folds into it.
@@ -228,23 +227,6 @@ def records(bench: Bench, names: Iterable[str], protocol: str) -> list[dict]:
         if (c.evaluation, c.protocol) == (bench.name, protocol) and c.row in order
     ]
     return bench.results.records(sorted(cells, key=lambda c: order[c.row]))
-
-
-def in_the_first_process(work: Callable[[], None]) -> None:
-    """Lets the first of several processes do something, and all learn how it ended.
-
-    Raises:
-        InputError, Interrupted, OSError: As the work does; in the other processes `Interrupted`.
-    """
-    failure = None
-    try:
-        if processes.is_first():
-            work()
-    except (InputError, Interrupted, OSError) as error:
-        failure = error
-    # The others wait here, and must not for ever.
-    if processes.any_says(failure is not None):
-        raise failure or Interrupted("the evaluation in the first process ended")
 
 
 def show(bench: Bench, names: Iterable[str], protocol: str, examples: int) -> None:

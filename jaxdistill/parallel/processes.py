@@ -1,12 +1,12 @@
 """Several processes as one run: joining them, dealing work, waiting for each other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxdistill.errors import InputError
+from jaxdistill.errors import InputError, Interrupted
 
 
 def join(spec: str) -> None:
@@ -72,6 +72,23 @@ def any_says(yes: bool) -> bool:
     if jax.process_count() == 1:
         return yes
     return bool(multihost_utils.process_allgather(np.array(yes)).any())
+
+
+def in_the_first(work: Callable[[], None]) -> None:
+    """Lets the first of several processes do something, and all learn how it ended.
+
+    Raises:
+        InputError, Interrupted, OSError: As the work does; in the other processes `Interrupted`.
+    """
+    failure = None
+    try:
+        if is_first():
+            work()
+    except (InputError, Interrupted, OSError) as error:
+        failure = error
+    # The others wait here, and must not for ever.
+    if any_says(failure is not None):
+        raise failure or Interrupted("the first process ended")
 
 
 def whole(array: jax.Array) -> np.ndarray:
