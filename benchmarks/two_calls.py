@@ -170,7 +170,8 @@ def _compare_teachers(name: str, args: argparse.Namespace) -> None:
         if steps in [r["steps"] for r in recording.read(path)]:
             continue
         workdir = args.workdir / f"teacher-{name}-{steps}"
-        overrides = {"teacher.steps": str(steps), "method.steps": "10"} | _FASHION.tuning
+        overrides = {"teacher.steps": str(steps), "method.steps": "10"}
+        overrides |= _FASHION.overrides | _FASHION.tuning
         overrides |= {"evals.samples.teacher_rows": "('midpoint:16',)"}
         overrides |= {"evals.samples.judge_dir": str(args.workdir / "judge-held")}
         config = jaxdistill.load_config(f"flow:dataset={name},method=linear,baselines=", overrides)
