@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Float64, Int32, UInt8
+from jaxtyping import Float, Float64, Int32, UInt8
 from scipy.special import ndtri
 
 from jaxdistill.condense.accounting import COUNT_WEIGHT, deviation
@@ -47,11 +47,11 @@ def unit_normals(shape: tuple[int, ...]) -> Float64[np.ndarray, "..."]:
     return ndtri(((bits >> np.uint64(12)) + 0.5) * 2.0**-52).reshape(shape)
 
 
-def contributions(vectors: np.ndarray) -> Float64[np.ndarray, "n dim+1"]:
+def contributions(vectors: Float[np.ndarray, "n dim"]) -> Float64[np.ndarray, "n dim+1"]:
     """What examples add to the sum of their class, of length `accounting.SENSITIVITY` at most.
 
     Args:
-        vectors: Their embeddings (n, dim). Those longer than 1 are shortened to it, and what is no
+        vectors: Their embeddings. Those longer than 1 are shortened to it, and what is no
             finite number is 0, so that the bound holds whatever the embedding does.
 
     Returns:
@@ -71,7 +71,7 @@ def class_sums(
     num_classes: int,
     microbatch: int,
     should_stop: ShouldStop = never,
-) -> Float64[np.ndarray, "releases classes dim+1"]:
+) -> Float64[np.ndarray, "releases classes numbers"]:
     """The exact sums, in float64. Nobody may see them.
 
     Args:
@@ -99,7 +99,7 @@ def class_sums(
             part = images[first : first + microbatch]
             # One program for all: the last part is filled up with what is not counted.
             full = np.pad(part, ((0, microbatch - len(part)), *((0, 0),) * 3))
-            added = contributions(apply(drawn, full)[: len(part)])
+            added = contributions(np.asarray(apply(drawn, full))[: len(part)])
             own = np.eye(num_classes)[labels[first : first + microbatch]]
             sums[release] += own.T @ added
             bar.update(release * len(images) + first + len(part), {})
@@ -111,7 +111,7 @@ def _check_alone(apply: Callable, drawn: object, microbatch: int, shape: tuple[i
     """Refuses embeddings in which an image has a say in the vectors of others."""
     grey = jax.random.randint(jax.random.key(0), (2, microbatch, *shape), 0, 256).astype("uint8")
     alone, beside = apply(drawn, grey[0]), apply(drawn, grey[1].at[0].set(grey[0, 0]))
-    if not np.allclose(alone[0], beside[0], atol=_ROUNDING):
+    if not np.allclose(alone[0], beside[0], atol=_ROUNDING, equal_nan=True):
         raise InputError(
             "the features of an image depend on the images beside it, as batch norm makes them, "
             "and then nothing bounds what one image adds; set extractor.norm=instance"
@@ -131,7 +131,7 @@ def load_or_make(
     microbatch: int,
     should_stop: ShouldStop = never,
     noise: Noise = unit_normals,
-) -> tuple[Float64[np.ndarray, "releases classes dim"], Float64[np.ndarray, "releases classes"]]:
+) -> tuple[Float64[np.ndarray, "r classes dim"], Float64[np.ndarray, "r classes"]]:
     """Reads the noisy sums that a file holds, without a look at the data, or makes them.
 
     Args:

@@ -8,11 +8,11 @@ sums have, and no other part of a run does.
 The embedding of NCFM is made for it: at K frequencies, `exp(1j * <t, f>) / sqrt(K)` has length 1,
 whatever the features of an image are, so nothing is clipped. That of DM, the features themselves,
 is here their direction alone. What NCFM does beside this needs the data at every step: its trained
-extractors, calibration, soft labels and real images to start from. No root is taken of the distance,
-for its gradient would no more be right on average under the noise, and no frequencies ascend, for
-they would find the noise.
+extractors, calibration, soft labels and real images to start from. No root is taken of the
+distance, for its gradient would no more be right on average under the noise, and no frequencies
+ascend, for they would find the noise.
 
-Harder et al., "DP-MERF" (AISTATS 2021), noises a mean embedding once; Wang et al., NCFM (CVPR 2025).
+Harder et al., "DP-MERF" (AISTATS 2021), add noise to a mean embedding once, for a generator.
 """
 
 import math
@@ -120,8 +120,8 @@ def direction(network: Network, channels: int) -> Embedding:
 
 
 def means(
-    sums: Float[np.ndarray, "releases classes dim"], counts: Float[np.ndarray, "releases classes"]
-) -> Float[np.ndarray, "releases classes dim"]:
+    sums: Float[np.ndarray, "r classes dim"], counts: Float[np.ndarray, "r classes"]
+) -> Float[np.ndarray, "r classes dim"]:
     """Noisy sums as means of vectors of length 1: what no mean can be is undone.
 
     Args:

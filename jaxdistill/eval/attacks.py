@@ -13,6 +13,7 @@ from scipy.stats import beta, norm
 from sklearn.metrics import pairwise_distances_chunked, roc_curve
 
 Scores = Float[np.ndarray, "models n"]
+Attacked = Float[np.ndarray, "targets n"]
 Members = Bool[np.ndarray, "models n"]
 
 
@@ -47,8 +48,8 @@ def confidences(
 
 
 def likelihood_ratios(
-    shadows: Scores, members: Members, targets: Scores, *, shared: bool = True
-) -> Scores:
+    shadows: Scores, members: Members, targets: Attacked, *, shared: bool = True
+) -> Attacked:
     """LiRA, online: how much better an example's scores fit models that have seen it.
 
     Args:
@@ -70,8 +71,8 @@ def likelihood_ratios(
 
 
 def offline_ratios(
-    shadows: Scores, members: Members, targets: Scores, *, shared: bool = True
-) -> Scores:
+    shadows: Scores, members: Members, targets: Attacked, *, shared: bool = True
+) -> Attacked:
     """LiRA, offline: how far a score lies above those of models that have not seen the example.
 
     Args:

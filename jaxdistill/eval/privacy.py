@@ -59,7 +59,7 @@ def evaluate(
 
     A distance is relative: to the nearest training image, over the mean distance of the nearest
     `neighbours`; else blurred images would be near to everything. `copies` is the share of a row's
-    images whose distance lies below the quantile of the held-out images' own; of sets without
+    images whose distance is at most the quantile of the held-out images' own; of sets without
     copies about the quantile. `median` is the median distance over that of the held-out images.
     `copies/ROW.png` in the workdir has the nearest pairs: an image, and the training image. It is
     not for publication.
@@ -122,7 +122,8 @@ def _measure(bench, todo, held_out, quantile, neighbours, shown, protocol) -> No
         found = list(distances(images))
         values = []
         for own, (low, middle) in zip(found, near, strict=True):
-            values += [np.mean(own.relative < low), np.median(own.relative) / middle]
+            over = np.median(own.relative) / max(middle, 1e-12)
+            values += [np.mean(own.relative <= low), over]
         by_pixels = found[0]
         worst = np.argsort(by_pixels.relative, kind="stable")[:shown]
         pairs = np.concatenate([images[worst], train[by_pixels.index[worst]]])
