@@ -195,13 +195,13 @@ def recipe(
     task: CondenseTask,
     *,
     ipc: ImagesPerClass = 1,
-    steps: Count = 2000,
+    steps: Count = 300,
     factor: Factor = 1,
-    learning_rate: Rate = 0.02,
+    learning_rate: Rate = 0.05,
     learning_rate_decay: Fraction = 0.05,
     embedding: Literal["characteristic", "direction"] = "characteristic",
     num_freqs: Count = 512,
-    frequency_scale: Annotated[float, Between(1e-3, 1e3)] = 3.0,
+    frequency_scale: Annotated[float, Between(1e-3, 1e3)] = 1.0,
     **release: Annotated[Any, Release],
 ) -> Recipe:
     """Adam on the pixels, from noise, under random networks of the extractors' shape.

@@ -1,0 +1,284 @@
+"""What a guarantee costs in accuracy, and what attackers find with and without one.
+
+    python benchmarks/privacy.py membership     # who was among the training images, by LiRA
+    python benchmarks/privacy.py accuracy       # Fashion-MNIST at several epsilons
+    python benchmarks/privacy.py --table        # from the records
+
+`membership`: of 2,000 training images of Fashion-MNIST each pipeline gets a random half. It makes a
+set of a few images from its half (or takes the half itself) and trains a softmax regression on the
+pixels of the set, by 200 iterations of L-BFGS. The attacker has the regression and the images, knows the pipeline, has run it
+itself on halves of its own, and says by LiRA which images were in. `accuracy`: fresh ConvNets of
+width 32 on the sets of the config `private`, on the test split; rates and frequencies were chosen
+on digits and on training images, with no look at it. Each epsilon is one release, which all numbers
+of images and all seeds share. Records go to `benchmarks/records/`, and the same command goes on.
+"""
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import recording
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+import jaxdistill
+from jaxdistill import release
+from jaxdistill.condense import accounting, released
+from jaxdistill.data import sources
+from jaxdistill.eval import attacks, results
+from jaxdistill.io.versions import versions
+from jaxdistill.nn.classifiers import classifier
+
+_MEMBERSHIP = recording.FOLDER / "privacy_membership.json"
+_ACCURACY = recording.FOLDER / "privacy_fashion_mnist.json"
+_PICTURE = Path(__file__).parent.parent / "docs" / "images" / "privacy_membership.png"
+_DELTA = 1e-5
+
+# Of the attack.
+_POOL, _CLASSES, _SHADOWS, _TARGETS = 2000, 10, 16, 8
+_RELEASES, _STEPS, _RATE = 4, 200, 0.05
+_ALLOWED = (0.001, 0.01)
+# Arm -> images per class (0: the whole half), and what is done: real images, or an epsilon.
+_ARMS: dict[str, tuple[int, str | float | None]] = {
+    "the half itself": (0, "real"),
+    "random real images, 10 a class": (10, "real"),
+    "released, exact, 1 a class": (1, None),
+    "released, exact, 10 a class": (10, None),
+    "released, epsilon=10, 10 a class": (10, 10.0),
+    "released, epsilon=1, 10 a class": (10, 1.0),
+}
+
+# Of the accuracies.
+_EPSILONS = (1.0, 4.0, 10.0)
+_KEYS = ("epsilon", "ipc", "seed")
+
+
+# ---------------------------------------------------------------------------- the attack
+
+
+def halves(count: int, pipelines: int) -> np.ndarray:
+    """Which images each pipeline has: a random half and the other half, in turn."""
+    numbers = np.random.default_rng(0)
+    order = [numbers.permutation(count) < count // 2 for _ in range(pipelines // 2)]
+    return np.stack([half for first in order for half in (first, ~first)])
+
+
+def _learner(embedding, ipc: int):
+    """`(means, key) -> images`, compiled."""
+    method = released.matching(
+        embedding,
+        optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS, 0.05)),
+        num_classes=_CLASSES,
+        image_shape=(28, 28, 1),
+        releases=_RELEASES,
+        ipc=ipc,
+    )
+
+    @jax.jit
+    def learn(means, key):
+        frozen = {"means": means}
+        step = lambda i, s: method.step(s, frozen, (), jax.random.fold_in(key, i))[0]  # noqa: E731
+        last = jax.lax.fori_loop(0, _STEPS, step, method.init(key, frozen, ()))
+        return method.output(last)["images"]
+
+    return learn
+
+
+def _sets(images, labels, members, ipc: int, told: str | float | None):
+    """The set that each pipeline makes of its half: images and labels."""
+    if told == "real":
+        for i, own in enumerate(members):
+            numbers = np.random.default_rng(i)
+            rows = np.flatnonzero(own)
+            if ipc:
+                by_class = [numbers.permutation(rows[labels[rows] == c])[:ipc] for c in range(10)]
+                rows = np.concatenate(by_class)
+            yield images[rows] / 255.0, labels[rows]
+        return
+    network = classifier("mlp", _CLASSES, (28, 28, 1))
+    embedding = released.characteristic(network, 1, num_freqs=256, scale=1.0)
+    apply = jax.jit(embedding.apply)
+    # What an image adds to a sum does not depend on the half.
+    vectors = [
+        release.contributions(np.asarray(apply(embedding.draw(r), images)))
+        for r in range(_RELEASES)
+    ]
+    learn, own_labels = _learner(embedding, ipc), np.repeat(np.arange(10), ipc)
+    one_hot = np.eye(_CLASSES)[labels]
+    for i, own in enumerate(members):
+        sums = np.stack([(one_hot * own[:, None]).T @ each for each in vectors])
+        if told is not None:
+            sigma = accounting.deviation(float(told), _DELTA, _RELEASES)
+            sums += sigma * release.unit_normals(sums.shape)
+        means = released.means(sums[..., :-1], sums[..., -1] / accounting.COUNT_WEIGHT)
+        made = np.asarray(learn(jnp.asarray(means), jax.random.key(i)))
+        yield made.reshape(-1, 28, 28, 1), own_labels
+
+
+def attack(arm: str) -> dict:
+    """Runs all pipelines of an arm, and LiRA on the last ones of them."""
+    began = time.process_time()
+    ipc, told = _ARMS[arm]
+    data = sources.load("fashion_mnist")
+    numbers = np.random.default_rng(1)
+    chosen = [numbers.permutation(np.flatnonzero(data.train.labels == c)) for c in range(_CLASSES)]
+    rows = np.concatenate([each[: _POOL // _CLASSES] for each in chosen])
+    images, labels = data.train.images[rows], data.train.labels[rows]
+    members = halves(_POOL, _SHADOWS + _TARGETS)
+    flat = images.reshape(_POOL, -1) / 255.0
+    test = data.test.images.reshape(len(data.test.labels), -1) / 255.0
+    warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of iterations is meant
+    scores, right = [], []
+    for made, own in _sets(images, labels, members, ipc, told):
+        model = LogisticRegression(C=10.0, max_iter=200).fit(made.reshape(len(made), -1), own)
+        scores.append(attacks.confidences(model.decision_function(flat), labels))
+        right.append(model.score(test, data.test.labels))
+    scores = np.stack(scores)
+    ratios = attacks.likelihood_ratios(scores[:_SHADOWS], members[:_SHADOWS], scores[_SHADOWS:])
+    seen = members[_SHADOWS:].ravel()
+    false, true = attacks.curve(ratios.ravel(), seen)
+    # As many points as a picture has pixels.
+    kept = np.unique(np.searchsorted(false, np.geomspace(1e-4, 1, 200)).clip(0, len(false) - 1))
+    threshold = scores[_SHADOWS:].ravel()
+    return {
+        "accuracy": float(np.mean(right)),
+        "accuracy_std": float(np.std(right)),
+        "auc": float(roc_auc_score(seen, ratios.ravel())),
+        "rates": {str(f): attacks.true_rate(ratios.ravel(), seen, f)._asdict() for f in _ALLOWED},
+        "threshold_auc": float(roc_auc_score(seen, threshold)),
+        "threshold_rates": {
+            str(f): attacks.true_rate(threshold, seen, f)._asdict() for f in _ALLOWED
+        },
+        "false": [round(float(x), 6) for x in false[kept]],
+        "true": [round(float(x), 6) for x in true[kept]],
+        "cpu_seconds": round(time.process_time() - began, 1),
+        "versions": versions(),
+    }
+
+
+def membership_table(found: dict[str, dict]) -> str:
+    """Markdown: what the attacker finds."""
+    head = [f"{100 * f:g} %" for f in _ALLOWED]
+    lines = [
+        ["the attacked set", "accuracy", *(f"TPR at {h} (95 %)" for h in head), "AUC", "loss, AUC"]
+    ]
+    for arm in _ARMS:
+        if arm in found:
+            own = found[arm]
+            rates = [own["rates"][str(f)] for f in _ALLOWED]
+            shown = [
+                f"{100 * r['value']:.2f} ({100 * r['low']:.2f} to {100 * r['high']:.2f})"
+                for r in rates
+            ]
+            accuracy = f"{100 * own['accuracy']:.1f} ± {100 * own['accuracy_std']:.1f}"
+            lines.append(
+                [arm, accuracy, *shown, f"{own['auc']:.3f}", f"{own['threshold_auc']:.3f}"]
+            )
+    return results.markdown(lines)
+
+
+def picture(found: dict[str, dict], path: Path) -> None:
+    """Rates of true alarms against those of false ones, on logarithmic axes."""
+    figure, axes = plt.subplots(figsize=(6.5, 5), layout="constrained")
+    for arm, style in zip(_ARMS, ("k-", "C1-", "C0:", "C0-", "C2--", "C3--"), strict=True):
+        if arm in found:
+            axes.plot(found[arm]["false"], found[arm]["true"], style, label=arm)
+    line = np.geomspace(1e-4, 1, 100)
+    axes.plot(line, line, color="0.6", lw=0.8, label="chance")
+    axes.set(xscale="log", yscale="log", xlim=(1e-4, 1), ylim=(1e-4, 1))
+    axes.set(xlabel="false alarms: share of the others", ylabel="true alarms: share of the members")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+# ---------------------------------------------------------------------------- the accuracy
+
+
+def accuracy(epsilon: float | str | None, ipc: int, seed: int, workdir: Path) -> dict:
+    """Makes a set and trains networks on it."""
+    told = {} if not isinstance(epsilon, float) else {"epsilon": epsilon}
+    spec = f"private:dataset=fashion_mnist,ipc={ipc},seed={seed},baselines=exact"
+    config = jaxdistill.load_config(spec).unlock()
+    if epsilon == "random":
+        config.method = {"name": "random", "ipc": ipc}
+    elif told:
+        config.method.epsilon = epsilon
+    else:
+        config.method = config.baselines.exact
+    config.baselines = {}
+    if epsilon != "random":
+        config.method.factor = 1
+        config.method.releases, config.method.num_freqs = 2, 256
+        config.method.steps = 300
+        config.method.release_dir = str(workdir / "released")
+    config.extractor.width = config.evals.accuracy.width = 32
+    config.evals.accuracy.epochs = 300 if ipc == 1 else 100
+    config.evals.accuracy.seeds = 1
+    del config.evals.copies
+    folder = workdir / recording.slug("epsilon", str(epsilon), ipc, seed)
+    found = recording.accuracies(jaxdistill.train(config, folder))
+    card = jaxdistill.load_distilled(folder).card
+    return {
+        "epsilon": epsilon,
+        "ipc": ipc,
+        "seed": seed,
+        "results": found,
+        "cost": card["cost"],
+        "privacy": card.get("privacy"),
+        "settings": {n: v for n, v in card["settings"]["method"].items() if n != "release_dir"},
+        "versions": versions(),
+    }
+
+
+def accuracy_table(records: list[dict]) -> str:
+    """Markdown: accuracy in %, mean ± std over the seeds."""
+    sizes = sorted({r["ipc"] for r in records})
+    lines = [["", *(f"{ipc} a class" for ipc in sizes)]]
+    names = {"random": "random real images", None: "no noise, no guarantee"}
+    for epsilon in ("random", None, *reversed(_EPSILONS)):
+        cells = []
+        for ipc in sizes:
+            own = [r for r in records if (r["epsilon"], r["ipc"]) == (epsilon, ipc)]
+            values = [m["accuracy"] for r in own for m in r["results"]]
+            cells.append(f"{results.percent(values)} ({len(values)})" if values else "–")
+        lines.append([names.get(epsilon, f"epsilon={epsilon}, delta={_DELTA:g}"), *cells])
+    return results.markdown(lines)
+
+
+def main() -> None:
+    """Runs what is missing and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="?", choices=("membership", "accuracy"))
+    parser.add_argument("--ipc", type=int, nargs="*", default=[1, 10])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--workdir", type=Path, default=Path("runs/privacy"))
+    parser.add_argument("--table", action="store_true", help="only print what is recorded")
+    args = parser.parse_args()
+    if args.part == "membership" and not args.table:
+        for arm in _ARMS:
+            recording.kept(_MEMBERSHIP, arm, lambda arm=arm: attack(arm))
+    if args.part == "accuracy" and not args.table:
+        for seed in args.seeds:
+            for ipc in args.ipc:
+                for epsilon in ("random", None, *_EPSILONS):
+                    if not recording.has(_ACCURACY, (epsilon, ipc, seed), _KEYS):
+                        record = accuracy(epsilon, ipc, seed, args.workdir)
+                        recording.put(_ACCURACY, record, _KEYS)
+    found = recording.read(_MEMBERSHIP)
+    if found:
+        print(f"\n{membership_table(found)}")
+        picture(found, _PICTURE)
+    if records := recording.read(_ACCURACY):
+        print(f"\n{accuracy_table(records)}")
+
+
+if __name__ == "__main__":
+    main()
