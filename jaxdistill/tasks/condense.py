@@ -325,8 +325,9 @@ def _released(groups, data, workdir, should_stop, settings, embedding, known) ->
         spec = {k: v for k, v in settings._asdict().items() if k != "release_dir"}
         own = digest([spec, known, groups.extractor._asdict(), data.fingerprint()])
         folder = expanded(settings.release_dir) if settings.release_dir else workdir / "released"
+        told = "exact" if settings.epsilon is None else f"epsilon{settings.epsilon:g}"
         sums, counts = release.load_or_make(
-            folder / f"{own}.npz",
+            folder / f"{told}-{own}.npz",
             embedding,
             *data.train,
             num_classes=data.num_classes,
