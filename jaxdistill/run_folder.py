@@ -83,7 +83,18 @@ def _is_writable(workdir: Path) -> bool:
 
 
 # Where what a kill leaves half-written is removed.
-_FOLDERS = ("", "artifacts", "teacher", "start", "judge", "generated", "readings", "answers")
+_FOLDERS = (
+    "",
+    "artifacts",
+    "teacher",
+    "start",
+    "judge",
+    "generated",
+    "readings",
+    "answers",
+    "released",
+    "copies",
+)
 
 
 def _prepare(workdir: Path, config: Mapping[str, Any]) -> None:

@@ -24,11 +24,14 @@ from jaxdistill.condense.released import (
     means,
 )
 from jaxdistill.errors import InputError, Interrupted
-from jaxdistill.eval import attacks
+from jaxdistill.eval import attacks, classify
+from jaxdistill.eval.bench import Made
+from jaxdistill.io import artifact
 from jaxdistill.nn.classifiers import classifier
-from jaxdistill.task import Embedding, Network
+from jaxdistill.task import CondenseTask, Embedding, Network, Recipe
 
 SIDE, DIM, CLASSES, N = 8, 6, 3, 14
+TASK = CondenseTask(*[None] * len(CondenseTask._fields))  # of which nothing is asked
 
 
 def linear(params, images):
@@ -304,6 +307,31 @@ def test_the_start_knows_no_data():
 # ---------------------------------------------------------------------------- a run
 
 
+def test_the_config_gives_a_row_its_guarantee():
+    spec = "private:ipc=2,epsilon=3,delta=1e-6,baselines=random+exact+direction"
+    config = jaxdistill.load_config(spec)
+    assert (config.method.name, config.method.epsilon, config.method.delta) == ("released", 3, 1e-6)
+    rows = config.baselines
+    assert list(rows) == ["random", "exact", "direction"]
+    assert rows.exact.epsilon is None and rows.exact.delta is None
+    assert (rows.direction.embedding, rows.direction.epsilon, rows.direction.ipc) == (
+        "direction",
+        3,
+        2,
+    )
+    assert not jaxdistill.load_config("private:baselines=").baselines
+
+
+def test_labels_by_networks_that_know_the_data_are_refused(tmp_path):
+    card = {"privacy": {"epsilon": 1.0}}
+    there = artifact.Distilled(
+        np.zeros((1, 4, 4, 1), np.float32), np.zeros(1, np.int32), None, card
+    )
+    row = Made("released", tmp_path, Recipe(None, 1), lambda: there, tuple, tuple)
+    with pytest.raises(InputError, match=r"epsilon=1.*evals\.accuracy\.soft_labels=False"):
+        classify._soft_labels(TASK, row, 1.0)
+
+
 def small(folder, images):
     np.savez(
         folder / "data.npz",
@@ -332,15 +360,13 @@ def small(folder, images):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs that differ in one pixel of their data."""
-    found = []
-    for name in ("one", "other"):
-        folder = tmp_path_factory.mktemp(name)
-        images = IMAGES.copy()
-        images[0, 0, 0, 0] ^= name == "other"
-        jaxdistill.train(small(folder, images), folder / "run")
-        found.append(folder / "run")
-    return found
+    """Two runs under one name of data that differ in one image; the first is evaluated."""
+    folder = tmp_path_factory.mktemp("runs")
+    other = small(folder, np.where(np.arange(N)[:, None, None, None] > 0, IMAGES, 255 - IMAGES))
+    other.evals = {}
+    jaxdistill.train(other, folder / "other")
+    jaxdistill.train(small(folder, IMAGES), folder / "one")
+    return folder / "one", folder / "other"
 
 
 def test_the_card_says_what_is_guaranteed(runs):
@@ -354,24 +380,22 @@ def test_the_card_says_what_is_guaranteed(runs):
 
 
 def test_nothing_in_the_artefact_identifies_the_data(runs):
-    texts = [(run / "artifacts" / "distilled.json").read_text() for run in runs]
-    cards = [json.loads(text) for text in texts]
-    for run, text, card in zip(runs, texts, cards, strict=True):
-        stored = run_folder.identity(run)
+    cards = []
+    for run in runs:
+        text = (run / "artifacts" / "distilled.json").read_text()
+        stored, card = run_folder.identity(run), json.loads(text)
         assert stored["source_sha256"] not in text and stored["test_sha256"] not in text
         assert not {"source_sha256", "test_sha256"} & (card["provenance"].keys() | card["settings"])
-    for card in cards:
-        card["settings"]["data"].pop("name")
-    assert cards[0]["settings"] == cards[1]["settings"]
+        cards.append((stored["source_sha256"], card["settings"], card["config_hash"]))
+    assert cards[0][0] != cards[1][0] and cards[0][1:] == cards[1][1:]
 
 
 def test_a_run_that_goes_on_reads_its_sums(runs, monkeypatch):
     monkeypatch.setattr(release, "class_sums", None)
     before = (runs[0] / "artifacts" / "distilled.npz").read_bytes()
-    data = runs[0].parent
     for name in ("distilled.npz", "distilled.json"):
         (runs[0] / "artifacts" / name).unlink()
-    images = IMAGES.copy()
-    jaxdistill.train(small(data, images), runs[0])
-    after = (runs[0] / "artifacts" / "distilled.npz").read_bytes()
-    assert after == before
+    config = small(runs[0].parent, IMAGES)
+    config.evals = {}
+    jaxdistill.train(config, runs[0])
+    assert (runs[0] / "artifacts" / "distilled.npz").read_bytes() == before
