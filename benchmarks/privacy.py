@@ -7,7 +7,8 @@
 `membership`: of 2,000 training images of Fashion-MNIST each pipeline gets a random half. It makes a
 set of a few images from its half (or takes the half itself) and trains a softmax regression on the
 pixels of the set, by 200 iterations of L-BFGS. The attacker has the regression and the images,
-knows the pipeline, has run it on halves of its own, and says by LiRA which images were in.
+knows the pipeline, has run it on halves of its own, and says by LiRA which images were in. Of the
+sums themselves the score of an image is its product with the mean of its class.
 `accuracy`: fresh ConvNets of width 32 on the test split, trained on sets that were learned from two
 releases under networks of that width; rate and scale of frequencies were chosen on training images.
 Records go to `benchmarks/records/`, and the same command goes on.
@@ -16,7 +17,9 @@ Records go to `benchmarks/records/`, and the same command goes on.
 import argparse
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,14 +48,32 @@ _DELTA = 1e-5
 _POOL, _CLASSES, _SHADOWS, _TARGETS = 2000, 10, 16, 8
 _RELEASES, _STEPS, _RATE = 4, 200, 0.05
 _ALLOWED = (0.001, 0.01)
-# Arm -> images per class (0: the whole half), and what is done: real images, or an epsilon.
-_ARMS: dict[str, tuple[int, str | float | None]] = {
-    "the half itself": (0, "real"),
-    "random real images, 10 a class": (10, "real"),
-    "released, exact, 1 a class": (1, None),
-    "released, exact, 10 a class": (10, None),
-    "released, epsilon=10, 10 a class": (10, 10.0),
-    "released, epsilon=1, 10 a class": (10, 1.0),
+
+
+class Arm(NamedTuple):
+    """What is attacked.
+
+    Attributes:
+        kind: `real` images, images learned from `released` sums, or the `sums` themselves.
+        ipc: Images per class; 0 for the whole half.
+        epsilon: Of the sums, if they have one.
+    """
+
+    kind: str
+    ipc: int = 10
+    epsilon: float | None = None
+
+
+_ARMS = {
+    "the half itself": Arm("real", 0),
+    "random real images, 10 a class": Arm("real"),
+    "released, exact, 1 a class": Arm("released", 1),
+    "released, exact, 10 a class": Arm("released"),
+    "released, epsilon=10, 10 a class": Arm("released", epsilon=10.0),
+    "released, epsilon=1, 10 a class": Arm("released", epsilon=1.0),
+    "the sums, exact": Arm("sums"),
+    "the sums, epsilon=10": Arm("sums", epsilon=10.0),
+    "the sums, epsilon=1": Arm("sums", epsilon=1.0),
 }
 
 # Of the accuracies.
@@ -99,71 +120,84 @@ def _learner(embedding, ipc: int, releases: int, steps: int):
     return learn
 
 
-def _sets(images, labels, members, ipc: int, told: str | float | None):
-    """The set that each pipeline makes of its half: images and labels."""
-    if told == "real":
-        for i, own in enumerate(members):
-            numbers = np.random.default_rng(i)
-            rows = np.flatnonzero(own)
-            if ipc:
-                by_class = [numbers.permutation(rows[labels[rows] == c])[:ipc] for c in range(10)]
-                rows = np.concatenate(by_class)
-            yield images[rows] / 255.0, labels[rows]
-        return
-    network = classifier("mlp", _CLASSES, (28, 28, 1))
-    embedding = released.characteristic(network, 1, num_freqs=256, scale=1.0)
+def _chosen(labels, members, ipc: int) -> Iterator[np.ndarray]:
+    """Which real images each pipeline takes of its half."""
+    for i, own in enumerate(members):
+        numbers, rows = np.random.default_rng(i), np.flatnonzero(own)
+        if ipc:
+            by_class = [numbers.permutation(rows[labels[rows] == c])[:ipc] for c in range(_CLASSES)]
+            rows = np.concatenate(by_class)
+        yield rows
+
+
+def _vectors(embedding, images) -> list[np.ndarray]:
+    """What each image adds to a sum, which does not depend on the half that it is in."""
     apply = jax.jit(embedding.apply)
-    # What an image adds to a sum does not depend on the half.
-    vectors = [
+    return [
         release.contributions(np.asarray(apply(embedding.draw(r), images)))
         for r in range(_RELEASES)
     ]
-    learn, own_labels = _learner(embedding, ipc, _RELEASES, _STEPS), np.repeat(np.arange(10), ipc)
+
+
+def _means(vectors, labels, members, epsilon: float | None) -> Iterator[np.ndarray]:
+    """What each pipeline releases of its half, as means."""
     one_hot = np.eye(_CLASSES)[labels]
-    for i, own in enumerate(members):
+    for own in members:
         sums = np.stack([(one_hot * own[:, None]).T @ each for each in vectors])
-        if told is not None:
-            sigma = accounting.deviation(float(told), _DELTA, _RELEASES)
+        if epsilon is not None:
+            sigma = accounting.deviation(epsilon, _DELTA, _RELEASES)
             sums += sigma * release.unit_normals(sums.shape)
-        means = released.means(sums[..., :-1], sums[..., -1] / accounting.COUNT_WEIGHT)
-        made = np.asarray(learn(jnp.asarray(means), jax.random.key(i)))
-        yield made.reshape(-1, 28, 28, 1), own_labels
+        yield released.means(sums[..., :-1], sums[..., -1] / accounting.COUNT_WEIGHT)
 
 
-def attack(arm: str) -> dict:
+def _scores(arm: Arm, images, labels, members, test) -> tuple[np.ndarray, list[float]]:
+    """A score of every image under every pipeline, and the accuracies of what was trained."""
+    flat = images.reshape(len(images), -1) / 255.0
+    embedding = released.characteristic(
+        classifier("mlp", _CLASSES, (28, 28, 1)), 1, num_freqs=256, scale=1.0
+    )
+    if arm.kind == "real":
+        made = ((flat[rows], labels[rows]) for rows in _chosen(labels, members, arm.ipc))
+    else:
+        vectors = _vectors(embedding, images)
+        means = _means(vectors, labels, members, arm.epsilon)
+        if arm.kind == "sums":
+            stacked = np.stack(vectors)[..., :-1]
+            trace = lambda mean: np.einsum("rnd,rnd->n", stacked, mean[:, labels])  # noqa: E731
+            return np.stack([trace(mean) for mean in means]), []
+        learn = _learner(embedding, arm.ipc, _RELEASES, _STEPS)
+        own_labels = np.repeat(np.arange(_CLASSES), arm.ipc)
+        sets = (learn(jnp.asarray(mean), jax.random.key(i)) for i, mean in enumerate(means))
+        made = ((np.asarray(each).reshape(len(own_labels), -1), own_labels) for each in sets)
+    scores, right = [], []
+    for pixels, own in made:
+        model = LogisticRegression(C=10.0, max_iter=200).fit(pixels, own)
+        scores.append(attacks.confidences(model.decision_function(flat), labels))
+        right.append(model.score(test.images.reshape(len(test.labels), -1) / 255.0, test.labels))
+    return np.stack(scores), right
+
+
+def attack(name: str) -> dict:
     """Runs all pipelines of an arm, and LiRA on the last ones of them."""
     began = time.process_time()
-    ipc, told = _ARMS[arm]
     data = sources.load("fashion_mnist")
     numbers = np.random.default_rng(1)
     chosen = [numbers.permutation(np.flatnonzero(data.train.labels == c)) for c in range(_CLASSES)]
     rows = np.concatenate([each[: _POOL // _CLASSES] for each in chosen])
     images, labels = data.train.images[rows], data.train.labels[rows]
     members = halves(_POOL, _SHADOWS + _TARGETS)
-    flat = images.reshape(_POOL, -1) / 255.0
-    test = data.test.images.reshape(len(data.test.labels), -1) / 255.0
     warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of iterations is meant
-    scores, right = [], []
-    for made, own in _sets(images, labels, members, ipc, told):
-        model = LogisticRegression(C=10.0, max_iter=200).fit(made.reshape(len(made), -1), own)
-        scores.append(attacks.confidences(model.decision_function(flat), labels))
-        right.append(model.score(test, data.test.labels))
-    scores = np.stack(scores)
+    scores, right = _scores(_ARMS[name], images, labels, members, data.test)
     ratios = attacks.likelihood_ratios(scores[:_SHADOWS], members[:_SHADOWS], scores[_SHADOWS:])
     seen = members[_SHADOWS:].ravel()
     false, true = attacks.curve(ratios.ravel(), seen)
     # As many points as a picture has pixels.
     kept = np.unique(np.searchsorted(false, np.geomspace(1e-4, 1, 200)).clip(0, len(false) - 1))
-    threshold = scores[_SHADOWS:].ravel()
     return {
-        "accuracy": float(np.mean(right)),
-        "accuracy_std": float(np.std(right)),
+        "accuracies": right,
         "auc": float(roc_auc_score(seen, ratios.ravel())),
         "rates": {str(f): attacks.true_rate(ratios.ravel(), seen, f)._asdict() for f in _ALLOWED},
-        "threshold_auc": float(roc_auc_score(seen, threshold)),
-        "threshold_rates": {
-            str(f): attacks.true_rate(threshold, seen, f)._asdict() for f in _ALLOWED
-        },
+        "threshold_auc": float(roc_auc_score(seen, scores[_SHADOWS:].ravel())),
         "false": [round(float(x), 6) for x in false[kept]],
         "true": [round(float(x), 6) for x in true[kept]],
         "cpu_seconds": round(time.process_time() - began, 1),
@@ -185,7 +219,7 @@ def membership_table(found: dict[str, dict]) -> str:
                 f"{100 * r['value']:.2f} ({100 * r['low']:.2f} to {100 * r['high']:.2f})"
                 for r in rates
             ]
-            accuracy = f"{100 * own['accuracy']:.1f} ± {100 * own['accuracy_std']:.1f}"
+            accuracy = results.percent(own["accuracies"]) if own["accuracies"] else "–"
             lines.append(
                 [arm, accuracy, *shown, f"{own['auc']:.3f}", f"{own['threshold_auc']:.3f}"]
             )
@@ -195,7 +229,9 @@ def membership_table(found: dict[str, dict]) -> str:
 def picture(found: dict[str, dict], path: Path) -> None:
     """Rates of true alarms against those of false ones, on logarithmic axes."""
     figure, axes = plt.subplots(figsize=(6.5, 5), layout="constrained")
-    for arm, style in zip(_ARMS, ("k-", "C1-", "C0:", "C0-", "C2--", "C3--"), strict=True):
+    for arm, style in zip(
+        _ARMS, ("k-", "C1-", "C0:", "C0-", "C0--", "C0-.", "C3-", "C3--", "C3-."), strict=True
+    ):
         if arm in found:
             axes.plot(found[arm]["false"], found[arm]["true"], style, label=arm)
     line = np.geomspace(1e-4, 1, 100)
