@@ -8,7 +8,7 @@ Arguments, joined by commas behind the colon:
                 imagenette, any other TFDS name, or a path: an image folder, IDX folder or .npz
     ipc=        images per class; recipes exist for 1, 10 and 50
     method=     ncfm (default), dm, gradient, dc, trajectory, datm, kernel, kip, rded,
-                random, herding, k_center, start
+                released, random, herding, k_center, start
     baselines=  rows beside it, joined by +: random+herding (default); empty for none
     sampler=    gaussian (default), learned, released: the distribution of NCFM's frequencies
     smoke       a run of seconds that only shows that everything works
@@ -161,6 +161,7 @@ def get_config(argument=None, dataset=None, method=None):
     kernel = coreset | {"steps": steps["steps"]}
     if recipe["pool_size"] < 10:
         kernel |= {"learning_rate": 0.003, "batch_real": 256}
+    released = coreset | {"factor": recipe["factor"]}
     rows = {
         "ncfm": ncfm,
         "dm": learned,
@@ -170,6 +171,7 @@ def get_config(argument=None, dataset=None, method=None):
         "datm": datm,
         "kernel": kernel,
         "kip": {"name": "kernel", **kernel, "kernel": "tangent"},
+        "released": released,
         "start": start,
     }
 
@@ -206,6 +208,8 @@ def get_config(argument=None, dataset=None, method=None):
                 each.networks = each.network_steps = 2
             if each.name == "gradient":
                 each.outer_steps = each.inner_epochs = 2
+            if each.name == "released":
+                each.steps, each.num_freqs, each.releases = 4, 16, 2
             if each.name == "trajectory":  # as many as devices there might be
                 each.experts = each.batch_experts = 8
                 each.expert_epochs, each.start_until, each.unroll = 2, 0, 2

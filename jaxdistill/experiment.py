@@ -168,10 +168,13 @@ def _make(ready: Ready, row: Row) -> Made:
     artefact = folder / "artifacts" / family.ARTEFACT
     done = artefact.is_file()
     processes.wait(f"{row.name} is looked for")
+    # Of a row with a guarantee nothing that leaves the workdir may depend on the data otherwise.
+    withheld = tuple(loaded.source) if made.withholds else ()
     identity = run_folder.claim(
         folder,
         experiment.identity(row) | loaded.source | loaded.made() | made.source(),
         experiment.default_identity(row),
+        withheld,
     )
     examples = made.examples or loaded.task.examples
     shapes = stage.output_shapes(made, examples)
@@ -202,12 +205,12 @@ def _make(ready: Ready, row: Row) -> Made:
             "cost": ended.cost | made.cost(ended.state),
             "rate_factor": ended.rate_factor,
             "provenance": {
-                **loaded.source,
+                **{name: known for name, known in loaded.source.items() if name not in withheld},
                 **loaded.made(),
                 **made.source(),
                 "versions": versions(),
             },
-            "settings": run_folder.identity(folder),
+            "settings": run_folder.identity(folder, withheld),
             **made.card,
         }
         aside = made.aside and jax.tree.map(processes.whole, made.aside.keep(ended.state))

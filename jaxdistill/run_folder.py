@@ -7,7 +7,7 @@ import functools
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def _is_writable(workdir: Path) -> bool:
 # Where what a kill leaves half-written is removed.
 _FOLDERS = (
     *("", "artifacts", "teacher", "start", "judge", "generated", "readings", "answers"),
-    *("assessment", "assessment/networks"),
+    *("assessment", "assessment/networks", "released", "copies"),
 )
 
 
@@ -158,13 +158,19 @@ def compare(folder: Path, wanted: Mapping[str, Any], defaults: Mapping[str, Any]
         )
 
 
-def claim(folder: Path, wanted: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+def claim(
+    folder: Path,
+    wanted: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    withheld: Collection[str] = (),
+) -> str:
     """Writes whose the folder is, if nobody has; else makes sure that it is this row's.
 
     Args:
         folder: The row's folder.
         wanted: All that decides what the row is.
         defaults: The defaults of its settings.
+        withheld: Names of what the hash leaves out.
 
     Returns:
         A hash of what is written there, by which checkpoints and artefacts know the row.
@@ -178,11 +184,15 @@ def claim(folder: Path, wanted: Mapping[str, Any], defaults: Mapping[str, Any]) 
         folder.mkdir(parents=True, exist_ok=True)
         write_files({folder / _ROW: functools.partial(dump, dict(wanted))})
     processes.wait(f"{folder.name} is claimed")
-    return digest(identity(folder))
+    return digest(identity(folder, withheld))
 
 
-def identity(folder: Path) -> dict[str, Any]:
+def identity(folder: Path, withheld: Collection[str] = ()) -> dict[str, Any]:
     """What a row's folder says that it is, as it was when the row was begun.
+
+    Args:
+        folder: The row's folder.
+        withheld: Names of what is left out.
 
     Raises:
         InputError: If it says nothing.
@@ -190,7 +200,7 @@ def identity(folder: Path) -> dict[str, Any]:
     stored = _read(folder / _ROW)
     if stored is None:
         raise InputError(f"{folder} holds no {_ROW}: no row was begun there")
-    return stored
+    return {name: value for name, value in stored.items() if name not in withheld}
 
 
 def config(workdir: Path) -> dict[str, Any]:

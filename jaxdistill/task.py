@@ -53,6 +53,21 @@ class Network(NamedTuple):
     feature_dim: int
 
 
+class Embedding(NamedTuple):
+    """Images as vectors that are summed over the data; drawn without them.
+
+    Attributes:
+        draw: `release -> parameters`, the same in each process and each run.
+        apply: `(parameters, images) -> vectors` (n, dim), of length 1 at most, of uint8 images or
+            such in [0, 1]; what belongs to an image depends on no other.
+        dim: The length of a vector.
+    """
+
+    draw: Callable[[Any], PyTree]
+    apply: Callable[[PyTree, Array], Array]
+    dim: int
+
+
 class CondenseTask(NamedTuple):
     """Labelled images that are to be distilled into a few.
 
@@ -73,6 +88,9 @@ class CondenseTask(NamedTuple):
         trajectories: `(settings, first, snapshots) -> Part`: what networks of that shape are after
             each epoch of a training on the real images, `{"trajectory": (snapshots, parameters)}`
             for each, from the epoch `first` on; see `condense.trajectory.Experts`.
+        released: `(settings, embedding, known) -> Part`: noisy sums of an embedding over the
+            classes, `{"sums": (releases, classes, dim), "counts": (releases, classes)}`, where
+            `known` identifies the embedding; see `condense.released.Release`.
     """
 
     name: str
@@ -87,6 +105,7 @@ class CondenseTask(NamedTuple):
     microbatch: int
     distilled: Callable[[str], tuple[Any, Any]]
     trajectories: Callable[[Any, int, int], Part]
+    released: Callable[[Any, Embedding, list[Any]], Part]
 
     @property
     def smallest_class(self) -> tuple[int, str]:
@@ -260,6 +279,8 @@ class Recipe(NamedTuple):
         source: What identifies that which the method begins from, beside data and teacher.
         separate: Whether nothing in the making of a class's images looks at the other classes, so
             that a part of the set is what the method makes of these classes alone.
+        withholds: Whether the artefact's card leaves out what identifies the data: who guesses them
+            could check it against a hash.
     """
 
     method: Method
@@ -275,3 +296,4 @@ class Recipe(NamedTuple):
     aside: Aside | None = None
     source: Callable[[], dict[str, Any]] = dict
     separate: bool = False
+    withholds: bool = False

@@ -18,9 +18,11 @@ from jaxdistill.condense.k_center import k_center
 from jaxdistill.condense.ncfm import OBJECTIVES, ncfm
 from jaxdistill.condense.random import random_subset
 from jaxdistill.condense.rded import rded
+from jaxdistill.condense.released import characteristic, matching
 from jaxdistill.data.augment import normalizer
 from jaxdistill.data.device import draw
 from jaxdistill.method import Method
+from jaxdistill.task import Network
 from tests.test_backends import CLASSES, SIDE, assert_backends_agree, toy_data
 
 DIM, IPC, REAL = 6, 2, 16
@@ -117,6 +119,19 @@ def rded_case():
     return Case(method, {"observers": POOL["trained"]}, 1)
 
 
+def released_case():
+    shape = SIDE, SIDE, 1
+    linear = Network(
+        lambda key: {"w": jax.random.normal(key, (SIDE**2, DIM))}, logits, features, DIM
+    )
+    embedding = characteristic(linear, 1, num_freqs=8, scale=1.0)
+    means = np.random.default_rng(2).normal(size=(8, CLASSES, embedding.dim)) / embedding.dim**0.5
+    method = matching(
+        embedding, optax.sgd(1.0), num_classes=CLASSES, image_shape=shape, releases=8, ipc=IPC
+    )
+    return Case(method, {"means": jnp.asarray(means, jnp.float32)}, IPC)
+
+
 CASES = {
     "ncfm, gaussian": ncfm_case,
     "ncfm, learned": partial(ncfm_case, learned=True, warmup=1),
@@ -124,6 +139,7 @@ CASES = {
     "dm": dm_case,
     "gradient": gradient_case,
     "rded": rded_case,
+    "released": released_case,
     **{name: partial(coreset_case, name) for name in CORESETS},
 }
 

@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -18,7 +18,7 @@ import optax
 
 from jaxdistill.condense.labels import centred as label_centred
 from jaxdistill.condense.labels import soft_labels as label_softly
-from jaxdistill.data.augment import parse
+from jaxdistill.data.augment import normalizer, parse
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import results, train_on
@@ -196,6 +196,12 @@ def _soft_labels(task: CondenseTask, row: Made, temperature: float) -> jax.Array
     """The labels of a row's artefact, which gets them where it has none."""
     distilled = row.output()
     known = distilled.soft_labels
+    told = distilled.card.get("privacy", {}).get("epsilon")
+    if known is None and told is not None:
+        raise InputError(
+            f"{row.name} was made with epsilon={told:g}, which soft labels by networks trained on "
+            "the data would undo; set evals.accuracy.soft_labels=False"
+        )
     # Learned labels are what they are, at any temperature.
     if known is not None and distilled.card.get("temperature", temperature) == temperature:
         return jnp.asarray(known)
@@ -229,7 +235,8 @@ def _measure(
 ) -> None:
     """Trains the networks of some cells, which differ in the seed alone, and measures them."""
     task, data = bench.task, bench.data
-    passes: dict[str, Any] = {"normalize": task.normalize, "microbatch": task.microbatch}
+    normalize = normalization(bench, distilled.card)
+    passes: dict[str, Any] = {"normalize": normalize, "microbatch": task.microbatch}
     before = bar.done
     start = time.perf_counter(), time.process_time()
     params = train_on.train_many(
@@ -245,7 +252,7 @@ def _measure(
     )
     images, labels = (jnp.asarray(x) for x in data.test)
     lost = train_on.have_diverged(
-        params, network, distilled.images, targets, normalize=task.normalize, loss=loss
+        params, network, distilled.images, targets, normalize=normalize, loss=loss
     )
     measured = {}
     for index, (cell, diverged) in enumerate(zip(group, lost, strict=True)):
@@ -264,6 +271,17 @@ def _measure(
         }
         bar.update(bar.done, {"accuracy": found.value})
     bench.results.keep(measured)
+
+
+def normalization(bench: Bench, card: dict) -> Callable[[jax.Array], jax.Array]:
+    """As the card says that the set is normalized: by the data's statistics, or by public ones."""
+    own = tuple(card["mean"]), tuple(card["std"])
+    known = tuple(bench.data.mean), tuple(bench.data.std)
+    return bench.task.normalize if own == known else _normalizer(*own)
+
+
+# Once, for programs are compiled anew for other functions.
+_normalizer = functools.cache(normalizer)
 
 
 def _record_in_card(row: Made, records: list[dict]) -> None:

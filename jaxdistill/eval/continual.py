@@ -130,8 +130,16 @@ def evaluate(
         met = np.concatenate(sequences[cell.seed][: step_of[cell.metric] + 1])
         try:
             distilled = bench.rows[cell.row].output()
+            normalize = classify.normalization(bench, distilled.card)
             measured = measure(
-                task, data.test, distilled, met, judge, protocol, cell.seed, bench.should_stop
+                task._replace(normalize=normalize),
+                data.test,
+                distilled,
+                met,
+                judge,
+                protocol,
+                cell.seed,
+                bench.should_stop,
             )
         except Interrupted as stop:
             kept = len(wanted) - len(bench.results.missing(wanted))
@@ -223,7 +231,7 @@ def measure(
     """Trains one network on the memory of some classes, and measures it on their test images.
 
     Args:
-        task: What the set was made for.
+        task: What the set was made for, with its normalization.
         test: The test images of all classes.
         distilled: The set that the memory is a part of.
         met: The ids of the classes met.

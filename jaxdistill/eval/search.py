@@ -13,7 +13,7 @@ split: see `data.holdout_per_class`, which the config sets.
 import functools
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from scipy import stats
 from jaxdistill.data.augment import parse
 from jaxdistill.data.dataset import Dataset, Split
 from jaxdistill.errors import InputError, Interrupted
-from jaxdistill.eval import results, train_on
+from jaxdistill.eval import classify, results, train_on
 from jaxdistill.eval.bench import Bench
 from jaxdistill.eval.results import Cell
 from jaxdistill.io import pictures
@@ -163,10 +163,15 @@ def evaluate(
     bar = Progress(sum(map(len, todo)), 0, "searching") if todo else None
     for group in todo:
         row = group[0].row
-        images, labels = {_REAL: some, _EARLY: few}.get(row) or bench.rows[row].output()[:2]
+        normalize = task.normalize
+        if row in bench.rows:
+            images, labels, *_ = made = bench.rows[row].output()
+            normalize = classify.normalization(bench, made.card)
+        else:
+            images, labels = {_REAL: some, _EARLY: few}[row]
         network = _network(by_name[group[0].metric], task.num_classes, task.image_shape)
         try:
-            measured = _measure(bench, group, network, images, labels, protocols[row])
+            measured = _measure(bench, group, network, images, labels, normalize, protocols[row])
         except Interrupted as stop:
             kept = len(wanted) - len(bench.results.missing(wanted))
             raise Interrupted(
@@ -292,11 +297,12 @@ def _measure(
     network: train_on.Network,
     images: np.ndarray,
     labels: np.ndarray,
+    normalize: Callable[[jax.Array], jax.Array],
     protocol: train_on.Protocol,
 ) -> dict[Cell, dict[str, Any]]:
     """Trains the networks of some cells, which differ in the seed alone, and measures them."""
     task, data = bench.task, bench.data
-    passes: dict[str, Any] = {"normalize": task.normalize, "microbatch": task.microbatch}
+    passes: dict[str, Any] = {"normalize": normalize, "microbatch": task.microbatch}
     start = time.perf_counter(), time.process_time()
     params = train_on.train_many(
         jnp.stack([jax.random.key(cell.seed) for cell in group]),

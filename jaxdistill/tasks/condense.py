@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from jaxdistill import experts, pool
+from jaxdistill import experts, pool, release
 from jaxdistill.data.augment import normalizer, parse
 from jaxdistill.data.dataset import per_class_table
 from jaxdistill.data.device import resident_shapes
@@ -123,6 +123,7 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
         groups.run.microbatch,
         _distilled,
         functools.partial(_trajectories, groups, network, data, normalize, workdir, should_stop),
+        functools.partial(_released, groups, data, workdir, should_stop),
     )
     return Loaded(task, data, source_of(data))
 
@@ -159,6 +160,7 @@ def shapes(experiment: Experiment) -> CondenseTask:
         groups.run.microbatch,
         _distilled,
         functools.partial(_trajectory_shapes, network),
+        functools.partial(_released_shapes, facts.num_classes),
     )
 
 
@@ -314,6 +316,36 @@ def _trajectories(
         return stream({"trajectory": found.since(first, snapshots)})
 
     shapes = _trajectory_shapes(network, settings, first, snapshots, resident_shapes).shapes
+    return Part(shapes, functools.cache(load))
+
+
+def _released_shapes(num_classes, settings, embedding, known) -> Part:
+    del known
+    leading = settings.releases, num_classes
+    of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    return Part({"sums": of((*leading, embedding.dim)), "counts": of(leading)})
+
+
+def _released(groups, data, workdir, should_stop, settings, embedding, known) -> Part:
+    def load():
+        spec = {k: v for k, v in settings._asdict().items() if k != "release_dir"}
+        own = digest([spec, known, groups.extractor._asdict(), data.fingerprint()])
+        folder = expanded(settings.release_dir) if settings.release_dir else workdir / "released"
+        told = "exact" if settings.epsilon is None else f"epsilon{settings.epsilon:g}"
+        sums, counts = release.load_or_make(
+            folder / f"{told}-{own}.npz",
+            embedding,
+            *data.train,
+            num_classes=data.num_classes,
+            releases=settings.releases,
+            epsilon=settings.epsilon,
+            delta=settings.delta,
+            microbatch=groups.run.microbatch,
+            should_stop=should_stop,
+        )
+        return {"sums": np.float32(sums), "counts": np.float32(counts)}
+
+    shapes = _released_shapes(data.num_classes, settings, embedding, known).shapes
     return Part(shapes, functools.cache(load))
 
 

@@ -76,7 +76,7 @@ def test_a_network_sees_the_memory_alone_and_is_asked_for_what_it_has_met():
     assert 0.5 <= found["classes"][0] <= 1.0
 
 
-SEPARATE = ("dm", "random", "start")
+SEPARATE = ("dm", "random", "released", "start")
 
 
 def test_those_are_called_separate():
