@@ -202,7 +202,7 @@ def _draw(bench: Bench, found: np.ndarray) -> None:
     counts = data.test_texts.counts
     first = np.cumsum(counts) - counts
     asked = np.linspace(0, len(counts) - 1, min(_ASKED, len(counts))).astype(int)
-    best = [np.argsort(-found[:, first[i]], kind="stable")[:_FOUND] for i in asked]
+    best = [np.argsort(-found[:, first[i]], kind="stable")[:_FOUND].tolist() for i in asked]
     picture = pictures.found(
         data.test.images,
         [data.test.sentences[i][0] for i in asked],
