@@ -204,8 +204,9 @@ def test_rules_work_without_a_task(rule):
     )
     method = rule(3)
     state = method.init(jax.random.key(0), table, ())
+    step = jax.jit(method.step)
     for key in jax.random.split(jax.random.key(1), 3):
-        state, _ = method.step(state, table, (), key)
+        state, _ = step(state, table, (), key)
     out = method.output(state)
     assert out["images"].shape == (3, 2, 2, 1) and len(set(out["chosen"].tolist())) == 3
     np.testing.assert_array_equal(out["texts"], table.texts[out["chosen"], 0])
@@ -302,7 +303,7 @@ def test_the_gradient_is_that_of_the_whole_objective(task):
     )
     state = method.init(jax.random.key(0), target, ())
     state = state._replace(pixels=jnp.clip(state.pixels, 0.2, 0.8))
-    after, _ = method.step(state, target, (), jax.random.key(1))
+    after, _ = jax.jit(method.step)(state, target, (), jax.random.key(1))
 
     def objective(pixels):
         features = looked_at_by_all(TOWERS, target.observers, target.scale, normalize(pixels))
@@ -315,6 +316,6 @@ def test_the_gradient_is_that_of_the_whole_objective(task):
         value = (apart + held * jnp.sum(jnp.square(moved))) / jnp.sum(jnp.square(target.cross))
         return value + jnp.sum(jnp.square(features.mean(0) - target.mean)) / 2
 
-    whole = jax.grad(objective)(state.pixels)
+    whole = jax.jit(jax.grad(objective))(state.pixels)
     taken = (state.pixels - after.pixels) / rate
     assert np.linalg.norm(taken - whole) < 0.01 * np.linalg.norm(whole)
