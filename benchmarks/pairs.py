@@ -3,7 +3,9 @@
     python benchmarks/pairs.py --prepare FOLDER   # from the unpacked photos, captions and splits
     python benchmarks/pairs.py                    # what is missing, into records/pairs.json
     python benchmarks/pairs.py --pairs 200 500
+    python benchmarks/pairs.py --data digits --record pairs_digits --seeds 0
     python benchmarks/pairs.py --table            # the tables, from the record
+    python benchmarks/pairs.py --data digits --picture   # docs/images/pairs_digits.png
 
 FOLDER has `images/`, `captions.json` (file name -> five sentences) and the official splits,
 `split_train.txt`, `split_dev.txt` and `split_test.txt`. Towers are trained from scratch, with as
@@ -22,7 +24,6 @@ import jaxdistill
 from jaxdistill.eval.results import markdown
 from jaxdistill.eval.retrieval import METRICS
 
-_RECORD = recording.FOLDER / "pairs.json"
 _NAMES = ("pairs", "seed")
 _SPLITS = {"train": "train", "validation": "dev", "test": "test"}
 _BASELINES = "random+herding+texts"
@@ -54,11 +55,11 @@ def prepare(folder: Path, out: Path) -> dict[str, int]:
 
 
 def _run(pairs: int, seed: int, args: argparse.Namespace) -> dict:
-    workdir = args.workdir / f"{pairs}-{seed}"
+    workdir = _workdir(args, pairs, seed)
     # What all pairs give is the same for every set of them.
     first = (pairs, seed) == (args.pairs[0], args.seeds[0])
     own = {
-        "observer.dir": str(args.workdir / "observers"),
+        "observer.dir": str(workdir.parent / "observers"),
         "evals.retrieval.ceiling": str(first).lower(),
     }
     spec = f"pairs:dataset={args.data},pairs={pairs},seed={seed},baselines={_BASELINES}"
@@ -75,6 +76,10 @@ def _run(pairs: int, seed: int, args: argparse.Namespace) -> dict:
         "config": resolved,
         "versions": json.loads((workdir / "versions.json").read_text()),
     }
+
+
+def _workdir(args: argparse.Namespace, pairs: int, seed: int) -> Path:
+    return args.workdir / Path(args.data).name / f"{pairs}-{seed}"
 
 
 def table(records: list[dict], pairs: int) -> str:
@@ -97,20 +102,28 @@ def main() -> None:
     """Runs what is missing and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/pairs"))
-    parser.add_argument("--data", default="runs/flickr8k", help="a folder that was prepared")
+    parser.add_argument("--data", default="runs/flickr8k", help="that folder, or a data set's name")
+    parser.add_argument("--record", default="pairs", help="the name of the record")
     parser.add_argument("--prepare", type=Path, help="only prepare the data from this folder")
     parser.add_argument("--pairs", type=int, nargs="*", default=[100])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="only print what is recorded")
+    parser.add_argument("--picture", action="store_true", help="only keep what a run has drawn")
     args = parser.parse_args()
+    path = recording.FOLDER / f"{args.record}.json"
     if args.prepare:
         print(prepare(args.prepare, Path(args.data)))
         return
+    if args.picture:
+        name = f"pairs_{Path(args.data).name}.png"
+        drawn = _workdir(args, args.pairs[0], args.seeds[0]) / "artifacts" / "retrieval.png"
+        shutil.copyfile(drawn, Path(__file__).parent.parent / "docs" / "images" / name)
+        return
     for seed in () if args.table else args.seeds:
         for pairs in args.pairs:
-            if not recording.has(_RECORD, (pairs, seed), _NAMES):
-                recording.put(_RECORD, _run(pairs, seed, args), _NAMES)
-    records = recording.read(_RECORD)
+            if not recording.has(path, (pairs, seed), _NAMES):
+                recording.put(path, _run(pairs, seed, args), _NAMES)
+    records = recording.read(path)
     for pairs in dict.fromkeys(r["pairs"] for r in records):
         print(table(records, pairs))
 
