@@ -9,12 +9,13 @@ Arguments, joined by commas behind the colon:
                 with images and captions.jsonl
     method=     covariance (default), random, herding, k_center
     pairs=      how many pairs there are to be (100)
-    baselines=  rows beside it, joined by +: random+herding (default), k_center, texts; empty for
-                none
+    baselines=  rows beside it, joined by +: random+herding (default), k_center, texts, soft; empty
+                for none
     smoke       a run of seconds that only shows that everything works
 
 Row `texts` is covariance matching that leaves its images as they are, and solves for their texts
-alone. Fresh towers are trained on every row and on all pairs; see `jaxdistill.eval.retrieval`.
+alone, and `soft` covariance matching whose pairs say how far each text matches each image. Fresh
+towers are trained on every row and on all pairs; see `jaxdistill.eval.retrieval`.
 
     config                  hardware
     pairs:dataset=digits    2 CPU cores, not run here to its end
@@ -61,6 +62,7 @@ def get_config(argument=None, dataset=None, method=None):
     rows = {
         "covariance": {"name": "covariance", "pairs": arg["pairs"]},
         "texts": {"name": "covariance", "pairs": arg["pairs"], "steps": 1},
+        "soft": {"name": "covariance", "pairs": arg["pairs"], "soft": True},
         **{name: {"name": name, "pairs": arg["pairs"]} for name in _CHOSEN},
     }
     config.method = ml_collections.ConfigDict(rows.get(method, {"name": method}))

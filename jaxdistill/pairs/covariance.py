@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from jaxdistill.keywords import Between, Count, Rate, Weight
 from jaxdistill.method import BatchSpec, Method
 from jaxdistill.pairs.choice import Number, Table, by_parts, check, drawn, unseen
+from jaxdistill.pairs.contrast import scores
 from jaxdistill.task import PairsTask, Part, Recipe, Towers
 
 
@@ -51,6 +52,8 @@ class CovarianceState(NamedTuple):
         opt: The state of their optimizer.
         start: Texts of the real pairs that they began as, which solved ones stay close to.
         texts: Texts solved for the images before the last step, which moves none.
+        similarity: How far each text matches each image, in the observers' eyes; empty where each
+            matches its own alone.
     """
 
     step: Array
@@ -58,6 +61,7 @@ class CovarianceState(NamedTuple):
     opt: Any
     start: Float[Array, "pairs t"]
     texts: Float[Array, "pairs t"]
+    similarity: Float[Array, "pairs pairs"] | tuple[()]
 
 
 def cross_covariance(
@@ -110,6 +114,34 @@ def looked_at(
     return jnp.concatenate(each, -1)
 
 
+def observed(
+    towers: Towers,
+    observers: Any,
+    images: Float[Array, "n h w c"],
+    texts: Float[Array, "n t"],
+) -> Float[Array, "n n"]:
+    """How far each text matches each image: what observers give it, seen from both.
+
+    It is the mean, over the observers and both ways, of the probabilities that InfoNCE is the
+    cross-entropy of. A text that fits several images then says so, as in LoRS (Xu et al.,
+    "Low-Rank Similarity Mining for Multimodal Dataset Distillation", ICML 2024), which learns it.
+
+    Args:
+        towers: The observers.
+        observers: Parameters, each leaf stacked over them.
+        images: Normalized images.
+        texts: A text for each.
+    """
+
+    def one(params):
+        logits = scores(towers.image(params, images), towers.text(params, texts))
+        return (jax.nn.softmax(logits, 1) + jax.nn.softmax(logits, 0)) / 2
+
+    size = len(jax.tree.leaves(observers)[0])
+    each = [one(jax.tree.map(lambda x, i=i: x[i], observers)) for i in range(size)]
+    return sum(each) / size
+
+
 def covariance(
     towers: Towers,
     optimizer: optax.GradientTransformation,
@@ -118,6 +150,7 @@ def covariance(
     pairs: int,
     ridge: float,
     mean_weight: float,
+    soft: bool = False,
 ) -> Method:
     """Builds the method; `frozen` is a `Target`.
 
@@ -128,13 +161,19 @@ def covariance(
         pairs: How many.
         ridge: How strongly texts are held to the real ones; see `solved_texts`.
         mean_weight: Weight of the distance of mean features, beside that of the covariances.
+        soft: Whether observers say how far each text matches each image; see `observed`.
     """
 
     def init(key, frozen, batch):
         del batch
         images, texts = drawn(key, frozen.table, pairs)
         return CovarianceState(
-            jnp.zeros((), jnp.int32), images, optimizer.init(images), texts, texts
+            jnp.zeros((), jnp.int32),
+            images,
+            optimizer.init(images),
+            texts,
+            texts,
+            jnp.eye(pairs) if soft else (),
         )
 
     def step(state, frozen, batch, key):
@@ -154,11 +193,15 @@ def covariance(
         (_, (texts, apart, means)), grads = jax.value_and_grad(loss, has_aux=True)(state.pixels)
         updates, opt = optimizer.update(grads, state.opt, state.pixels)
         pixels = jnp.clip(optax.apply_updates(state.pixels, updates), 0.0, 1.0)
-        state = CovarianceState(state.step + 1, pixels, opt, state.start, texts)
+        similarity = ()
+        if soft:
+            similarity = observed(towers, frozen.observers, normalize(state.pixels), texts)
+        state = CovarianceState(state.step + 1, pixels, opt, state.start, texts, similarity)
         return state, {"covariance": apart, "mean": means}
 
     def output(state):
-        return {"images": state.pixels, "texts": state.texts}
+        made = {"images": state.pixels, "texts": state.texts}
+        return made | {"similarity": state.similarity} if soft else made
 
     return Method(init, step, output, BatchSpec("none"))
 
@@ -171,6 +214,7 @@ def recipe(
     learning_rate: Rate = 0.02,
     ridge: Annotated[float, Between(1e-6, 1e6)] = 0.1,
     mean_weight: Weight = 1.0,
+    soft: bool = False,
 ) -> Recipe:
     """Covariance matching through the task's observers, from real pairs drawn at random.
 
@@ -181,6 +225,8 @@ def recipe(
         learning_rate: Adam's on the pixels, falling to zero by a cosine: the last step moves none.
         ridge: How strongly texts are held to the real ones.
         mean_weight: Weight of the distance of mean features.
+        soft: Whether the pairs have the observers' similarity of every image and text, to be
+            trained on in the place of the identity.
 
     Raises:
         InputError: If there are fewer images.
@@ -197,6 +243,7 @@ def recipe(
         pairs=pairs,
         ridge=ridge,
         mean_weight=mean_weight,
+        soft=soft,
     )
     return Recipe(method, steps, frozen=_target(task))
 

@@ -223,8 +223,10 @@ def read(folder: Path, shapes: PyTree) -> tuple[pairs.DistilledPairs, dict]:
         InputError: If there are none, or they are another's.
     """
     made = pairs.load(folder)
-    for name in ("images", "texts"):
-        have, want = getattr(made, name).shape, shapes[name].shape
+    for name in ("images", "texts", "similarity"):
+        have, want = (
+            None if x is None else x.shape for x in (getattr(made, name), shapes.get(name))
+        )
         if have != want:
             raise InputError(
                 f"{folder} holds {name} of shape {have}, this run's are {want}; use another workdir"

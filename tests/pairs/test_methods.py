@@ -284,6 +284,23 @@ def test_covariances_come_closer_and_the_texts_are_those_of_the_images(task, tra
     np.testing.assert_allclose(output["texts"], solved, atol=1e-3)
 
 
+def test_observers_say_how_far_texts_match(task, train):
+    made = covariance_recipe(task, pairs=6, steps=2, soft=True)
+    _, _, states, _ = ran(made)
+    output = made.method.output(jax.tree.map(lambda x: np.asarray(x[-1]), states))
+    found = []
+    for number in range(2):
+        own = jax.tree.map(lambda x, i=number: np.asarray(x[i], float), task.observers.load())
+        seen = np.tanh((output["images"].reshape(6, -1) - 0.5) @ own["image"]["hidden"])
+        seen, read = seen @ own["image"]["out"], output["texts"] @ own["text"]["kernel"]
+        seen, read = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (seen, read))
+        logits = seen @ read.T / 0.07
+        found += [np.exp(log_softmax(logits, 1)), np.exp(log_softmax(logits, 0))]
+    np.testing.assert_allclose(output["similarity"], np.mean(found, 0), atol=1e-4)
+    assert output["similarity"].sum() == pytest.approx(6, abs=1e-3)
+    assert "similarity" not in covariance_recipe(task, pairs=6).method.output(states)
+
+
 def test_one_step_leaves_real_images_and_solves_their_texts(task, train):
     _, _, states, metrics = ran(covariance_recipe(task, pairs=6, steps=1))
     images = np.asarray(states.pixels[0])
