@@ -12,7 +12,7 @@ import os
 import stat
 import zipfile
 from collections.abc import Callable, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -191,7 +191,9 @@ def _array(
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def _checked_header(key: str, file: IO[bytes], size: int, check: Callable | None = None) -> None:
+def _checked_header(
+    key: str, file: io.BufferedIOBase, size: int, check: Callable | None = None
+) -> None:
     """Makes sure that what is behind a header is what it says, before memory is taken for it."""
     dtype, shape = _header(key, file)
     if check is not None:
@@ -205,7 +207,7 @@ def _checked_header(key: str, file: IO[bytes], size: int, check: Callable | None
         raise InputError(f"{key} hold nothing: they are {dtype}")
 
 
-def _header(key: str, file: IO[bytes]) -> tuple[np.dtype, tuple[int, ...]]:
+def _header(key: str, file: io.BufferedIOBase) -> tuple[np.dtype, tuple[int, ...]]:
     version = np.lib.format.read_magic(file)
     if version not in _HEADERS:
         raise InputError(f"{key} are in version {version} of the npy format, not (1, 0) or (2, 0)")
