@@ -3,7 +3,7 @@
     python benchmarks/pairs.py --prepare FOLDER   # from the unpacked photos, captions and splits
     python benchmarks/pairs.py                    # what is missing, into records/pairs.json
     python benchmarks/pairs.py --pairs 200 500
-    python benchmarks/pairs.py --data digits --record pairs_digits --seeds 0
+    python benchmarks/pairs.py --data digits --record pairs_digits
     python benchmarks/pairs.py --table            # the tables, from the record
     python benchmarks/pairs.py --data digits --picture   # docs/images/pairs_digits.png
 
@@ -95,7 +95,8 @@ def table(records: list[dict], pairs: int) -> str:
             spread = f" ± {np.std(own):.1f}" if len(own) > 1 else ""
             cells.append(f"{np.mean(own):.1f}{spread}")
         lines.append([row, *cells])
-    return f"{pairs} pairs, {len(mine)} sets\n\n{markdown(lines)}\n"
+    sets = f"{len(mine)} sets" if len(mine) > 1 else "one set"
+    return f"{pairs} pairs, {sets} of each kind\n\n{markdown(lines)}\n"
 
 
 def main() -> None:

@@ -150,23 +150,20 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
     mean, std = statistics(data.train.images)
     train = {"images": data.train.images, "texts": texts.vectors, "counts": texts.counts}
     task = _task(groups, data.name, jax.tree.map(_shape, train), normalizer(mean, std))
-    source = {
-        "source_sha256": data.train.fingerprint(),
-        "test_sha256": judged.fingerprint(),
-        "texts_sha256": texts.fingerprint(),
-    }
+    known = {"source_sha256": data.train.fingerprint(), "texts_sha256": texts.fingerprint()}
+    tested = {"test_sha256": judged.fingerprint(), "test_texts_sha256": asked.fingerprint()}
     encoder = {"name": groups.text.encoder, "dim": task.text_dim}
     retrieved = Retrieved(data.train, texts, judged, asked, mean, std, encoder)
 
     @functools.cache
     def observers():
-        return _observers(groups.observer, task, train, source, workdir, should_stop)
+        return _observers(groups.observer, task, train, known, workdir, should_stop)
 
     task = task._replace(
         train=task.train._replace(load=lambda: train),
         observers=task.observers._replace(load=observers),
     )
-    return Loaded(task, retrieved, source)
+    return Loaded(task, retrieved, known | tested)
 
 
 def shapes(experiment: Experiment) -> PairsTask:
@@ -289,7 +286,7 @@ def _task(groups: Settings, name: str, train: PyTree, normalize: Any) -> PairsTa
     )
 
 
-def _observers(settings, task, train, source, workdir, should_stop) -> PyTree:
+def _observers(settings, task, train, known, workdir, should_stop) -> PyTree:
     """The observers that the folder holds, and those that are missing, trained."""
     protocol = train_pairs.Protocol(
         settings.steps,
@@ -299,7 +296,7 @@ def _observers(settings, task, train, source, workdir, should_stop) -> PyTree:
     )
     folder = expanded(settings.dir) if settings.dir else workdir / "observers"
     kind = {k: v for k, v in settings._asdict().items() if k not in ("dir", "size")}
-    identity = digest([kind, [*protocol], source])
+    identity = digest([kind, [*protocol], known])
     shapes = jax.eval_shape(task.towers.init, jax.random.key(0))
     names = [f"{identity}-{i}" for i in range(settings.size)]
     missing = [n for n in names if not (folder / f"{n}.safetensors").is_file()]

@@ -19,6 +19,7 @@ from jaxdistill.pairs.k_center import recipe as k_center_recipe
 from jaxdistill.pairs.random import random_pairs
 from jaxdistill.pairs.random import recipe as random_recipe
 from jaxdistill.task import Network, PairsTask, Part
+from tests.test_backends import assert_backends_agree
 
 SIDE, TEXT, FEATURES, DIM = 4, 7, 9, 5
 PIXELS = 3 * SIDE * SIDE
@@ -336,3 +337,10 @@ def test_the_gradient_is_that_of_the_whole_objective(task):
     whole = jax.jit(jax.grad(objective))(state.pixels)
     taken = (state.pixels - after.pixels) / rate
     assert np.linalg.norm(taken - whole) < 0.01 * np.linalg.norm(whole)
+
+
+@pytest.mark.slow
+def test_any_number_of_devices_gives_the_same(task):
+    made = covariance_recipe(task, pairs=6, steps=3, soft=True)
+    arrangements = (("jit", 1), ("pmap", 1))
+    assert_backends_agree(made.method, (), made.frozen.load(), arrangements=arrangements)
