@@ -1,4 +1,4 @@
-"""Distillation at accelerator speed: data sets, flow teachers and vision-language models.
+"""Distillation at accelerator speed: data sets, pairs, flow teachers, vision-language models.
 
 What a program wants is here, imported on first use: `import jaxdistill` alone imports no JAX.
 """
@@ -23,9 +23,11 @@ __getattr__, __all__ = names(
         "load_config": "jaxdistill.config:load",
         "load_data": "jaxdistill.data.sources:load",
         "load_distilled": "jaxdistill.io.artifact:load",
+        "load_pairs": "jaxdistill.io.pairs:load",
         "load_student": "jaxdistill.students:load_student",
         "momentum": "jaxdistill.flow.momentum",
         "nn": "jaxdistill.nn",
+        "pairs": "jaxdistill.pairs",
         "resident": "jaxdistill.data.device:resident",
         "run": "jaxdistill.runner:run",
         "train": "jaxdistill.experiment:train",

@@ -113,6 +113,54 @@ class CondenseTask(NamedTuple):
         return min(self.class_sizes, key=lambda size: size[0])
 
 
+class Towers(NamedTuple):
+    """Two networks into one space, images and texts, as functions of their parameters.
+
+    Attributes:
+        init: `key -> params` of both.
+        image: `(params, images) -> vectors` (n, d) of length one, of normalized images.
+        text: `(params, vectors) -> vectors` (..., d) of length one, of the encoder's vectors.
+        features: `(params, images) -> features` (n, feature_dim) of the layer before the last.
+        feature_dim: The length of a feature vector.
+    """
+
+    init: Callable[[Array], PyTree]
+    image: Callable[[PyTree, Array], Array]
+    text: Callable[[PyTree, Array], Array]
+    features: Callable[[PyTree, Array], Array]
+    feature_dim: int
+
+
+class PairsTask(NamedTuple):
+    """Images with sentences that are to be distilled into a few pairs.
+
+    Attributes:
+        name: The name of the data.
+        image_shape: (h, w, c).
+        text_dim: Length of a text's vector.
+        count: Training images.
+        normalize: uint8 images, or images in [0, 1], to normalized ones.
+        towers: The observers' networks.
+        observers: Their parameters, trained on all pairs, each leaf stacked over them.
+        train: The training split: `{"images": uint8 (n, h, w, c), "texts": float32 (n, most, d),
+            "counts": int32 (n,)}`; of an image's texts the first `counts` are its own and the
+            others repeat them.
+        examples: Nothing: methods look at the whole split.
+        microbatch: Images in one pass of a network.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    text_dim: int
+    count: int
+    normalize: Callable[[Array], Array]
+    towers: Towers
+    observers: Part
+    train: Part
+    examples: Part
+    microbatch: int
+
+
 class FlowTask(NamedTuple):
     """A teacher that makes examples from noise in many steps, to be followed in a few.
 

@@ -15,6 +15,7 @@ from jaxdistill.task import Recipe
 SMALL = {
     "condense": "ncfm:dataset=digits,baselines=,smoke",
     "flow": "flow:baselines=,smoke",
+    "pairs": "pairs:baselines=,smoke",
     "vlm": "genrecal:baselines=,smoke",
 }
 METHODS = [
@@ -33,6 +34,9 @@ def test_every_family_has_methods_here():
     assert {"ncfm", "dm", "random", "herding", "k_center", "start"} <= {n for _, n in METHODS}
     assert {"arcflow", "linear", "endpoint", "progressive", "ucgm"} <= {n for _, n in METHODS}
     assert {"genrecal", "supervised", "across", "dskd", "llava_kd"} <= {n for _, n in METHODS}
+    assert {"covariance", "random", "herding", "k_center"} <= {
+        name for family, name in METHODS if family == "pairs"
+    }
     assert {family for family, _ in METHODS} == set(SMALL)
 
 

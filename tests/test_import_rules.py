@@ -97,7 +97,7 @@ def inside(*names):
     return [f"{PACKAGE}.{name}" for name in names]
 
 
-METHODS = inside("condense", "flow", "vlm")
+METHODS = inside("condense", "flow", "pairs", "vlm")
 # What stands between a method and a run, and knows neither.
 BETWEEN = inside("collective", "errors", "keywords", "method", "task")
 # The modules that carry runs out.
@@ -223,7 +223,7 @@ def test_nothing_above_the_families_names_a_method():
     """A method is found by its name; only a family knows mathematics of its own room."""
     where = inside("experiment", "compile", "config", "main", "settings", "stage", "run_folder")
     where += inside("students", "tasks.pretrained")
-    families = inside("tasks.condense", "tasks.flow", "tasks.vlm")
+    families = inside("tasks.condense", "tasks.flow", "tasks.pairs", "tasks.vlm")
     assert not breaches(where=where, forbidden=[*METHODS, *families])
 
 
@@ -234,7 +234,7 @@ def test_programs_are_looked_at_without_being_run():
 
 
 def test_families_do_not_know_each_other():
-    families = [inside(f"tasks.{name}", name) for name in ("condense", "flow", "vlm")]
+    families = [inside(f"tasks.{name}", name) for name in ("condense", "flow", "pairs", "vlm")]
     for family in families:
         others = [name for other in families if other is not family for name in other]
         assert not breaches(where=family, forbidden=others)
@@ -278,7 +278,7 @@ def test_every_public_name_is_there_and_comes_on_first_use():
     assert jaxdistill.condense.ncfm.recipe and jaxdistill.flow.arcflow.recipe
 
 
-@pytest.mark.parametrize("room", ["condense", "flow", "vlm"])
+@pytest.mark.parametrize("room", ["condense", "flow", "pairs", "vlm"])
 def test_rooms_have_their_modules(room):
     package = getattr(jaxdistill, room)
     assert "recipe" not in package.__all__ and len(package.__all__) > 5

@@ -136,7 +136,7 @@ def from_arrays(
         # A lone surrogate, as in a folder whose name is not UTF-8, cannot be written to the card.
         if {unicodedata.category(letter) for letter in label} & {"Cc", "Cs"}:
             raise InputError(f"class name {label[:200]!r} is not plain text; rename it")
-    mean, std = _statistics(train.images)
+    mean, std = statistics(train.images)
     return Dataset(name, train, test, names, mean, std)
 
 
@@ -307,8 +307,15 @@ def _check_split(which: str, images: np.ndarray, labels: np.ndarray) -> Split:
     return Split(images, labels.astype(np.int32))
 
 
-def _statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel from integer histograms: exact until the root."""
+def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel from integer histograms: exact until the root.
+
+    Args:
+        images: uint8 (n, h, w, c).
+
+    Raises:
+        InputError: If a channel has one value everywhere.
+    """
     values = range(256)
     means, stds = [], []
     step = max(1, _CHUNK // images[0].size)

@@ -155,6 +155,17 @@ def _image_files(folder: Path, root: Path) -> list[Path]:
     return paths
 
 
+def image_files(root: Path) -> list[Path]:
+    """The image files in a folder and below it, sorted, without hidden ones."""
+    return sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in _IMAGE_SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
+
+
 def _from_files(
     train: list[_Labelled],
     test: list[_Labelled],

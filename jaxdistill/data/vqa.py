@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxdistill.data import jsonl
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.folders import images_of
 from jaxdistill.errors import InputError
-from jaxdistill.io.reading import one_line
 
 KINDS = ("at", "next", "count", "exist", "where", "rows", "describe")
 """What is asked: what stands in a place, or next to one; how many there are of a class, whether
@@ -232,46 +232,24 @@ class _Row(NamedTuple):
 
 
 def _lines(path: Path, root: Path) -> list[_Row]:
-    if not path.is_file():
-        raise InputError(f"{path} is missing: questions stand in train.jsonl and test.jsonl")
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")  # and at no other sign that ends a line
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({one_line(error)})") from error
-    return [
-        _row(line, f"{path}, line {n}", root) for n, line in enumerate(lines, 1) if line.strip()
-    ]
+    lines = jsonl.objects(
+        path,
+        holds="questions stand in train.jsonl and test.jsonl",
+        form="image, question and answer",
+    )
+    return [_row(said, where, root) for where, said in lines]
 
 
-def _encodes(text: str) -> bool:
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def _row(line: str, where: str, root: Path) -> _Row:
-    try:
-        said = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is no JSON ({one_line(error)})") from error
-    if not isinstance(said, dict):
-        raise InputError(f"{where} is no object with image, question and answer")
+def _row(said: dict, where: str, root: Path) -> _Row:
     for name in ("image", "question", "answer"):
         if not isinstance(said.get(name), str) or not said[name]:
             raise InputError(f"{where} has no {name}; each line needs image, question and answer")
-        if not _encodes(said[name]):
+        if not jsonl.is_whole(said[name]):
             raise InputError(f"{where}: the {name} has half a character; write it whole")
     kind = said.get("kind", _ONE_KIND)
     if not isinstance(kind, str):
         raise InputError(f"{where}: kind is {kind!r}; it must be a text")
-    try:
-        image = (root / said["image"]).resolve()
-        there = image.is_relative_to(root) and image.is_file()
-    except (OSError, ValueError, RuntimeError):
-        there = False
-    if not there:
-        raise InputError(f"{where}: {said['image']!r} is no file in {root}")
+    image = jsonl.file_in(root, said["image"], where)
     return _Row(image, said["question"], said["answer"], kind)
 
 

@@ -1,4 +1,4 @@
-"""Pictures: images by class or with texts, points in the plane, lines of a chart, cosines."""
+"""Pictures: images by class, with texts or found for them, points, lines of a chart, cosines."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,7 @@ _CHART, _LEGEND = (520, 360), 230  # of lines
 _COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), _INK)
 _CELL = 40  # of a matrix
 _PHOTO, _TEXT, _LINE = 112, 330, 20  # of images with texts
+_FOUND = 64  # side of an image that was found for a text
 _SCALE = 3  # drawn larger and reduced, for smooth lines
 
 
@@ -289,6 +290,41 @@ def captioned(
         for line, text in enumerate(lines):
             shown = _shorten(text, font, _TEXT - 16)
             pen.text((left + _PHOTO + 10, top + line * _LINE), shown, fill=_INK, font=font)
+    return np.asarray(canvas)
+
+
+def found(
+    images: Shaped[np.ndarray, "n h w c"],
+    texts: Sequence[str],
+    best: Sequence[Sequence[int]],
+    right: Sequence[int],
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Draws the images that were found for each text in a row behind it, the right one framed.
+
+    Args:
+        images: uint8.
+        texts: What was asked for; what is too long is cut.
+        best: Numbers of the images found for each, the best first.
+        right: The number of the image that each text is of.
+    """
+    font = ImageFont.load_default(size=15)
+    cell = _FOUND + 2 * _GAP + _CLASS_GAP
+    left = _EDGE + _TEXT + 2 * _EDGE
+    size = left + max(map(len, best)) * cell + _EDGE, len(texts) * cell + 2 * _EDGE
+    canvas = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(canvas)
+    for row, (text, numbers, own) in enumerate(zip(texts, best, right, strict=True)):
+        top = _EDGE + row * cell
+        shown = _shorten(text, font, _TEXT)
+        pen.text((left - _EDGE, top + cell / 2), shown, fill=_INK, font=font, anchor="rm")
+        for column, number in enumerate(numbers):
+            x = left + column * cell
+            if number == own:
+                far = x + _FOUND + 2 * _GAP - 1, top + _FOUND + 2 * _GAP - 1
+                pen.rectangle((x, top, *far), fill=_END)
+            tile = _tile(images[number] / 255, _FOUND)
+            photo = Image.fromarray(tile).resize((_FOUND, _FOUND), Image.Resampling.NEAREST)
+            canvas.paste(photo, (x + _GAP, top + _GAP))
     return np.asarray(canvas)
 
 

@@ -82,6 +82,27 @@ def read_npz(
         raise InputError(_without_file(error)) from error
 
 
+def read_npy(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads the array of a `.npy`.
+
+    Raises:
+        InputError: if the file is none, or not a whole one. The line does not name the file: that
+            is left to the caller.
+    """
+    try:
+        size = _size(path)
+        if size is None:
+            raise InputError("it is not a regular file")
+        with open(path, "rb") as file:
+            _checked_header("the numbers", file, size)
+            file.seek(0)
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except InputError:
+        raise
+    except Exception as error:  # as of archives
+        raise InputError(_without_file(error)) from error
+
+
 def npz_names(path: str | os.PathLike[str]) -> list[str]:
     """The names of the arrays in a file; none if it is no archive."""
     try:
@@ -165,21 +186,28 @@ def _array(
     archive: zipfile.ZipFile, key: str, member: zipfile.ZipInfo, check: Callable | None
 ) -> np.ndarray:
     with archive.open(member) as file:
-        dtype, shape = _header(key, file)
-        if check is not None:
-            check(key, dtype, shape)
-        if dtype.hasobject:
-            raise InputError(f"{key} hold Python objects, which are never unpickled")
-        body = member.file_size - file.tell()
-        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != body:
-            raise InputError(f"{key} of shape {shape} do not fill their {body} bytes")
-        if dtype.itemsize == 0:
-            raise InputError(f"{key} hold nothing: they are {dtype}")
+        _checked_header(key, file, member.file_size, check)
     with archive.open(member) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def _header(key: str, file: zipfile.ZipExtFile) -> tuple[np.dtype, tuple[int, ...]]:
+def _checked_header(
+    key: str, file: io.BufferedIOBase, size: int, check: Callable | None = None
+) -> None:
+    """Makes sure that what is behind a header is what it says, before memory is taken for it."""
+    dtype, shape = _header(key, file)
+    if check is not None:
+        check(key, dtype, shape)
+    if dtype.hasobject:
+        raise InputError(f"{key} hold Python objects, which are never unpickled")
+    body = size - file.tell()
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != body:
+        raise InputError(f"{key} of shape {shape} do not fill their {body} bytes")
+    if dtype.itemsize == 0:
+        raise InputError(f"{key} hold nothing: they are {dtype}")
+
+
+def _header(key: str, file: io.BufferedIOBase) -> tuple[np.dtype, tuple[int, ...]]:
     version = np.lib.format.read_magic(file)
     if version not in _HEADERS:
         raise InputError(f"{key} are in version {version} of the npy format, not (1, 0) or (2, 0)")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import InputError
+from jaxdistill.io import pictures
 from jaxdistill.io.pictures import grid, matrix
 from tests.io.test_artifact import _digits
 
@@ -100,3 +101,16 @@ def test_a_matrix_is_red_where_it_agrees_and_blue_where_it_does_not():
     (one, none), (other, half) = cells
     assert one[0] > 150 > one[2] and other[2] > 150 > other[0]
     assert (none >= 250).all() and one[2] < half[2] < none[2]
+
+
+def test_images_found_for_texts_stand_in_order_and_the_right_one_is_framed():
+    images = np.stack([np.full((8, 8, 3), 40 * i, np.uint8) for i in range(5)])
+    drawn = pictures.found(images, ["a text", "another " * 30], [[3, 1], [0, 2]], [1, 4])
+    red = (drawn == (200, 60, 40)).all(-1)
+    rows = np.flatnonzero(red.any(1))
+    columns = np.flatnonzero(red.any(0))
+    # One frame, around the second image of the first row: 64 pixels and two on either side.
+    assert len(rows) == len(columns) == 68
+    inside = drawn[rows[34], columns[34]]
+    assert inside.tolist() == [40, 40, 40]
+    assert drawn[rows[34], columns[34] - 74].tolist() == [120, 120, 120]
