@@ -2,6 +2,7 @@
 
     python benchmarks/privacy.py membership     # who was among the training images, by LiRA
     python benchmarks/privacy.py accuracy       # Fashion-MNIST at several epsilons
+    python benchmarks/privacy.py --picture      # sets at several epsilons, made anew
     python benchmarks/privacy.py --table        # from the records
 
 `membership`: of 2,000 training images of Fashion-MNIST each pipeline gets a random half. It makes a
@@ -27,6 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import recording
+from PIL import Image
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -36,12 +38,14 @@ from jaxdistill.condense import accounting, released
 from jaxdistill.data import dataset, sources
 from jaxdistill.data.augment import normalizer
 from jaxdistill.eval import attacks, classify, results, train_on
+from jaxdistill.io import pictures
 from jaxdistill.io.versions import versions
 from jaxdistill.nn.classifiers import classifier
 
 _MEMBERSHIP = recording.FOLDER / "privacy_membership.json"
 _ACCURACY = recording.FOLDER / "privacy_fashion_mnist.json"
 _PICTURE = Path(__file__).parent.parent / "docs" / "images" / "privacy_membership.png"
+_SETS_PICTURE = _PICTURE.with_name("privacy_sets.png")
 _DELTA = 1e-5
 
 # Of the attack.
@@ -331,6 +335,18 @@ def accuracy_table(records: list[dict]) -> str:
     return results.markdown(lines)
 
 
+def sets_picture(workdir: Path, path: Path) -> None:
+    """One image a class, learned from noisy sums: a row for each epsilon."""
+    data = sources.load("fashion_mnist")
+    rows = {
+        "no noise": None,
+        **{f"epsilon={epsilon:g}": epsilon for epsilon in _EPSILONS if epsilon is not None},
+    }
+    made = [_learned("direction", epsilon, 1, 0, data, workdir) for epsilon in rows.values()]
+    labels = np.repeat(np.arange(len(rows), dtype=np.int32), _CLASSES)
+    Image.fromarray(pictures.grid(np.concatenate(made), labels, list(rows))).save(path)
+
+
 def main() -> None:
     """Runs what is missing and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -338,8 +354,11 @@ def main() -> None:
     parser.add_argument("--ipc", type=int, nargs="*", default=[1])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--workdir", type=Path, default=Path("runs/privacy"))
+    parser.add_argument("--picture", action="store_true", help="draw sets at several epsilons")
     parser.add_argument("--table", action="store_true", help="only print what is recorded")
     args = parser.parse_args()
+    if args.picture:
+        sets_picture(args.workdir, _SETS_PICTURE)
     if args.part == "membership" and not args.table:
         for arm in _ARMS:
             recording.kept(_MEMBERSHIP, arm, lambda arm=arm: attack(arm))
