@@ -10,7 +10,7 @@ import pytest
 from scipy import integrate, stats
 
 import jaxdistill
-from jaxdistill import release, run_folder
+from jaxdistill import look, release, run_folder
 from jaxdistill.condense import accounting
 from jaxdistill.condense.accounting import COUNT_WEIGHT, SENSITIVITY
 from jaxdistill.condense.released import (
@@ -388,6 +388,10 @@ def test_nothing_in_the_artefact_identifies_the_data(runs):
         assert not {"source_sha256", "test_sha256"} & (card["provenance"].keys() | card["settings"])
         cards.append((stored["source_sha256"], card["settings"], card["config_hash"]))
     assert cards[0][0] != cards[1][0] and cards[0][1:] == cards[1][1:]
+
+
+def test_a_workdir_whose_card_withholds_the_data_is_what_it_says(runs):
+    assert "whole, of settings" in look.verify(runs[0])
 
 
 def test_a_run_that_goes_on_reads_its_sums(runs, monkeypatch):

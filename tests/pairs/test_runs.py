@@ -9,6 +9,7 @@ import pytest
 
 import jaxdistill
 from jaxdistill import config as configs
+from jaxdistill import look
 from jaxdistill.data.hashed import hashed
 from jaxdistill.errors import Diverged, InputError
 from jaxdistill.eval import retrieval, train_pairs
@@ -39,6 +40,10 @@ def test_a_run_leaves_pairs_that_can_be_used_without_it(run):
     assert rows == {"covariance", "random", "all pairs"}
     assert {record["metric"] for record in records} == set(retrieval.METRICS)
     assert all(0 <= record["value"] <= 1 for record in records)
+
+
+def test_a_workdir_is_what_it_says(run):
+    assert look.verify(run[0]).count("| whole, of settings") == 2
 
 
 def test_what_is_done_is_not_done_again(run, monkeypatch):
