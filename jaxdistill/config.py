@@ -1,6 +1,7 @@
 """Configs: where a name is found, and the argument string that selects a preset."""
 
 import ast
+import difflib
 import importlib.util
 import inspect
 import os
@@ -120,9 +121,11 @@ def _find(spec: str) -> tuple[Path, str, str]:
     path = shipped().get(name, Path(name))
     # Unlike Path.is_file, this is False for what no file system takes as a name.
     if path.suffix != ".py" or not os.path.isfile(path):
-        names = ", ".join(sorted(shipped()))
+        close = difflib.get_close_matches(name, shipped())
+        meant = f"; did you mean {' or '.join(close)}?" if close else ""
         raise InputError(
-            f"no config {keywords.quoted(name)}: give a path to a .py file or one of: {names}"
+            f"no config {keywords.quoted(name)}: give a path to a .py file, or a name that "
+            f"jaxdistill list has{meant}"
         )
     return path, colon, argument
 

@@ -146,6 +146,8 @@ def _converted(keyword: Keyword, value: Any) -> Any:
     if value is None and keyword.optional:
         return None
     if keyword.or_many and isinstance(value, tuple | list):
+        if not value:
+            raise ValueError
         return tuple(_converted(keyword._replace(optional=False, or_many=False), x) for x in value)
     if typing.get_origin(keyword.kind) is tuple:
         if not isinstance(value, tuple | list):

@@ -32,6 +32,11 @@ def test_what_is_no_program_is_not_run(name):
     assert len(str(error.value)) < 300
 
 
+def test_a_slip_of_the_keyboard_gets_the_name_that_was_meant():
+    with pytest.raises(InputError, match=r"no config 'gradeint': .* did you mean gradient\?$"):
+        configs.load("gradeint")
+
+
 def test_a_config_of_ones_own(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(

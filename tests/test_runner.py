@@ -261,7 +261,7 @@ def test_divergence_without_a_checkpoint_says_so():
         ({"checkpoint_every": 5}, "checkpoints and TensorBoard events need a workdir"),
         ({"tensorboard": True}, "need a workdir; give one"),
         ({"method": min_max()}, "takes per_class batches; give it the data"),
-        ({"method": min_max(size=32), "data": toy_data()[0]}, "class '0' has 24 examples"),
+        ({"method": min_max(size=32), "data": toy_data()[0]}, "class '0', the largest, has 24"),
         ({"backend": "xmap"}, "no parallel backend is called 'xmap'"),
     ],
 )
