@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import InputError
+from jaxdistill.io import pictures
 from jaxdistill.io.pictures import grid, matrix
 from tests.io.test_artifact import _digits
 
