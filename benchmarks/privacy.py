@@ -11,7 +11,7 @@ pixels of the set, by 200 iterations of L-BFGS. The attacker has the regression 
 knows the pipeline, has run it on halves of its own, and says by LiRA which images were in. Of the
 sums themselves the score of an image is its product with the mean of its class.
 `accuracy`: fresh ConvNets of width 32 on the test split, trained on sets that were learned from two
-releases under networks of that width; rate and scale of frequencies were chosen on training images.
+releases under networks of that width; the scale of frequencies was chosen on training images alone.
 Records go to `benchmarks/records/`, and the same command goes on.
 """
 

@@ -83,7 +83,7 @@ def test_noise_gives_back_the_epsilon_that_it_was_made_for(epsilon, delta):
     np.testing.assert_allclose(3 * SENSITIVITY / sigma, mu, rtol=1e-12)
 
 
-# By dp-accounting 0.6.0, of whose `PLDAccountant` for `GaussianDpEvent` these are the deviations.
+# For which dp-accounting 0.6.0, its `PLDAccountant` on a `GaussianDpEvent`, gives these epsilons.
 @pytest.mark.parametrize(("epsilon", "sigma"), [(0.5, 7.03183), (1.0, 3.73063), (10.0, 0.499889)])
 def test_noise_is_that_of_another_accountant(epsilon, sigma):
     np.testing.assert_allclose(1 / accounting.mu_of(epsilon, 1e-5), sigma, rtol=2e-5)
