@@ -17,8 +17,8 @@ all classes met; see `jaxdistill.eval.continual`. Rows whose making has looked a
 once, by trained extractors or by what their images compete for, are called so in the table.
 
     config                              hardware     accuracy to expect
-    continual:dataset=digits            2 CPU cores, 5 minutes; 97.7 ± 0.3 on the average of the groups
-                                        (docs/downstream.md, three orders)
+    continual:dataset=digits            2 CPU cores, 5 minutes; 97.7 ± 0.3, the
+                                        average of the groups (docs/downstream.md)
     every other                         2 CPU cores or an accelerator; not run here to its end
 """
 
