@@ -21,7 +21,7 @@ from jaxdistill.eval import results
 
 _ROWS = "baselines=random+herding+ncfm"
 _IMAGES_FOLDER = Path(__file__).parent.parent / "docs" / "images"
-# A third of the space of the config, which is what two cores carry in an hour.
+# Fewer orders, and a third of the space, than the configs have.
 _OVERRIDES = {
     "continual": {"evals.continual.orders": "3"},
     "search": {

@@ -355,7 +355,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--workdir", type=Path, default=Path("runs/privacy"))
     parser.add_argument("--picture", action="store_true", help="draw sets at several epsilons")
-    parser.add_argument("--table", action="store_true", help="only print what is recorded")
+    parser.add_argument(
+        "--table", action="store_true", help="only tables and curve, from the records"
+    )
     args = parser.parse_args()
     if args.picture:
         sets_picture(args.workdir, _SETS_PICTURE)

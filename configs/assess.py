@@ -28,11 +28,7 @@ def get_config(argument=None, dataset=None):
     arg = configs.parse_argument(
         argument, words=("smoke",), dataset="digits", runs=1, epochs=20, ipc=10, seed=0
     )
-    smoke = ",smoke" if arg["smoke"] else ""
-    config = configs.load(
-        f"ncfm:method=random,ipc=1,baselines=,seed={arg['seed']}{smoke}",
-        {"data.name": arg["dataset"] if dataset is None else dataset},
-    ).unlock()
+    config = configs.based("ncfm:method=random,ipc=1,baselines=", arg, dataset)
     config.evals = {
         "assessment": {
             "name": "assess",

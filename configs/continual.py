@@ -39,10 +39,7 @@ def get_config(argument=None, dataset=None, method=None):
         seed=0,
     )
     method = arg["method"] if method is None else method
-    rows = f"method={method},baselines={arg['baselines']}"
-    rest = f"ipc={arg['ipc']},seed={arg['seed']}{',smoke' if arg['smoke'] else ''}"
-    name = arg["dataset"] if dataset is None else dataset
-    config = configs.load(f"ncfm:{rows},{rest}", {"data.name": name}).unlock()
+    config = configs.based(f"ncfm:method={method}", arg, dataset, "baselines", "ipc")
     judged = config.evals.accuracy
     config.evals = {
         "continual": {

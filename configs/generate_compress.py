@@ -43,13 +43,9 @@ def get_config(argument=None, dataset=None):
         filter="none",
         seed=0,
     )
-    dataset = arg["dataset"] if dataset is None else dataset
-    smoke = ",smoke" if arg["smoke"] else ""
     student = "ucgm" if arg["generator"] == "teacher" else arg["generator"]
     recipe = "ucgm:" if student == "ucgm" else f"flow:method={student},"
-    generator = configs.load(
-        f"{recipe}baselines=,seed={arg['seed']}{smoke}", {"data.name": dataset}
-    ).unlock()
+    generator = configs.based(f"{recipe}baselines=", arg, dataset)
     if arg["generator"] == "teacher":
         generator.method.steps = 1  # a run of flows has a student, and nobody asks this one
     generator.evals = {
@@ -64,9 +60,7 @@ def get_config(argument=None, dataset=None):
     }
     name = arg["compress"]
     recipe = "rded:baselines=random" if name == "rded" else f"ncfm:method={name},baselines=random"
-    config = configs.load(
-        f"{recipe},ipc={arg['ipc']},seed={arg['seed']}{smoke}", {"data.name": dataset}
-    ).unlock()
+    config = configs.based(recipe, arg, dataset, "ipc")
     config.data.name = "generated"
     config.generator = generator
     return config

@@ -41,12 +41,9 @@ def get_config(argument=None, dataset=None):
         baselines="random+exact",
         seed=0,
     )
-    name = arg["dataset"] if dataset is None else dataset
     chosen = arg["baselines"].split("+")
     known = "+".join(row for row in chosen if row not in ("exact", "direction"))
-    smoke = ",smoke" if arg["smoke"] else ""
-    spec = f"ncfm:method=released,ipc={arg['ipc']},seed={arg['seed']},baselines={known}{smoke}"
-    config = configs.load(spec, {"data.name": name}).unlock()
+    config = configs.based(f"ncfm:method=released,baselines={known}", arg, dataset, "ipc")
 
     exact = config.method.to_dict()
     guaranteed = exact | {"epsilon": arg["epsilon"], "delta": arg["delta"]}

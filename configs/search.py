@@ -35,11 +35,9 @@ def get_config(argument=None, dataset=None, method=None):
         seed=0,
     )
     method = arg["method"] if method is None else method
-    rows = f"method={method},baselines={arg['baselines']}"
-    rest = f"ipc={arg['ipc']},seed={arg['seed']}{',smoke' if arg['smoke'] else ''}"
-    name = arg["dataset"] if dataset is None else dataset
-    config = configs.load(f"ncfm:{rows},{rest}", {"data.name": name}).unlock()
-    config.data.holdout_per_class = arg["holdout"] or (40 if name == "digits" else 500)
+    config = configs.based(f"ncfm:method={method}", arg, dataset, "baselines", "ipc")
+    few = 40 if config.data.name == "digits" else 500
+    config.data.holdout_per_class = arg["holdout"] or few
     judged = config.evals.accuracy
     config.evals = {
         "search": {

@@ -211,9 +211,26 @@ def derived(
         InputError: As `parse_argument` and `load` do.
     """
     arg = parse_argument(argument, words=("smoke",), dataset="digits", **defaults, seed=0)
-    given, smoke = arg.pop("dataset"), ",smoke" if arg.pop("smoke") else ""
-    rest = "".join(f",{key}={value}" for key, value in arg.items())
-    name = given if dataset is None else dataset
+    return based(spec, arg, dataset, *defaults)
+
+
+def based(
+    spec: str, arg: Mapping[str, Any], dataset: str | None, *names: str
+) -> ml_collections.ConfigDict:
+    """Another config to be changed, with some of the arguments of one's own.
+
+    Args:
+        spec: The other config with an argument, such as `ncfm:method=dm`.
+        arg: What `parse_argument` gave, with `dataset`, `seed` and `smoke`, which it gets too.
+        dataset: What the command line says of the data, which goes before the argument; or None.
+        *names: Others of these arguments that it gets.
+
+    Raises:
+        InputError: As `load` does.
+    """
+    rest = "".join(f",{name}={arg[name]}" for name in (*names, "seed"))
+    smoke = ",smoke" if arg["smoke"] else ""
+    name = arg["dataset"] if dataset is None else dataset
     return load(f"{spec}{rest}{smoke}", {"data.name": name}).unlock()
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Float, Float64, Int32, UInt8
 from scipy.special import ndtri
 
 from jaxdistill.condense.accounting import COUNT_WEIGHT, deviation
+from jaxdistill.data.passes import passes
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.interrupt import ShouldStop, never
 from jaxdistill.io.files import write_files
@@ -93,16 +94,12 @@ def class_sums(
     for release in range(releases):
         drawn = draw(release)
         _check_alone(apply, drawn, microbatch, images.shape[1:])
-        for first in range(0, len(images), microbatch):
+        for (part, classes), own in passes((images, labels), microbatch):
             if should_stop():
                 raise Interrupted("stopped while summing over the data; no noise was drawn yet")
-            part = images[first : first + microbatch]
-            # One program for all: the last part is filled up with what is not counted.
-            full = np.pad(part, ((0, microbatch - len(part)), *((0, 0),) * 3))
-            added = contributions(np.asarray(apply(drawn, full))[: len(part)])
-            own = np.eye(num_classes)[labels[first : first + microbatch]]
-            sums[release] += own.T @ added
-            bar.update(release * len(images) + first + len(part), {})
+            added = contributions(np.asarray(apply(drawn, part))[:own])
+            sums[release] += np.eye(num_classes)[classes[:own]].T @ added
+            bar.update(bar.done + own, {})
     bar.close()
     return sums
 

@@ -596,7 +596,7 @@ def pixels_by_class(state: Any, mesh: Mesh) -> PyTree:
     return by_class(state, state.pixels.shape)
 
 
-def in_microbatches(run: Callable[[Array], Array], batch: Array, microbatch: int) -> Array:
+def in_microbatches(run: Callable[[Array], PyTree], batch: Array, microbatch: int) -> PyTree:
     """Applies `run` to slices of the leading axis, recomputing each slice for the gradient."""
     n = batch.shape[0]
     parts = -(-n // microbatch)
@@ -607,4 +607,4 @@ def in_microbatches(run: Callable[[Array], Array], batch: Array, microbatch: int
     index = jnp.arange(parts * size) % n
     slices = batch[index].reshape(parts, size, *batch.shape[1:])
     out = lax.map(jax.checkpoint(run), slices)
-    return out.reshape(parts * size, *out.shape[2:])[:n]
+    return jax.tree.map(lambda x: x.reshape(parts * size, *x.shape[2:])[:n], out)

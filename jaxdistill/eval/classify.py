@@ -7,7 +7,6 @@ split.
 import functools
 import itertools
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from jaxdistill.condense.labels import centred as label_centred
 from jaxdistill.condense.labels import soft_labels as label_softly
 from jaxdistill.data.augment import normalizer, parse
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.errors import InputError, Interrupted
+from jaxdistill.errors import InputError
 from jaxdistill.eval import results, train_on
 from jaxdistill.eval.bench import Bench, Made
 from jaxdistill.eval.results import Cell
@@ -147,13 +146,8 @@ def evaluate(
             targets = label_centred(distilled.labels, task.num_classes)
             if distilled.learned_labels is not None:
                 targets = jnp.asarray(distilled.learned_labels)
-        try:
+        with bench.results.counted(wanted, "evaluating", "networks are measured"):
             _measure(bench, network, distilled, targets, loss, protocol, group, bar)
-        except Interrupted as stop:
-            kept = len(wanted) - len(bench.results.missing(wanted))
-            raise Interrupted(
-                f"stopped while evaluating; {kept} of {len(wanted)} networks are measured"
-            ) from stop
     if bar is not None:
         bar.close()
     bench.results.gather()
@@ -235,41 +229,34 @@ def _measure(
 ) -> None:
     """Trains the networks of some cells, which differ in the seed alone, and measures them."""
     task, data = bench.task, bench.data
-    normalize = normalization(bench, distilled.card)
-    passes: dict[str, Any] = {"normalize": normalize, "microbatch": task.microbatch}
     before = bar.done
-    start = time.perf_counter(), time.process_time()
-    params = train_on.train_many(
-        jnp.stack([jax.random.key(cell.seed) for cell in group]),
+    judged = train_on.judged(
+        [cell.seed for cell in group],
         network,
-        jnp.asarray(distilled.images),
+        distilled.images,
         targets,
+        data.test,
+        num_classes=task.num_classes,
+        normalize=normalization(bench, distilled.card),
         protocol=protocol,
         loss=loss,
+        microbatch=task.microbatch,
         on_block=lambda part: bar.update(before + part * len(group), {}),
         should_stop=bench.should_stop,
-        **passes,
     )
-    images, labels = (jnp.asarray(x) for x in data.test)
-    lost = train_on.have_diverged(
-        params, network, distilled.images, targets, normalize=normalize, loss=loss
-    )
-    measured = {}
-    for index, (cell, diverged) in enumerate(zip(group, lost, strict=True)):
-        one = jax.tree.map(lambda x, index=index: x[index], params)
-        found = train_on.accuracy(
-            network, one, images, labels, num_classes=task.num_classes, **passes
-        )
-        measured[cell] = {
-            "value": math.nan if diverged else found.value,
-            "classes": list(found.classes),
+    measured = {
+        cell: {
+            "value": math.nan if one.diverged else one.accuracy.value,
+            "classes": list(one.accuracy.classes),
             "images": len(distilled.labels),
             "epochs": protocol.epochs,
             # Of the networks trained together.
-            "wall_seconds": round(time.perf_counter() - start[0], 2),
-            "cpu_seconds": round(time.process_time() - start[1], 2),
+            "wall_seconds": one.wall_seconds,
+            "cpu_seconds": one.cpu_seconds,
         }
-        bar.update(bar.done, {"accuracy": found.value})
+        for cell, one in zip(group, judged, strict=True)
+    }
+    bar.update(bar.done, {"accuracy": judged[-1].accuracy.value})
     bench.results.keep(measured)
 
 

@@ -12,18 +12,15 @@ methods are called "made of all classes", for they knew what was to come.
 
 import itertools
 import math
-import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from jaxdistill.data.augment import parse
 from jaxdistill.data.dataset import Dataset, Split
-from jaxdistill.errors import InputError, Interrupted
+from jaxdistill.errors import InputError
 from jaxdistill.eval import classify, results, train_on
 from jaxdistill.eval.bench import Bench
 from jaxdistill.eval.results import Cell
@@ -110,7 +107,6 @@ def evaluate(
         Interrupted: If it is stopped; what is measured by then is kept.
     """
     task, data = bench.task, bench.data
-    parse(strategy)
     protocol = train_on.Protocol(epochs, batch_size, learning_rate, strategy=strategy)
     own = digest([*protocol, network, depth, width, norm, groups, bench.identity])
     judge = classify.judge(network, task.num_classes, task.image_shape, depth, width, norm)
@@ -128,9 +124,9 @@ def evaluate(
     bar = Progress(len(todo), 0, "learning class by class") if todo else None
     for done, cell in enumerate(todo):
         met = np.concatenate(sequences[cell.seed][: step_of[cell.metric] + 1])
-        try:
-            distilled = bench.rows[cell.row].output()
-            normalize = classify.normalization(bench, distilled.card)
+        distilled = bench.rows[cell.row].output()
+        normalize = classify.normalization(bench, distilled.card)
+        with bench.results.counted(wanted, "evaluating", "networks are measured"):
             measured = measure(
                 task._replace(normalize=normalize),
                 data.test,
@@ -141,11 +137,6 @@ def evaluate(
                 cell.seed,
                 bench.should_stop,
             )
-        except Interrupted as stop:
-            kept = len(wanted) - len(bench.results.missing(wanted))
-            raise Interrupted(
-                f"stopped while evaluating; {kept} of {len(wanted)} networks are measured"
-            ) from stop
         bench.results.keep({cell: measured})
         bar.update(done + 1, {"accuracy": measured["value"]})
     if bar is not None:
@@ -247,39 +238,31 @@ def measure(
     Raises:
         Interrupted: If `should_stop` said yes.
     """
-    start = time.perf_counter(), time.process_time()
     # In the order of the set: a memory is the same whatever way led to its classes.
     kept = np.flatnonzero(np.isin(distilled.labels, met))
-    images = jnp.asarray(distilled.images[kept])
-    targets = train_on.one_hot(distilled.labels[kept], task.num_classes)
-    passes: dict[str, Any] = {"normalize": task.normalize, "microbatch": task.microbatch}
-    params = train_on.train(
-        jax.random.key(seed),
+    (judged,) = train_on.judged(
+        [seed],
         network,
-        images,
-        targets,
+        distilled.images[kept],
+        train_on.one_hot(distilled.labels[kept], task.num_classes),
+        test,  # all of it, so that every memory is judged by one program
+        num_classes=task.num_classes,
+        normalize=task.normalize,
         protocol=protocol,
+        microbatch=task.microbatch,
         should_stop=should_stop,
-        **passes,
     )
-    (lost,) = train_on.have_diverged(
-        jax.tree.map(lambda x: x[None], params), network, images, targets, normalize=task.normalize
-    )
-    # All of the test split, so that every memory is judged by one program.
-    every = train_on.accuracy(
-        network, params, *map(jnp.asarray, test), num_classes=task.num_classes, **passes
-    ).classes
-    classes = [every[c] if c in met else None for c in range(task.num_classes)]
+    every = judged.accuracy.classes
     sizes = np.bincount(test.labels, minlength=task.num_classes)
     known = [c for c in met if sizes[c]]
     value = np.average([every[c] for c in known], weights=sizes[known]) if known else math.nan
     return {
-        "value": math.nan if lost else float(value),
-        "classes": classes,
+        "value": math.nan if judged.diverged else float(value),
+        "classes": [every[c] if c in met else None for c in range(task.num_classes)],
         "images": len(kept),
         "epochs": protocol.epochs,
-        "wall_seconds": round(time.perf_counter() - start[0], 2),
-        "cpu_seconds": round(time.process_time() - start[1], 2),
+        "wall_seconds": judged.wall_seconds,
+        "cpu_seconds": judged.cpu_seconds,
     }
 
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Bool, Float, Int, Int32
 
+from jaxdistill.condense.synthetic import in_microbatches
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.neighbours import nearest, unit
 from jaxdistill.errors import Diverged, InputError, Interrupted
@@ -194,7 +194,7 @@ def _observer(network: Network, normalize: Callable, microbatch: int) -> Callabl
     def observe(params, seen):
         images, labels = seen
         say = lambda part: jax.nn.softmax(network.logits(params, normalize(part)))  # noqa: E731
-        return scores.epoch(_in_passes(say, images, microbatch), labels)
+        return scores.epoch(in_microbatches(say, images, microbatch), labels)
 
     return observe
 
@@ -205,15 +205,7 @@ def _asked(params, images, network, normalize, microbatch):
         part = normalize(part)
         return jax.nn.softmax(network.logits(params, part)), network.features(params, part)
 
-    return _in_passes(say, images, microbatch)
-
-
-def _in_passes(say, images, microbatch):
-    n = len(images)
-    parts = -(-n // microbatch)
-    index = (jnp.arange(parts * microbatch) % n).reshape(parts, microbatch)
-    out = lax.map(lambda i: say(images[i]), index)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], out)
+    return in_microbatches(say, images, microbatch)
 
 
 def _read(path: Path, index: int, data: Dataset, epochs: int) -> Judgement:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.condense.charfn import normalize_rows
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.passes import passes
 from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.eval import attacks, results, sampling
 from jaxdistill.eval.bench import Bench
@@ -140,17 +141,12 @@ def _features(bench: Bench) -> Callable[[np.ndarray], np.ndarray]:
     """Features of a random network, of length 1: what they are depends on no data."""
     task = bench.task
     params = jax.jit(task.network.init)(jax.random.key(_KEY))
-    size = task.microbatch
 
     @jax.jit
     def some(images):
-        out = task.network.features(params, task.normalize(images))
-        return out / jnp.maximum(jnp.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+        return normalize_rows(task.network.features(params, task.normalize(images)))
 
     def all_of(images):
-        short = -len(images) % size
-        full = np.pad(images, ((0, short), *((0, 0),) * 3))
-        parts = [some(full[i : i + size]) for i in range(0, len(full), size)]
-        return np.concatenate(parts)[: len(images)]
+        return np.concatenate([some(part)[:own] for part, own in passes(images, task.microbatch)])
 
     return all_of

@@ -161,14 +161,9 @@ def evaluate(
     bar = Progress(len(todo), 0, "evaluating") if todo else None
     for done, cell in enumerate(todo):
         name, kind = metrics[cell.metric]
-        try:
-            row, said = bench.rows[cell.row], stored.get((cell.row, kind))
+        row, said = bench.rows[cell.row], stored.get((cell.row, kind))
+        with bench.results.counted(wanted, "evaluating", "networks are measured"):
             measured = _measure(bench, row, judges[name], teacher, protocols[kind], cell.seed, said)
-        except Interrupted as stop:
-            raise Interrupted(
-                f"stopped while evaluating; {len(wanted) - len(bench.results.missing(wanted))} of "
-                f"{len(wanted)} networks are measured"
-            ) from stop
         bench.results.keep({cell: measured})
         bar.update(done + 1, {"accuracy": measured["value"]})
     if bar is not None:

@@ -1,9 +1,10 @@
 """Records of measurements, of one form for every evaluation, and the table made from them."""
 
+import contextlib
 import json
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxdistill.errors import InputError
+from jaxdistill.errors import InputError, Interrupted
 from jaxdistill.io.files import write_files
 from jaxdistill.io.reading import read_json
 from jaxdistill.parallel import processes
@@ -81,6 +82,21 @@ class Results:
             value = values["value"]
             self.measured[cell] = dict(values) | {"value": value if _is_finite(value) else None}
         write(self._own, self.measured)
+
+    @contextlib.contextmanager
+    def counted(self, wanted: Sequence[Cell], doing: str, are: str) -> Iterator[None]:
+        """Where it is stopped inside, says how many of the cells are measured.
+
+        Args:
+            wanted: The cells.
+            doing: What is done, for the message.
+            are: What they are when they are measured.
+        """
+        try:
+            yield
+        except Interrupted as stop:
+            kept = len(wanted) - len(self.missing(wanted))
+            raise Interrupted(f"stopped while {doing}; {kept} of {len(wanted)} {are}") from stop
 
     def records(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
         """The measurements of some cells, each as one dict."""

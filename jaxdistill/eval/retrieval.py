@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.data.augment import parse
-from jaxdistill.errors import InputError, Interrupted
+from jaxdistill.errors import InputError
 from jaxdistill.eval import results, sampling, train_pairs
 from jaxdistill.eval.bench import Bench
 from jaxdistill.eval.results import Cell
@@ -118,7 +118,7 @@ def evaluate(
     towers = train_pairs.fresh(task.image_shape, task.text_dim, *kind)
     for done, (row, seed) in enumerate(todo):
         began = time.perf_counter(), time.process_time()
-        try:
+        with bench.results.counted(wanted, "retrieving", "measurements are kept"):
             params = train_pairs.train(
                 jax.random.key(seed),
                 towers,
@@ -128,11 +128,6 @@ def evaluate(
                 on_block=lambda part, done=done: bar.update(done + part, {}),
                 should_stop=bench.should_stop,
             )
-        except Interrupted as stop:
-            kept = len(wanted) - len(bench.results.missing(wanted))
-            raise Interrupted(
-                f"stopped while retrieving; {kept} of {len(wanted)} measurements are kept"
-            ) from stop
         found = _scores(bench, towers, params)
         cost = {
             "steps": steps,

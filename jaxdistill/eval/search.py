@@ -12,12 +12,10 @@ split: see `data.holdout_per_class`, which the config sets.
 
 import functools
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
@@ -25,7 +23,7 @@ from scipy import stats
 
 from jaxdistill.data.augment import parse
 from jaxdistill.data.dataset import Dataset, Split
-from jaxdistill.errors import InputError, Interrupted
+from jaxdistill.errors import InputError
 from jaxdistill.eval import classify, results, train_on
 from jaxdistill.eval.bench import Bench
 from jaxdistill.eval.results import Cell
@@ -170,13 +168,8 @@ def evaluate(
         else:
             images, labels = {_REAL: some, _EARLY: few}[row]
         network = _network(by_name[group[0].metric], task.num_classes, task.image_shape)
-        try:
+        with bench.results.counted(wanted, "searching", "networks are measured"):
             measured = _measure(bench, group, network, images, labels, normalize, protocols[row])
-        except Interrupted as stop:
-            kept = len(wanted) - len(bench.results.missing(wanted))
-            raise Interrupted(
-                f"stopped while searching; {kept} of {len(wanted)} networks are measured"
-            ) from stop
         bench.results.keep(measured)
         bar.update(bar.done + len(group), {"accuracy": measured[group[-1]]["value"]})
     if bar is not None:
@@ -268,7 +261,7 @@ def summaries(records: Sequence[dict], parameters: Mapping[str, int]) -> list[di
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
+    return float(stats.spearmanr(a, b).statistic)
 
 
 @functools.cache
@@ -301,37 +294,28 @@ def _measure(
     protocol: train_on.Protocol,
 ) -> dict[Cell, dict[str, Any]]:
     """Trains the networks of some cells, which differ in the seed alone, and measures them."""
-    task, data = bench.task, bench.data
-    passes: dict[str, Any] = {"normalize": normalize, "microbatch": task.microbatch}
-    start = time.perf_counter(), time.process_time()
-    params = train_on.train_many(
-        jnp.stack([jax.random.key(cell.seed) for cell in group]),
+    judged = train_on.judged(
+        [cell.seed for cell in group],
         network,
-        jnp.asarray(images),
-        train_on.one_hot(labels, task.num_classes),
+        images,
+        train_on.one_hot(labels, bench.task.num_classes),
+        bench.data.test,
+        num_classes=bench.task.num_classes,
+        normalize=normalize,
         protocol=protocol,
+        microbatch=bench.task.microbatch,
         should_stop=bench.should_stop,
-        **passes,
     )
-    shown = [jnp.asarray(x) for x in data.test]
-    values = [
-        # One that has diverged says nothing, and is as good as chance.
-        train_on.accuracy(
-            network,
-            jax.tree.map(lambda x, i=i: x[i], params),
-            *shown,
-            num_classes=task.num_classes,
-            **passes,
-        ).value
-        for i in range(len(group))
-    ]
-    spent = {
-        "wall_seconds": round((time.perf_counter() - start[0]) / len(group), 2),
-        "cpu_seconds": round((time.process_time() - start[1]) / len(group), 2),
-    }
     return {
-        cell: {"value": value, "images": len(labels), "epochs": protocol.epochs, **spent}
-        for cell, value in zip(group, values, strict=True)
+        cell: {
+            # One that has diverged says nothing, and is as good as chance.
+            "value": one.accuracy.value,
+            "images": len(labels),
+            "epochs": protocol.epochs,
+            "wall_seconds": round(one.wall_seconds / len(group), 2),
+            "cpu_seconds": round(one.cpu_seconds / len(group), 2),
+        }
+        for cell, one in zip(group, judged, strict=True)
     }
 
 

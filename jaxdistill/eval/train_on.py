@@ -5,7 +5,8 @@ The last epoch counts. No checkpoint, rate or length is chosen on test data.
 
 import functools
 import itertools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -447,6 +448,89 @@ def accuracy(
     known = np.bincount(right, minlength=num_classes).tolist()
     classes = (k / n if n else None for k, n in zip(known, there, strict=True))
     return Accuracy(len(right) / len(labels), tuple(classes))
+
+
+class Judged(NamedTuple):
+    """A network that was trained on a set and asked about test images.
+
+    Attributes:
+        accuracy: What it is worth.
+        diverged: Whether it is lost; see `have_diverged`.
+        wall_seconds: Of it and those trained together with it, training and asking.
+        cpu_seconds: Likewise.
+    """
+
+    accuracy: Accuracy
+    diverged: bool
+    wall_seconds: float
+    cpu_seconds: float
+
+
+def judged(
+    seeds: Sequence[int],
+    network: Network,
+    images: Any,
+    targets: Float[Array, "n classes"],
+    test: tuple[Any, Any],
+    *,
+    num_classes: int,
+    normalize: Callable[[Array], Array],
+    protocol: Protocol,
+    loss: Loss = optax.softmax_cross_entropy,
+    microbatch: int = 256,
+    on_block: Callable[[float], None] = lambda fraction: None,
+    should_stop: ShouldStop = never,
+) -> list[Judged]:
+    """Trains fresh networks on a set and asks them about test images.
+
+    Args:
+        seeds: One for each network.
+        network: What to train.
+        images: The set's images, uint8 or float32 in [0, 1].
+        targets: One-hot or soft labels, or what else the loss takes.
+        test: Test images, uint8 (n, h, w, c), and their labels.
+        num_classes: Number of classes.
+        normalize: Images to normalized images.
+        protocol: How to train.
+        loss: What is descended.
+        microbatch: Images in one pass.
+        on_block: Called now and then with the fraction of the training that is done.
+        should_stop: Whether to give up.
+
+    Raises:
+        Interrupted: If `should_stop` said yes.
+    """
+    start = time.perf_counter(), time.process_time()
+    params = train_many(
+        jnp.stack([jax.random.key(seed) for seed in seeds]),
+        network,
+        jnp.asarray(images),
+        targets,
+        normalize=normalize,
+        protocol=protocol,
+        loss=loss,
+        microbatch=microbatch,
+        on_block=on_block,
+        should_stop=should_stop,
+    )
+    lost = have_diverged(params, network, images, targets, normalize=normalize, loss=loss)
+    shown = [jnp.asarray(x) for x in test]
+    found = [
+        accuracy(
+            network,
+            jax.tree.map(lambda x, i=i: x[i], params),
+            *shown,
+            num_classes=num_classes,
+            normalize=normalize,
+            microbatch=microbatch,
+        )
+        for i in range(len(seeds))
+    ]
+    spent = time.perf_counter() - start[0], time.process_time() - start[1]
+    return [
+        Judged(each, bool(gone), *(round(seconds, 2) for seconds in spent))
+        for each, gone in zip(found, lost, strict=True)
+    ]
 
 
 def one_hot(labels: Int[np.ndarray, " n"], num_classes: int) -> Float[Array, "n classes"]:

@@ -1,4 +1,4 @@
-"""Distilled pairs on disk: `pairs.safetensors`, its card `pairs.json`, and a picture.
+"""Distilled pairs on disk: `pairs.safetensors`, and its card `pairs.json`.
 
 | name | dtype, shape | meaning |
 |---|---|---|

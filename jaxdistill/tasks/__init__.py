@@ -12,14 +12,16 @@ runs the stages that stand before a method, and saves and reads what a method pu
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxdistill.data import dataset, device, sources, stream
-from jaxdistill.settings import Data
+from jaxdistill.parallel.mesh import make_mesh
+from jaxdistill.settings import Data, Experiment
 from jaxdistill.task import Part
 
 
@@ -37,6 +39,12 @@ class Loaded(NamedTuple):
     data: Any
     source: dict[str, Any]
     made: Callable[[], dict[str, Any]] = dict
+
+
+def mesh(experiment: Experiment, task: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices of a run, all by default; they share the batch. A family may divide otherwise."""
+    del experiment, task
+    return make_mesh(devices)
 
 
 def load_images(data: Data) -> dataset.Dataset:

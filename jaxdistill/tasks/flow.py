@@ -2,14 +2,13 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from jaxdistill import collective, keywords
@@ -28,13 +27,14 @@ from jaxdistill.nn.dit import DiT
 from jaxdistill.nn.flow_mlp import FlowMLP
 from jaxdistill.nn.unet import UNet
 from jaxdistill.parallel import processes
-from jaxdistill.parallel.mesh import fully_sharded, make_mesh
+from jaxdistill.parallel.mesh import fully_sharded
 from jaxdistill.settings import Data, Experiment, Parallel, Row, Run, digest, resolve
 from jaxdistill.task import FlowTask, Part, Stored
 from jaxdistill.tasks import (
     Loaded,
     image_facts,
     load_images,
+    mesh,
     placed,
     placed_shapes,
     source_of,
@@ -194,14 +194,6 @@ def shapes(experiment: Experiment) -> FlowTask:
         example, labelled = jax.ShapeDtypeStruct(shape, jnp.uint8), True
     examples = placed_shapes(groups.data, example, max(classes, 1), largest, count, labelled)
     return _images(groups, name, shape, classes, examples)
-
-
-def mesh(
-    experiment: Experiment, task: FlowTask, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
-    """The devices of a run, all by default; they share the batch."""
-    del experiment, task
-    return make_mesh(devices)
 
 
 def save(

@@ -1,14 +1,12 @@
 """The family that distils images with sentences: many pairs in, a few synthetic ones out."""
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxdistill.data import captions, sources
@@ -24,10 +22,10 @@ from jaxdistill.io.writers import Progress
 from jaxdistill.keywords import Between, Count, Folder, Natural, Rate
 from jaxdistill.nn.classifiers import CLASSIFIERS
 from jaxdistill.parallel import processes
-from jaxdistill.parallel.mesh import make_mesh
 from jaxdistill.settings import Experiment, Parallel, Row, Run, digest
 from jaxdistill.task import PairsTask, Part
 from jaxdistill.tasks import Loaded
+from jaxdistill.tasks import mesh as mesh  # of this family, as of most
 
 ROOM = "jaxdistill.pairs"
 ARTEFACT = f"{pairs.NAME}.safetensors"
@@ -181,14 +179,6 @@ def shapes(experiment: Experiment) -> PairsTask:
     train = {"images": data.train.images, "texts": texts.vectors, "counts": texts.counts}
     normalize = normalizer(*statistics(data.train.images))
     return _task(groups, data.name, jax.tree.map(_shape, train), normalize)
-
-
-def mesh(
-    experiment: Experiment, task: PairsTask, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
-    """The devices of a run, all by default."""
-    del experiment, task
-    return make_mesh(devices)
 
 
 def save(

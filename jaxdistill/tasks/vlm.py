@@ -8,7 +8,6 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxdistill import keywords
@@ -21,10 +20,10 @@ from jaxdistill.io.files import expanded, write_files
 from jaxdistill.keywords import Between, Count, Folder, Natural
 from jaxdistill.method import BatchSpec, replicated
 from jaxdistill.parallel import processes
-from jaxdistill.parallel.mesh import fully_sharded, make_mesh
+from jaxdistill.parallel.mesh import fully_sharded
 from jaxdistill.settings import Experiment, Parallel, Row, Run
 from jaxdistill.task import Part, VLMTask
-from jaxdistill.tasks import Loaded, answering, readings
+from jaxdistill.tasks import Loaded, answering, mesh, readings
 from jaxdistill.tasks.languages import Model, Student, Teacher, language, normalized
 from jaxdistill.tasks.pretrained import Wanted, identity, pretrained
 from jaxdistill.vlm import supervised
@@ -193,14 +192,6 @@ def shapes(experiment: Experiment) -> VLMTask:
     one = _one(_arrays(first, named, lengths))
     counts = groups.data.train, len(data.validation.answers)
     return _task(groups, data.name, named, lengths, one, *counts)
-
-
-def mesh(
-    experiment: Experiment, task: VLMTask, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
-    """The devices of a run, all by default; they share the batch."""
-    del experiment, task
-    return make_mesh(devices)
 
 
 def save(
