@@ -12,14 +12,16 @@
 All students of a data set follow one teacher. An arm has one stage or several, each of which begins
 where the one before ended, and they share its seconds; steps follow from the seconds that a step
 takes in two short runs before, and the record has the seconds that it took. Arms that begin alike
-share those stages. A rate is chosen for each arm from the same ones, with seed 100, which no run of
-the table has: of points by the sliced Wasserstein distance to the data, of images by the Fréchet
-distance to 250 training images of each class that are held out of everything, the teacher's
-training included, at a part of the seconds. Records go to `benchmarks/records/two_calls_NAME.json`
-run by run, and the same command goes on.
+share those stages. A rate is chosen for each arm from the same ones by the same search (the middle
+three, then outwards while the outermost is the best), with seed 100, which no run of the table has:
+of points by the sliced Wasserstein distance to the data, of images by the Fréchet distance to 250
+training images of each class that are held out of everything, the teacher's training included, at a
+part of the seconds. Records go to `benchmarks/records/two_calls_NAME.json` run by run, and the same
+command goes on.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +34,7 @@ import recording
 from PIL import Image
 
 import jaxdistill
-from jaxdistill import settings
+from jaxdistill import errors, settings
 from jaxdistill.eval import results
 from jaxdistill.io import pictures
 
@@ -300,13 +302,37 @@ def _run(
     }
 
 
+def _tried(name: str, arm: str) -> dict[float, float]:
+    """What the rates are chosen by, for each that was tried; infinite where it diverged."""
+    kind, records = _KINDS[name], recording.read(_path(name, "_tuning"))
+    return {r["rate"]: r["row"].get(kind.chosen_by, np.inf) for r in records if r["arm"] == arm}
+
+
 def _rate(name: str, arm: str) -> float:
     """The best of the rates that were tried; the middle one where none was."""
-    kind = _KINDS[name]
-    tried = [r for r in recording.read(_path(name, "_tuning")) if r["arm"] == arm]
-    if not tried:
-        return kind.rates[len(kind.rates) // 2]
-    return min(tried, key=lambda r: r["row"][kind.chosen_by])["rate"]
+    rates, tried = _KINDS[name].rates, _tried(name, arm)
+    return min(tried, key=tried.get) if tried else rates[len(rates) // 2]
+
+
+def _untried(name: str, arm: str) -> list[float]:
+    """The rates to try next: the three in the middle, then the neighbours of the best."""
+    rates, tried = _KINDS[name].rates, _tried(name, arm)
+    around = {len(rates) // 2, rates.index(_rate(name, arm))}
+    wanted = sorted({i + step for i in around for step in (-1, 0, 1)})
+    return [rates[i] for i in wanted if 0 <= i < len(rates) and rates[i] not in tried]
+
+
+def _tune(name: str, arm: str, args: argparse.Namespace) -> None:
+    """Runs an arm at rate after rate, until the best lies between two that were tried."""
+    kind, path = _KINDS[name], _path(name, "_tuning")
+    while rates := _untried(name, arm):
+        for rate in rates:
+            try:
+                record = _run(name, arm, rate, _TUNING_SEED, kind.tuned_at, args)
+            except errors.Diverged as error:
+                record = {"arm": arm, "seed": _TUNING_SEED, "rate": rate, "part": kind.tuned_at}
+                record |= {"row": {}, "diverged": str(error)}
+            recording.put(path, record, _KEYS)
 
 
 # ---------------------------------------------------------------------------- what is shown
@@ -333,9 +359,10 @@ def tuning_table(name: str, records: list[dict]) -> str:
     kind = _KINDS[name]
     lines = [["row", *(f"rate {rate:g}" for rate in kind.rates)]]
     for arm in _ARMS:
-        own = {r["rate"]: r["row"][kind.chosen_by] for r in records if r["arm"] == arm}
+        own = {r["rate"]: r["row"].get(kind.chosen_by) for r in records if r["arm"] == arm}
         if own:
-            lines.append([arm, *(f"{own[r]:.3g}" if r in own else "–" for r in kind.rates)])
+            said = {rate: "diverged" if x is None else f"{x:.3g}" for rate, x in own.items()}
+            lines.append([arm, *(said.get(rate, "–") for rate in kind.rates)])
     return results.markdown(lines)
 
 
@@ -420,13 +447,15 @@ def main() -> None:
             if kind is _FASHION and _length(name) is None:
                 parser.error("run --teachers 4000 8000 first: it makes the teacher")
             _measure_teacher(name, args)
-            for seed in [_TUNING_SEED] if args.tune else seeds:
-                for part in [kind.tuned_at] if args.tune else args.parts:
-                    for arm in args.arms:
-                        for rate in kind.rates if args.tune else [_rate(name, arm)]:
-                            if not recording.has(path, (arm, seed, rate, part), _KEYS):
-                                record = _run(name, arm, rate, seed, part, args)
-                                recording.put(path, record, _KEYS)
+            if args.tune:
+                for arm in args.arms:
+                    _tune(name, arm, args)
+            else:
+                for seed, part, arm in itertools.product(seeds, args.parts, args.arms):
+                    rate = _rate(name, arm)
+                    if not recording.has(path, (arm, seed, rate, part), _KEYS):
+                        record = _run(name, arm, rate, seed, part, args)
+                        recording.put(path, record, _KEYS)
         said = tuning_table if args.tune else table
         print(f"\n{name}\n\n{said(name, recording.read(path))}")
 
