@@ -354,7 +354,7 @@ def test_a_long_tail_is_condensed_with_budgets_of_its_own(tail, tmp_path, capsys
     main.run([f"--config={spec}", f"--workdir={tmp_path}", *flags])
     told = capsys.readouterr().out
     assert "4 of 10 classes have fewer than the 16 images that a step draws of each" in told
-    assert "convnet, hard labels, rarest third" in told
+    assert "by class" in told and "rarest third" in told
     learned = artifact.load(tmp_path / "artifacts")
     np.testing.assert_array_equal(learned.labels, np.repeat(np.arange(10), FEWER))
     herded = artifact.load(tmp_path / "baselines" / "herding" / "artifacts")
@@ -372,9 +372,9 @@ def test_a_long_tail_is_condensed_with_budgets_of_its_own(tail, tmp_path, capsys
     records = json.loads((tmp_path / "results.json").read_text())
     rows = capsys.readouterr().out.splitlines()
     for name in ("ncfm", "herding"):
-        cells = [x.strip() for x in next(r for r in rows if r.startswith(f"| {name} ")).split("|")]
+        line = [r for r in rows if r.startswith(f"| {name} ")][-1]
         thirds = [100 * np.mean(r["classes"][7:]) for r in records if r["row"] == name]
-        assert cells[3] == f"{np.mean(thirds):.1f} ± {np.std(thirds):.1f}"
+        assert line.split("|")[5].strip() == f"{np.mean(thirds):.1f} ± {np.std(thirds):.1f}"
 
 
 @pytest.mark.parametrize(

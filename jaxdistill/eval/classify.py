@@ -6,7 +6,6 @@ split.
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -158,8 +157,9 @@ def evaluate(
             _record_in_card(row, [r for r in own if r["value"] is not None])
         where = f"{data.name}, {epochs} epochs, {len(data.test.labels)} test images"
         print(f"{where}: accuracy in %, mean ± std over {seeds} seeds, last epoch")
+        print(results.table(records, results.percent))
         rarest = results.rarest_third(np.bincount(data.train.labels, minlength=task.num_classes))
-        print(results.table(results.with_rarest(records, rarest), results.percent))
+        print(f"\nby class, in %\n{results.by_class(records, rarest)}")
     return records
 
 
@@ -246,8 +246,7 @@ def _measure(
     )
     measured = {
         cell: {
-            "value": math.nan if one.diverged else one.accuracy.value,
-            "classes": list(one.accuracy.classes),
+            **train_on.as_record(one.accuracy, one.diverged, loss is not train_on.squares),
             "images": len(distilled.labels),
             "epochs": protocol.epochs,
             # Of the networks trained together.

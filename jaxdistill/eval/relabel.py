@@ -9,7 +9,6 @@ an image, those of some views that are drawn once and kept, or the teacher's for
 """
 
 import functools
-import math
 import time
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
@@ -175,8 +174,9 @@ def evaluate(
             f"{data.name}, {epochs} epochs, {cosine} cosine, {len(data.test.labels)} test images: "
             f"accuracy in %, mean ± std over {seeds} seeds, last epoch"
         )
+        print(results.table(records, results.percent))
         rarest = results.rarest_third(np.bincount(data.train.labels, minlength=task.num_classes))
-        print(results.table(results.with_rarest(records, rarest), results.percent))
+        print(f"\nby class, in %\n{results.by_class(records, rarest)}")
     return records
 
 
@@ -222,8 +222,7 @@ def _measure(
     if protocol.labels == "teacher":  # if they were kept
         label_bytes = 2 * protocol.epochs * len(hard) * task.num_classes
     return {
-        "value": math.nan if lost else found.value,
-        "classes": list(found.classes),
+        **train_on.as_record(found, bool(lost)),
         "images": len(hard),
         "epochs": protocol.epochs,
         "label_bytes": label_bytes,

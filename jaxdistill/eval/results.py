@@ -204,25 +204,43 @@ def rarest_third(counts: Int[np.ndarray, " c"]) -> list[int]:
     return np.argsort(counts, kind="stable")[: max(len(counts) // 3, 1)].tolist()
 
 
-def with_rarest(records: Iterable[Mapping[str, Any]], rarest: Sequence[int]) -> list[Mapping]:
-    """Records of accuracies, and behind them what they say of some classes, for a table.
+def by_class(records: Iterable[Mapping[str, Any]], rarest: Sequence[int]) -> str:
+    """A Markdown table of what an accuracy hides: the classes, and what a network thinks it knows.
 
     Args:
-        records: Fields of `Cell`, `value`, and the accuracies of the `classes`.
-        rarest: Class ids; none adds nothing.
+        records: Fields of `Cell`, `value`, the accuracies of the `classes` as fractions, and
+            where there are any `calibration_error` and `brier`.
+        rarest: Class ids, whose accuracy has a column; none where there are no rare ones.
     """
-    records = list(records)
+    columns = {
+        "worst class": (lambda r: min(_known(r["classes"])), percent),
+        "best less worst": (lambda r: np.ptp(_known(r["classes"])), percent),
+        "rarest third": (lambda r: np.mean(_known(r["classes"][c] for c in rarest)), percent),
+        "calibration error": (lambda r: r["calibration_error"], percent),
+        "Brier score": (lambda r: r["brier"], plain),
+    }
     if not rarest:
-        return records
-    added = []
+        del columns["rarest third"]
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for record in records:
-        # A class without test images has no accuracy.
-        known = [x for c in rarest if (x := record["classes"][c]) is not None]
-        value = float(np.mean(known)) if known and record["value"] is not None else None
-        if known:
-            metric = f"{record['metric']}, rarest third"
-            added.append({"row": record["row"], "metric": metric, "value": value})
-    return records + added
+        groups.setdefault((record["row"], record["metric"]), []).append(record)
+    lines = [["row", "network", *columns]]
+    for (row, metric), own in groups.items():
+        cells = []
+        for measure, shown in columns.values():
+            try:
+                values = [None if r["value"] is None else float(measure(r)) for r in own]
+            except (KeyError, ValueError):  # a metric that labels cannot have, an absent class
+                cells.append("–")
+            else:
+                cells.append(_cell(values, shown))
+        lines.append([row, metric, *cells])
+    return markdown(lines)
+
+
+def _known(classes: Iterable[float | None]) -> list[float]:
+    """Accuracies of the classes that have test images."""
+    return [value for value in classes if value is not None]
 
 
 def _cell(values: Sequence[float | int | None], shown: Callable) -> str:

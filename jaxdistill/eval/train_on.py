@@ -5,6 +5,7 @@ The last epoch counts. No checkpoint, rate or length is chosen on test data.
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt8
 
 from jaxdistill.data.augment import augment
 from jaxdistill.interrupt import ShouldStop, never, wait
@@ -410,24 +411,34 @@ def _losses(params, images, targets, *, network, normalize, loss):
 
 
 @functools.partial(jax.jit, static_argnames=("network", "normalize", "microbatch"))
-def _guesses(params, images, *, network, normalize, microbatch):
+def _answers(params, images, *, network, normalize, microbatch):
+    """The class of the highest logit (n,), and the probabilities of all (n, classes)."""
     n = images.shape[0]
     parts = -(-n // microbatch)
     index = (jnp.arange(parts * microbatch) % n).reshape(parts, microbatch)
-    guess = lax.map(lambda i: network.logits(params, normalize(images[i])).argmax(-1), index)
-    return guess.reshape(-1)[:n]
+
+    def part(i):
+        logits = network.logits(params, normalize(images[i]))
+        return logits.argmax(-1), jax.nn.softmax(logits.astype(jnp.float32))
+
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], lax.map(part, index))
 
 
 class Accuracy(NamedTuple):
-    """What part of some images a network gives their label.
+    """What part of some images a network gives their label, and how well it knows.
 
     Attributes:
         value: Of all.
         classes: Of those of each class; None where there is no image of it.
+        calibration_error: See `calibration_error`.
+        brier: The squared distance of the probabilities from the labels, 0 to 2, a mean over the
+            images (Brier 1950).
     """
 
     value: float
     classes: tuple[float | None, ...]
+    calibration_error: float
+    brier: float
 
 
 def accuracy(
@@ -441,13 +452,52 @@ def accuracy(
     microbatch: int = 256,
 ) -> Accuracy:
     """The fraction of images whose highest logit is the label's, without augmentation."""
-    guess = _guesses(params, images, network=network, normalize=normalize, microbatch=microbatch)
+    answers = _answers(params, images, network=network, normalize=normalize, microbatch=microbatch)
+    guess, probabilities = map(np.asarray, answers)
     labels = np.asarray(labels)
-    right = labels[np.asarray(guess) == labels]
+    right = guess == labels
     there = np.bincount(labels, minlength=num_classes).tolist()
-    known = np.bincount(right, minlength=num_classes).tolist()
-    classes = (k / n if n else None for k, n in zip(known, there, strict=True))
-    return Accuracy(len(right) / len(labels), tuple(classes))
+    known = np.bincount(labels[right], minlength=num_classes).tolist()
+    distance = np.square(probabilities - np.eye(probabilities.shape[-1])[labels]).sum(-1)
+    return Accuracy(
+        int(right.sum()) / len(labels),
+        tuple(k / n if n else None for k, n in zip(known, there, strict=True)),
+        calibration_error(probabilities.max(-1), right),
+        float(distance.mean()),
+    )
+
+
+def as_record(found: Accuracy, diverged: bool, probabilities: bool = True) -> dict[str, Any]:
+    """An accuracy as a part of a record, whose `value` is not a number where it diverged.
+
+    Args:
+        found: The accuracy.
+        diverged: Whether the network is lost; see `have_diverged`.
+        probabilities: Whether its outputs were trained to be logits; else nothing is said of them.
+    """
+    record = {"value": math.nan if diverged else found.value, "classes": list(found.classes)}
+    if probabilities and not diverged:
+        record |= {"calibration_error": found.calibration_error, "brier": found.brier}
+    return record
+
+
+def calibration_error(
+    confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"], bins: int = 15
+) -> float:
+    """How far confidence and accuracy are apart, in bins of equal numbers of images.
+
+    The expected calibration error of Naeini, Cooper and Hauskrecht (AAAI 2015), with bins of equal
+    mass.
+
+    Args:
+        confidence: The probability of each guess.
+        right: Whether it is the label.
+        bins: How many; no more than there are images.
+    """
+    order = np.argsort(confidence, kind="stable")
+    excess = np.float64(confidence)[order] - right[order]
+    parts = np.array_split(excess, min(bins, len(excess)))
+    return sum(abs(float(part.sum())) for part in parts) / len(excess)
 
 
 class Judged(NamedTuple):

@@ -96,3 +96,26 @@ def test_plain_numbers_have_a_spread_only_where_there_are_several():
     assert results.plain([2]) == "2"
     assert results.plain([0.123456]) == "0.1235"
     assert results.plain(list(np.float64([1.0, 3.0]))) == "2 ± 1"
+
+
+def test_what_an_accuracy_hides_has_a_table():
+    known = {"calibration_error": 0.1, "brier": 0.5}
+    records = [
+        cell()._asdict() | known | {"value": 0.5, "classes": [0.2, 0.8, None]},
+        cell(seed=1)._asdict() | known | {"value": 0.5, "classes": [0.4, 0.6, None]},
+        # Of learned labels, and of a network that diverged.
+        cell(metric="learned")._asdict() | {"value": 0.5, "classes": [0.5, 0.5, None]},
+        cell(row="dm")._asdict() | {"value": None, "classes": [0.5, 0.5, None]},
+    ]
+    lines = [
+        [text.strip() for text in line.strip("|").split("|")]
+        for line in results.by_class(records, [0]).splitlines()
+    ]
+    assert lines[0][2:] == [
+        "worst class", "best less worst", "rarest third", "calibration error", "Brier score",
+    ]  # fmt: skip
+    own = ["30.0 ± 10.0", "40.0 ± 20.0", "30.0 ± 10.0", "10.0 ± 0.0", "0.5 ± 0"]
+    assert lines[2] == ["ncfm", "hard", *own]
+    assert lines[3] == ["ncfm", "learned", *["50.0 ± 0.0", "0.0 ± 0.0"], "50.0 ± 0.0", "–", "–"]
+    assert lines[4] == ["dm", "hard", *["diverged"] * 5]
+    assert "rarest third" not in results.by_class(records, [])

@@ -4,11 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from jaxdistill.data.augment import normalizer
 from jaxdistill.data.sources import load
 from jaxdistill.errors import Interrupted
-from jaxdistill.eval.train_on import Network, Protocol, accuracy, one_hot, train, train_many
+from jaxdistill.eval.train_on import (
+    Accuracy,
+    Network,
+    Protocol,
+    accuracy,
+    as_record,
+    calibration_error,
+    one_hot,
+    train,
+    train_many,
+)
 
 CLASSES, SIDE = 4, 4
 PLAIN = Protocol(epochs=8, batch=16, rate=0.3, weight_decay=0.1, strategy="none")
@@ -189,6 +200,38 @@ def test_accuracy_counts_a_ragged_last_chunk(microbatch):
     right = guesses.argmax(1) == np.asarray(labels)
     own = [right[np.asarray(labels) == c] for c in range(CLASSES + 1)]
     assert measured.classes == tuple(r.mean() if len(r) else None for r in own)
+    said = scipy.special.softmax(guesses, axis=1)
+    one_hot = np.eye(CLASSES)[np.asarray(labels)]
+    np.testing.assert_allclose(measured.brier, np.square(said - one_hot).sum(1).mean(), rtol=1e-5)
+    # Fewer images than bins, so that each has its own.
+    excess = np.abs(said.max(1) - right).mean()
+    np.testing.assert_allclose(measured.calibration_error, excess, rtol=1e-5)
+
+
+def test_the_calibration_error_is_that_of_bins_of_equal_mass():
+    # Two bins: sure in 0.9 and 0.7 and right once, sure in 0.6 and 0.5 and never right.
+    confidence, right = np.array([0.6, 0.9, 0.5, 0.7]), np.array([False, True, False, False])
+    error = calibration_error(confidence, right, bins=2)
+    assert error == pytest.approx((abs(0.9 + 0.7 - 1) + abs(0.6 + 0.5)) / 4)
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(size=60_000)
+    assert calibration_error(confidence, rng.uniform(size=60_000) < confidence) < 0.01
+    assert calibration_error(confidence, rng.uniform(size=60_000) < confidence**2) == pytest.approx(
+        1 / 6, abs=0.01
+    )
+
+
+def test_nothing_is_said_of_what_a_lost_network_thinks_it_knows():
+    found = Accuracy(0.5, (1.0, None), 0.1, 0.7)
+    assert as_record(found, False) == {
+        "value": 0.5,
+        "classes": [1.0, None],
+        "calibration_error": 0.1,
+        "brier": 0.7,
+    }
+    assert as_record(found, False, probabilities=False).keys() == {"value", "classes"}
+    lost = as_record(found, True)
+    assert np.isnan(lost["value"]) and lost.keys() == {"value", "classes"}
 
 
 def test_a_linear_model_learns_the_digits():
