@@ -446,7 +446,8 @@ def main() -> None:
         if not args.table:
             if kind is _FASHION and _length(name) is None:
                 parser.error("run --teachers 4000 8000 first: it makes the teacher")
-            _measure_teacher(name, args)
+            if kind is not _FASHION or not args.tune:  # no measure of it chooses a rate
+                _measure_teacher(name, args)
             if args.tune:
                 for arm in args.arms:
                     _tune(name, arm, args)
