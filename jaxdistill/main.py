@@ -11,12 +11,14 @@ describe    what one of them does, and everything that can be set in it
             be overridden by --config.a.b=value
 --workdir   where everything goes; the same command goes on with an interrupted run
 --mode      train distils and evaluates, eval evaluates the artefact in the workdir again;
-            compile says what the run costs on a TPU slice, with neither the slice nor the data,
-            and export writes its program as StableHLO; verify, without --config, checks that what
-            the workdir holds is what its cards say, of the data and the settings that they name
+            compile says what the run costs on a TPU slice, with neither the slice nor the data;
+            fit finds settings with which it fits the slice, or, of a kind of chip such as v5e, the
+            smallest slice that it fits; export writes its program as StableHLO; verify, without
+            --config, checks that what the workdir holds is what its cards say, of the data and the
+            settings that they name
 --dry_run   checks all that training would, and says what it would do and what a step costs here;
             nothing is made
---topology  the slice to compile for, such as v5e:16x16; the workdir is then optional
+--topology  the slice to compile for or to fit, such as v5e:16x16; the workdir is then optional
 --distributed  for several processes: auto on SLURM and TPU pods, else HOST:PORT,PROCESSES,INDEX;
             the workdir must be one that all of them reach
 """
@@ -41,7 +43,7 @@ of sysexits.h; docs/running.md lists the other codes."""
 EXIT_CTRL_C = 130
 """Exit code after Ctrl-C, as shells have it."""
 
-MODES = ("train", "eval", "compile", "export", "verify")
+MODES = ("train", "eval", "compile", "fit", "export", "verify")
 
 
 def _split(argv: list[str]) -> tuple[str | None, dict[str, str], list[str]]:
@@ -101,9 +103,11 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
     if not spec:
         names = ", ".join(sorted(configs.shipped()))
         raise InputError(f"give --config=NAME and --workdir=FOLDER; shipped configs: {names}")
-    compiling = values.mode == "compile"
+    compiling = values.mode in ("compile", "fit")
     if compiling != bool(values.topology):
-        raise InputError("--mode=compile and --topology=NAME, such as v5e:2x4, go together")
+        raise InputError(
+            "--mode=compile or --mode=fit, and --topology=NAME, such as v5e:2x4, go together"
+        )
     if not values.workdir and not compiling:
         raise InputError("give --workdir=FOLDER; the run and its results go there")
     if values.dry_run and values.mode != "train":
@@ -131,7 +135,11 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         return
     from jaxdistill.compile import export, plan
 
-    if compiling:
+    if values.mode == "fit":
+        from jaxdistill.fit import fit
+
+        fit(config, values.topology, values.workdir, should_stop=should_stop)
+    elif values.mode == "compile":
         plan(config, values.topology, values.workdir)
     else:
         export(config, values.workdir)

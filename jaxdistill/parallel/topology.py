@@ -90,6 +90,12 @@ def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
         ) from error
 
 
+def memory_of(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes that a program can have on each of some devices of one kind; None where unknown."""
+    chip = _CHIPS.get(devices[0].device_kind)
+    return chip and chip.hbm
+
+
 class Report(NamedTuple):
     """A program on a slice; all but `devices` is of one device.
 
