@@ -1,4 +1,6 @@
-"""Hugging Face data sets on a disk: tables of images and labels, in Parquet or Arrow files.
+"""Hugging Face data sets on a disk: tables of images and labels.
+
+They are Parquet files, as the Hub has them, or the Arrow files of `datasets.save_to_disk`.
 
 `image` holds the bytes of PNG or JPEG files, as structs of `bytes` and `path` or as they are. What
 `datasets` knows of the columns stands as JSON under `huggingface` in a file's schema; the names of

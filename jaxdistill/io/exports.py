@@ -14,8 +14,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -26,7 +25,8 @@ from jaxdistill.io.artifact import Distilled
 from jaxdistill.io.files import dump, expanded, write_folder
 
 _SHARD = 10_000  # examples of a shard
-_TEXT_LABELS = ("soft_labels", "learned_labels")
+_GROUP = 100  # rows that are read together
+_OTHER_LABELS = ("soft_labels", "learned_labels")
 # What is a folder's name on every system, and no hidden one.
 _PLAIN = re.compile(r"[^\W_](?:[\w .,()&+-]{0,78}[\w()&+-])?")
 
@@ -81,7 +81,7 @@ def _class_names(distilled: Distilled) -> list[str]:
     """Those of the card; numbers where there is none."""
     if distilled.card:
         return distilled.card["class_names"]
-    soft = next((x for x in map(distilled._asdict().get, _TEXT_LABELS) if x is not None), None)
+    soft = next((x for x in map(distilled._asdict().get, _OTHER_LABELS) if x is not None), None)
     count = int(distilled.labels.max()) + 1 if soft is None else soft.shape[1]
     return [str(i) for i in range(count)]
 
@@ -143,7 +143,7 @@ def _shard(distilled: Distilled, rows: range, file: BinaryIO) -> None:
                 "npy": _npy(image),
                 "cls": str(distilled.labels[i]).encode(),
             }
-            for kind in _TEXT_LABELS:
+            for kind in _OTHER_LABELS:
                 if (labels := getattr(distilled, kind)) is not None:
                     members[f"{kind}.npy"] = _npy(labels[i])
             for kind, content in members.items():
@@ -162,8 +162,6 @@ def _table(distilled: Distilled, file: BinaryIO) -> None:
     import pyarrow  # which other forms wait for in vain
     import pyarrow.parquet
 
-    count, *shape = distilled.images.shape
-    names = _class_names(distilled)
     files = [
         {"bytes": _png(image), "path": f"{i:06d}.png"}
         for i, image in enumerate(quantized(distilled.images))
@@ -172,34 +170,30 @@ def _table(distilled: Distilled, file: BinaryIO) -> None:
     columns = {
         "image": pyarrow.array(files, kind),
         "label": pyarrow.array(distilled.labels.astype(np.int64)),
-        "pixels": _nested(distilled.images),
     }
     features = {
         "image": {"_type": "Image"},
-        "label": {"names": names, "_type": "ClassLabel"},
-        "pixels": {"shape": shape, "dtype": "float32", "_type": "Array3D"},
+        "label": {"names": _class_names(distilled), "_type": "ClassLabel"},
     }
-    for name in _TEXT_LABELS:
-        if (labels := getattr(distilled, name)) is not None:
-            columns[name] = _nested(labels)
-            value = {"dtype": "float32", "_type": "Value"}
-            # `List` of datasets 4, which reads its older name too.
-            features[name] = {"feature": value, "_type": "Sequence"}
-    known = json.dumps({"info": {"features": features}})
-    table = pyarrow.table(columns).replace_schema_metadata({"huggingface": known})
-    pyarrow.parquet.write_table(table, file, row_group_size=100)
+    for name, key in {"pixels": "images", **{key: key for key in _OTHER_LABELS}}.items():
+        if (array := getattr(distilled, key)) is not None:
+            columns[name], features[name] = _nested(array)
+    said = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pyarrow.table(columns).replace_schema_metadata(said)
+    pyarrow.parquet.write_table(table, file, row_group_size=_GROUP)
 
 
-def _nested(array: np.ndarray) -> "object":
-    """An Arrow array of lists in lists of the numbers of an array, its first axis outermost."""
+def _nested(array: np.ndarray) -> tuple[Any, dict]:
+    """An Arrow array of lists in lists of float32, the first axis outermost, and its feature."""
     import pyarrow
 
     flat = pyarrow.array(np.ascontiguousarray(array).reshape(-1))
-    for axis in range(array.ndim - 1, 0, -1):
-        size = array.shape[axis]
+    feature = {"dtype": "float32", "_type": "Value"}
+    for size in array.shape[:0:-1]:
         offsets = np.arange(0, len(flat) + 1, size, dtype=np.int32)
         flat = pyarrow.ListArray.from_arrays(offsets, flat)
-    return flat
+        feature = {"feature": feature, "_type": "Sequence"}  # datasets' older name of `List`
+    return flat, feature
 
 
 FORMS = {"imagefolder": _imagefolder, "webdataset": _webdataset, "parquet": _parquet}
