@@ -109,9 +109,7 @@ def _table(path: Path) -> _Table:
     except InputError:
         raise
     except Exception as error:  # damaged files raise many kinds
-        raise InputError(
-            f"cannot read {path}: {one_line(error)}; write or copy it again"
-        ) from error
+        raise InputError(f"cannot read {path}: {one_line(error)}; write it again") from error
     if not rows:
         raise InputError(f"{path} has no rows; remove it or fill it")
     return _Table(path, rows, _class_names(path, known, columns[1]))
@@ -157,9 +155,7 @@ def _columns(path: Path, schema: Any) -> tuple[str, str]:
 def _column(path: Path, schema: Any, what: str, names: Sequence[str]) -> str:
     found = [name for name in schema.names if name in names]
     if len(found) != 1:
-        held = (
-            " and ".join(found) if found else f"only {', '.join(schema.names)[:200] or 'nothing'}"
-        )
+        held = " and ".join(found) or f"only {', '.join(schema.names)[:200] or 'nothing'}"
         raise InputError(
             f"{path} must have one column of {what}, {' or '.join(names)}; it has {held}"
         )
@@ -176,9 +172,7 @@ def _row(where: str, image: Any, label: Any) -> _Row:
     if label is None or label == -1:  # which the Hub's have where labels are kept back
         raise InputError(f"{where} has no label; leave it out, or test on a split that has them")
     if type(label) not in (int, str):
-        raise InputError(
-            f"{where} has a label that is neither a class id nor a text: {label!r:.99}"
-        )
+        raise InputError(f"{where} has the label {label!r:.99}, neither a class id nor a text")
     if type(label) is int and not 0 <= label < 1 << 31:
         raise InputError(f"{where} has the label {label}, which is no class id")
     return _Row(Encoded(where, len(content), functools.partial(bytes, content)), label)
