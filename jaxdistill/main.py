@@ -96,7 +96,7 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         raise InputError(f"unexpected argument {rest[1]!r}; every setting is a --flag=value")
     if values.mode == "convert":
         form, _, out = (values.out or "").partition(":")
-        if spec or overrides or values.topology or not (values.workdir and out):
+        if spec or overrides or values.topology or values.dry_run or not (values.workdir and out):
             raise InputError(
                 "write --mode=convert --workdir=FOLDER --out=FORM:FOLDER and nothing else"
             )

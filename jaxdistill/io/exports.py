@@ -87,8 +87,8 @@ def _class_names(distilled: Distilled) -> list[str]:
 
 
 def _png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
+    file, values = io.BytesIO(), quantized(image)
+    Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values).save(file, "PNG")
     return file.getvalue()
 
 
@@ -98,7 +98,7 @@ def _npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _text(content: bytes) -> Callable[[BinaryIO], object]:
+def _content(content: bytes) -> Callable[[BinaryIO], object]:
     return lambda file: file.write(content)
 
 
@@ -117,10 +117,8 @@ def _imagefolder(distilled: Distilled) -> Files:
             f"class {names[counts.argmin()]!r:.100} has no image, and a folder with none is "
             "no class; export as webdataset or parquet"
         )
-    for i, (image, label) in enumerate(
-        zip(quantized(distilled.images), distilled.labels, strict=True)
-    ):
-        yield f"train/{folders[label]}/{i:06d}.png", _text(_png(image))
+    for i, (image, label) in enumerate(zip(distilled.images, distilled.labels, strict=True)):
+        yield f"train/{folders[label]}/{i:06d}.png", _content(_png(image))
     yield from _card(distilled)
 
 
@@ -130,7 +128,7 @@ def _webdataset(distilled: Distilled) -> Files:
     for number, start in enumerate(range(0, total, _SHARD)):
         rows = range(start, min(start + _SHARD, total))
         yield f"train-{number:06d}.tar", functools.partial(_shard, distilled, rows)
-    yield "classnames.txt", _text("".join(f"{n}\n" for n in _class_names(distilled)).encode())
+    yield "classnames.txt", _content("".join(f"{n}\n" for n in _class_names(distilled)).encode())
     yield from _card(distilled)
 
 
@@ -139,7 +137,7 @@ def _shard(distilled: Distilled, rows: range, file: BinaryIO) -> None:
         for i in rows:
             image = distilled.images[i]
             members = {
-                "png": _png(quantized(image)),
+                "png": _png(image),
                 "npy": _npy(image),
                 "cls": str(distilled.labels[i]).encode(),
             }
@@ -163,8 +161,7 @@ def _table(distilled: Distilled, file: BinaryIO) -> None:
     import pyarrow.parquet
 
     files = [
-        {"bytes": _png(image), "path": f"{i:06d}.png"}
-        for i, image in enumerate(quantized(distilled.images))
+        {"bytes": _png(image), "path": f"{i:06d}.png"} for i, image in enumerate(distilled.images)
     ]
     kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
     columns = {

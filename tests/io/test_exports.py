@@ -17,6 +17,8 @@ from jaxdistill.data import sources
 from jaxdistill.errors import InputError
 from jaxdistill.io import artifact
 from jaxdistill.io.exports import FORMS, export, folder_names, quantized
+from tests.data.test_packed import write_shards
+from tests.data.test_sources import save_npz
 from tests.io.test_artifact import _digits
 
 NAMES = ["bag", "boot", "coat", "dress", "hat", "pullover", "sandal", "shirt", "sneaker", "top"]
@@ -267,14 +269,18 @@ def test_the_command_line(run, exported, tmp_path, capsys):
 # --- by the libraries whose formats these are, of the extra interop-test ---
 
 
-def test_torchvision_reads_the_folders(distilled, exported):
+@pytest.mark.parametrize("names", [NAMES, NAMES[::-1], [f"{i}/{i}" for i in range(10)]])
+def test_torchvision_reads_the_folders(names, distilled, tmp_path):
     reason = "torchvision is not installed: pip install jaxdistill[interop-test]"
     torchvision = pytest.importorskip("torchvision", reason=reason)
     grey = torchvision.transforms.Compose(
         [torchvision.transforms.Grayscale(), torchvision.transforms.ToTensor()]
     )
-    folder = torchvision.datasets.ImageFolder(str(exported / "imagefolder" / "train"), grey)
-    assert folder.classes == NAMES
+    card = distilled.card | {"class_names": names}
+    artifact.save(tmp_path / "run", distilled._replace(card=card))
+    export(tmp_path / "run", tmp_path / "out", "imagefolder")
+    folder = torchvision.datasets.ImageFolder(str(tmp_path / "out" / "train"), grey)
+    assert folder.classes == folder_names(names)
     images, labels = by_class(distilled)
     assert [label for _, label in folder] == labels.tolist()
     read = np.stack([image.numpy()[0] for image, _ in folder])[..., None]
@@ -344,3 +350,31 @@ def test_what_datasets_writes_is_read_here(way, datasets, distilled, tmp_path):
     np.testing.assert_array_equal(data.train.images, images)
     assert data.class_names == tuple(NAMES if way == "texts" else names)
     assert [data.class_names[i] for i in data.train.labels] == columns["label"]
+
+
+# --- from files to files ---
+
+
+@pytest.mark.slow
+def test_a_run_on_shards_is_the_run_on_the_same_arrays(tmp_path, capsys):
+    """Whatever holds the pixels, the set is the same; and it belongs to those pixels."""
+    digits = sources.load("digits")
+    few = digits.train.images[:40], digits.train.labels[:40], *(x[:20] for x in digits.test)
+    save_npz(tmp_path / "own.npz", few)
+    write_shards(tmp_path / "own", few)
+    made = []
+    for data in (tmp_path / "own.npz", tmp_path / "own"):
+        workdir = tmp_path / f"run{len(made)}"
+        flags = [f"--config=ncfm:dataset={data},method=random,baselines=,smoke"]
+        main.run([*flags, "--config.evals.accuracy.epochs=1", f"--workdir={workdir}"])
+        made.append(jaxdistill.load_distilled(workdir))
+    assert made[0].card["dataset"] == made[1].card["dataset"] == "own"
+    assert made[0].card["content_sha256"] == made[1].card["content_sha256"]
+    main.run(["--mode=verify", f"--workdir={workdir}"])
+    main.run(["--mode=convert", f"--workdir={workdir}", f"--out=parquet:{tmp_path / 'out'}"])
+    assert "whole, of settings" in capsys.readouterr().out
+    label = pyarrow.parquet.read_table(tmp_path / "out" / "data")["label"]
+    assert label.to_pylist() == made[1].labels.tolist()
+    write_shards(tmp_path / "own", (few[0] ^ 1, *few[1:]))
+    with pytest.raises(InputError, match="source_sha256"):
+        main.run(["--mode=verify", f"--workdir={workdir}"])
