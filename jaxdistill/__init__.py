@@ -18,6 +18,7 @@ __getattr__, __all__ = names(
         "charfn": "jaxdistill.condense.charfn",
         "condense": "jaxdistill.condense",
         "evaluate": "jaxdistill.experiment:evaluate",
+        "export_distilled": "jaxdistill.io.exports:export",
         "export_student": "jaxdistill.students:export_student",
         "flow": "jaxdistill.flow",
         "load_config": "jaxdistill.config:load",

@@ -15,9 +15,11 @@ describe    what one of them does, and everything that can be set in it
             fit finds settings with which it fits the slice, or, of a kind of chip such as v5e, the
             smallest slice that it fits; export writes its program as StableHLO; verify, without
             --config, checks that what the workdir holds is what its cards say, of the data and the
-            settings that they name
+            settings that they name; convert, without --config, writes the distilled set of the
+            workdir for other libraries
 --dry_run   checks all that training would, and says what it would do and what a step costs here;
             nothing is made
+--out       what convert makes: imagefolder:FOLDER, webdataset:FOLDER or parquet:FOLDER
 --topology  the slice to compile for or to fit, such as v5e:16x16; the workdir is then optional
 --distributed  for several processes: auto on SLURM and TPU pods, else HOST:PORT,PROCESSES,INDEX;
             the workdir must be one that all of them reach
@@ -43,7 +45,7 @@ of sysexits.h; docs/running.md lists the other codes."""
 EXIT_CTRL_C = 130
 """Exit code after Ctrl-C, as shells have it."""
 
-MODES = ("train", "eval", "compile", "fit", "export", "verify")
+MODES = ("train", "eval", "compile", "fit", "export", "verify", "convert")
 
 
 def _split(argv: list[str]) -> tuple[str | None, dict[str, str], list[str]]:
@@ -85,6 +87,7 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     flags.DEFINE_enum("mode", "train", MODES, "What to do.", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "Whether only to look.", flag_values=values)
+    flags.DEFINE_string("out", None, "A form and a folder.", flag_values=values)
     flags.DEFINE_string("topology", None, "A TPU slice.", flag_values=values)
     flags.DEFINE_string("distributed", None, "The processes of the run.", flag_values=values)
     try:
@@ -93,6 +96,19 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
         raise InputError(" ".join(str(error).split())) from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}; every setting is a --flag=value")
+    if values.mode == "convert":
+        form, _, out = (values.out or "").partition(":")
+        if spec or overrides or values.topology or values.dry_run or not (values.workdir and out):
+            raise InputError(
+                "write --mode=convert --workdir=FOLDER --out=FORM:FOLDER and nothing else"
+            )
+        from jaxdistill.io import exports
+
+        exports.export(values.workdir, out, form)
+        print(f"{form} in {out}")
+        return
+    if values.out:
+        raise InputError("--out=FORM:FOLDER goes with --mode=convert")
     if values.mode == "verify":
         if spec or overrides or values.topology or not values.workdir:
             raise InputError("write --mode=verify --workdir=FOLDER and nothing else")

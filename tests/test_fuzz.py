@@ -8,10 +8,13 @@ import io
 import json
 import shutil
 import struct
+import tarfile
 import zlib
 
 import ml_collections
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -379,6 +382,48 @@ def test_damaged_pictures(tmp_path, data, sealed, image_size):
         content = with_checksums(content)
     (tmp_path / "train" / "a" / "1.png").write_bytes(content)
     dataset = outcome(sources.load, tmp_path, image_size=image_size)
+    if dataset is not None:
+        check(dataset)
+
+
+def packed(form):
+    """A training and a test file of a form, with the pictures and the digits."""
+    for images, labels in (SMALL[:2], SMALL[2:]):
+        files = []
+        for image in images:
+            file = io.BytesIO()
+            Image.fromarray(image[..., 0]).save(file, "PNG")
+            files.append(file.getvalue())
+        out = io.BytesIO()
+        if form == "tar":
+            with tarfile.open(fileobj=out, mode="w") as archive:
+                for i, (content, label) in enumerate(zip(files, labels, strict=True)):
+                    for kind, said in (("png", content), ("cls", b"%d" % label)):
+                        member = tarfile.TarInfo(f"{i}.{kind}")
+                        member.size = len(said)
+                        archive.addfile(member, io.BytesIO(said))
+        else:
+            table = pyarrow.table({"image": files, "label": labels.tolist()})
+            if form == "parquet":
+                pyarrow.parquet.write_table(table, out)
+            else:
+                with pyarrow.ipc.new_stream(out, table.schema) as writer:
+                    writer.write_table(table)
+        yield out.getvalue()
+
+
+PACKED = {form: list(packed(form)) for form in ("tar", "parquet", "arrow")}
+
+
+@pytest.mark.parametrize("form", PACKED)
+@fuzz(150)
+@given(data=st.data())
+@pytest.mark.filterwarnings("ignore")  # of Pillow, on what it repairs
+def test_damaged_shards_and_tables(tmp_path, form, data):
+    train, test = PACKED[form]
+    (tmp_path / f"train-0.{form}").write_bytes(data.draw(damaged(train)))
+    (tmp_path / f"test-0.{form}").write_bytes(test)
+    dataset = outcome(sources.load, tmp_path, image_size=8)
     if dataset is not None:
         check(dataset)
 

@@ -1,9 +1,10 @@
 """Data sets in image files: a folder for each class, and Tiny ImageNet as its archive unpacks."""
 
+import io
 import itertools
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +21,27 @@ _ORIENTATION = 0x0112  # of EXIF; from 5 on width and height are exchanged
 _GROUND = "white"  # what shows where a picture is transparent
 
 
-class _Labelled(NamedTuple):
-    path: Path
+class Encoded(NamedTuple):
+    """An image file that lies in another file.
+
+    Attributes:
+        name: What it is called in messages.
+        size: Its bytes.
+        read: Gives them.
+    """
+
+    name: str
+    size: int
+    read: Callable[[], bytes]
+
+    def __str__(self):
+        return self.name
+
+
+class Labelled(NamedTuple):
+    """An image file and its class id."""
+
+    image: Path | Encoded
     label: int
 
 
@@ -51,14 +71,14 @@ def read(folder: Path, image_size: int | None) -> Dataset:
 
     names = sorted(train)
 
-    def listed(classes: dict[str, Path]) -> list[_Labelled]:
+    def listed(classes: dict[str, Path]) -> list[Labelled]:
         return [
-            _Labelled(path, names.index(name))
+            Labelled(path, names.index(name))
             for name in sorted(classes)
             for path in _image_files(classes[name], root)
         ]
 
-    return _from_files(listed(train), listed(test), root.name, names, image_size)
+    return from_files(listed(train), listed(test), root.name, names, image_size)
 
 
 def _classes(folder: Path, root: Path) -> dict[str, Path]:
@@ -103,7 +123,7 @@ def read_tiny_imagenet(data_dir: Path | None, image_size: int | None) -> Dataset
     _visible(folder / "val", root)
     names = [entry.name for entry in _visible(folder / "train", root) if entry.is_dir()]
     train = [
-        _Labelled(path, label)
+        Labelled(path, label)
         for label, name in enumerate(names)
         for path in _image_files(folder / "train" / name / "images", root)
     ]
@@ -116,8 +136,8 @@ def read_tiny_imagenet(data_dir: Path | None, image_size: int | None) -> Dataset
                 f"{annotations} line {number} does not name a file of val/images and a class of "
                 "train; unpack the archive again"
             )
-        test.append(_Labelled(test_files[fields[0]], names.index(fields[1])))
-    return _from_files(train, test, "tiny_imagenet", names, image_size)
+        test.append(Labelled(test_files[fields[0]], names.index(fields[1])))
+    return from_files(train, test, "tiny_imagenet", names, image_size)
 
 
 def _visible(folder: Path, root: Path) -> list[Path]:
@@ -166,15 +186,33 @@ def image_files(root: Path) -> list[Path]:
     )
 
 
-def _from_files(
-    train: list[_Labelled],
-    test: list[_Labelled],
+def from_files(
+    train: Sequence[Labelled],
+    test: Sequence[Labelled],
     name: str,
-    class_names: list[str],
+    class_names: Sequence[str] | None,
     image_size: int | None,
 ) -> Dataset:
+    """Decodes image files and makes a data set of them.
+
+    Args:
+        train: Those of the training split.
+        test: Those of the test split.
+        name: Recorded in the data set.
+        class_names: One per class; the decimal class ids by default.
+        image_size: Resize the images to this; needed when they differ in size.
+
+    Raises:
+        InputError: If a class has no name, or as `images_of` and `dataset.from_arrays` do.
+    """
     both = train, test
-    images = images_of([[path for path, _ in files] for files in both], name, image_size)
+    for image, label in (file for files in both for file in files):
+        if class_names is not None and label >= len(class_names):
+            raise InputError(
+                f"{image} is of class {label}, but {name} names only {len(class_names)} classes, "
+                "from 0 on; name them all"
+            )
+    images = images_of([[image for image, _ in files] for files in both], name, image_size)
     labels = [np.array([label for _, label in files], np.int32) for files in both]
     return from_arrays(
         images[0], labels[0], images[1], labels[1], name=name, class_names=class_names
@@ -182,7 +220,7 @@ def _from_files(
 
 
 def images_of(
-    lists: Sequence[Sequence[Path]], name: str, image_size: int | None
+    lists: Sequence[Sequence[Path | Encoded]], name: str, image_size: int | None
 ) -> list[np.ndarray]:
     """Some lists of image files as arrays uint8 (n, h, w, c), of one size and number of channels.
 
@@ -208,7 +246,8 @@ def images_of(
         first = first or (path, height, width)
         if image_size is None and (height, width) != first[1:]:
             raise unequal(first[0], first[1:], path, (height, width))
-        pixels, held = pixels + height * width, held + path.stat().st_size
+        size = path.size if isinstance(path, Encoded) else path.stat().st_size
+        pixels, held = pixels + height * width, held + size
     # As single files, so all of them together: blank images are a thousand times their files.
     if image_size is None and pixels * (1 if grey else 3) > inflation_limit(held):
         raise InputError(
@@ -224,7 +263,7 @@ def images_of(
     ]
 
 
-def _upright_size(path: Path, image: Image.Image) -> tuple[int, int]:
+def _upright_size(path: Path | Encoded, image: Image.Image) -> tuple[int, int]:
     """Width and height as a viewer shows them, from the header alone."""
     if image.format == "PNG" and "exif" not in image.info:
         return image.size  # Pillow would unpack the pixels to look for it behind them
@@ -245,12 +284,13 @@ def _as_seen(image: Image.Image, mode: str) -> Image.Image:
     return upright.convert(mode)
 
 
-def _open_image(path: Path) -> Image.Image:
+def _open_image(path: Path | Encoded) -> Image.Image:
+    file = io.BytesIO(path.read()) if isinstance(path, Encoded) else path
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             # Only these two decoders, whatever the bytes inside claim to be.
-            return Image.open(path, formats=("PNG", "JPEG"))
+            return Image.open(file, formats=("PNG", "JPEG"))
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise too_large(path) from error
         except Exception as error:  # the decoders raise many kinds on damaged files
@@ -260,7 +300,7 @@ def _open_image(path: Path) -> Image.Image:
 
 
 def _decode(
-    path: Path, mode: str, image_size: int | None, size: tuple[int, int] | None
+    path: Path | Encoded, mode: str, image_size: int | None, size: tuple[int, int] | None
 ) -> np.ndarray:
     with _open_image(path) as image:
         try:

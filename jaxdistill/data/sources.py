@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxdistill.data import cifar, folders, idx, tfds
+from jaxdistill.data import cifar, folders, idx, shards, splits, tables, tfds
 from jaxdistill.data.dataset import Dataset, from_arrays, from_npz, pad
 from jaxdistill.data.resize import resize_all
 from jaxdistill.errors import InputError
@@ -73,12 +73,13 @@ def load(
         name: `digits` (embedded in scikit-learn), `fashion_mnist` (from `data_dir`, from the
             Debian package `dataset-fashion-mnist`, or from TFDS), `tiny_imagenet` (from
             `data_dir`), another TFDS name, or a path: an image folder with
-            `train/<class>/*.png|jpg|jpeg` and `test/<class>/*`, a folder of IDX files or of CIFAR's
-            binary files, or an `.npz` file with `train_images`, `train_labels`, `test_images`,
+            `train/<class>/*.png|jpg|jpeg` and `test/<class>/*`, a folder of IDX files, of CIFAR's
+            binary files, of WebDataset shards or of Hugging Face's Parquet or Arrow files, or an
+            `.npz` file with `train_images`, `train_labels`, `test_images`,
             `test_labels` and perhaps `class_names`, or `generated`, which a generator has left in
             `data_dir`. A name without a path separator is never taken for a folder.
-        data_dir: Where a named data set lies, as IDX files or CIFAR's binary ones, or as TFDS
-            keeps it, which has a default of its own.
+        data_dir: Where a named data set lies, as IDX files, CIFAR's binary ones, shards or tables,
+            or as TFDS keeps it, which has a default of its own.
         image_size: Resize so that the shorter side has this many pixels (bilinear with
             antialiasing), then crop the centre square. Needed when images differ in size.
         pad_to: Surround the images with black up to this height and width. Statistics are taken
@@ -139,8 +140,6 @@ def facts(
 def _read(name: StrPath, data_dir: Path | None, image_size: int | None) -> Dataset:
     if name == "digits":
         return _read_digits()
-    if name == "fashion_mnist":
-        return _read_fashion_mnist(data_dir, image_size)
     if name == "generated":
         if data_dir is None:
             raise InputError(
@@ -148,6 +147,10 @@ def _read(name: StrPath, data_dir: Path | None, image_size: int | None) -> Datas
                 "that they lie in as data.data_dir"
             )
         return from_npz(data_dir / "generated.npz")
+    if data_dir is not None and (data := _read_packed(data_dir, str(name), image_size)):
+        return data
+    if name == "fashion_mnist":
+        return _read_fashion_mnist(data_dir, image_size)
     if name == "tiny_imagenet":
         return folders.read_tiny_imagenet(data_dir, image_size)
     if data_dir is not None and idx.lies_in(data_dir):
@@ -190,6 +193,11 @@ def _read_fashion_mnist(data_dir: Path | None, image_size: int | None) -> Datase
 
 
 def _read_folder(path: Path, image_size: int | None) -> Dataset:
+    if path.suffix in _PACKED and path.is_file():
+        raise InputError(
+            f"{path} is a part of one split; give the folder with it, as train{path.suffix} or "
+            f"train-*{path.suffix}, and with test{path.suffix} or test-*{path.suffix}"
+        )
     if not path.is_dir():
         raise InputError(f"no such folder: {path}; give an existing folder, an .npz or a name")
     if idx.lies_in(path):
@@ -201,12 +209,24 @@ def _read_folder(path: Path, image_size: int | None) -> Dataset:
             f"{path} holds CIFAR as pickles, which are never read; download its binary version, "
             "or convert it to an .npz with train_images, train_labels, test_images, test_labels"
         )
+    if data := _read_packed(path, path.resolve().name, image_size):
+        return data
     if (path / "train").is_dir():
         return folders.read(path, image_size)
     raise InputError(
         f"{path} is no data set: expected train/<class>/*.png|jpg|jpeg and test/<class>/*, "
-        "the IDX files train-images-idx3-ubyte[.gz] and so on, or CIFAR's binary files"
+        "the IDX files train-images-idx3-ubyte[.gz] and so on, CIFAR's binary files, or "
+        f"train-* and test-* that end in {', '.join(_PACKED)}"
     )
+
+
+_PACKED = {shards.SUFFIX: shards.read} | dict.fromkeys(tables.SUFFIXES, tables.read)
+
+
+def _read_packed(folder: Path, name: str, image_size: int | None) -> Dataset | None:
+    """What shards or tables in a folder hold, if there are any."""
+    files = splits.find(folder, tuple(_PACKED))
+    return None if files is None else _PACKED[files.suffix](files, name, image_size)
 
 
 def _shown(name: StrPath) -> str:

@@ -4,7 +4,8 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +45,42 @@ def write_files(files: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
     finally:
         for temporary in pending.values():
             temporary.unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, files: Iterable[tuple[str, Callable[[BinaryIO], object]]]) -> None:
+    """Writes a folder that is not there yet: it appears with all of its files, or not at all.
+
+    Killed meanwhile, only a hidden folder beside it is left, `.NAME.XXXXXXXX.tmp`.
+
+    Args:
+        folder: Nothing may be there. The folder that it lies in is made when missing.
+        files: Pairs of a path in the folder and a function that writes the content to an open
+            binary file. Each is written before the next is asked for.
+
+    Raises:
+        InputError: When something is there.
+        OSError: When a file cannot be written.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{folder} is there already, and nothing is overwritten; name another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir()
+        for name, write in files:
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        # Refused by the system should anything but an empty folder have come meanwhile.
+        os.rename(temporary, folder)
+        _sync_directory(folder.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(folder)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
