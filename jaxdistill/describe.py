@@ -143,16 +143,17 @@ def _rows(function: Callable, values: Mapping[str, Any]) -> list[str]:
     """A setting, its value, what it may be and what it means."""
     meant, lines = meanings(function), []
     for name, keyword in keywords.table(function).items():
-        lines.append(f"  {name} = {_said(values[name])}")
+        lines.append(f"  {name} = {said(values[name])}")
         text = f"{keywords.expected(keyword)}. {meant.get(name, '')}".strip()
         lines += textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines
 
 
 def _values(values: Mapping[str, Any]) -> list[str]:
-    text = ", ".join(f"{name}={_said(value)}" for name, value in values.items())
+    text = ", ".join(f"{name}={said(value)}" for name, value in values.items())
     return textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
-def _said(value: Any) -> str:
+def said(value: Any) -> str:
+    """A value as it is written behind `--config.NAME=`."""
     return value if isinstance(value, str) else repr(value)
