@@ -200,6 +200,7 @@ def _make(ready: Ready, row: Row) -> Made:
             backend=experiment.groups.parallel.backend,
             folder=folder,
             identity=identity,
+            settings=run_folder.identity(folder, withheld),
             examples=examples,
             frozen=frozen,
             steps=made.steps,
