@@ -22,6 +22,28 @@ _SAID = {"data.name": "dataset", "method.name": "method"}
 _FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 
 
+class UnknownArgument(InputError):
+    """An argument that a config has not.
+
+    Attributes:
+        options: Those that it has, `key=` or a word alone.
+    """
+
+    def __init__(self, message: str, options: list[str]):
+        """Takes what the message cannot be asked for."""
+        super().__init__(message)
+        self.options = options
+
+
+def arguments(name: str) -> list[str]:
+    """What may stand behind the colon of a config, `key=` or a word alone."""
+    try:
+        load(f"{name}:?")
+    except UnknownArgument as unknown:
+        return unknown.options
+    return []
+
+
 def shipped() -> dict[str, Path]:
     """The configs that come with the library, by name."""
     files = [f for folder in _FOLDERS for f in sorted(folder.glob("*.py"))]
@@ -205,8 +227,9 @@ def parse_argument(argument: str | None, words: tuple[str, ...] = (), **defaults
             continue
         if not equals or key not in defaults:
             options = ", ".join([f"{k}=…" for k in defaults] + list(words))
-            raise InputError(
-                f"unknown config argument {keywords.quoted(item)}; choose from {options}"
+            raise UnknownArgument(
+                f"unknown config argument {keywords.quoted(item)}; choose from {options}",
+                [*(f"{k}=" for k in defaults), *words],
             )
         result[key] = _convert(key, value, defaults[key])
     return result

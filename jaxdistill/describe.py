@@ -60,15 +60,17 @@ def described(spec: str) -> str:
         if own == name
     ]
     if not found:
-        known = [
-            *configs.shipped(),
-            *(n for _, room in _rooms() for n, _ in _modules(room, "recipe")),
-        ]
-        known += [n for n, _ in _modules(settings.EVALS, "evaluate")]
-        close = difflib.get_close_matches(name, known)
+        close = difflib.get_close_matches(name, names())
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise InputError(f"nothing is called {keywords.quoted(name)}; {hint}see jaxdistill list")
     return "\n\n".join(found)
+
+
+def names() -> list[str]:
+    """All that can be described by its name."""
+    methods = (name for _, room in _rooms() for name, _ in _modules(room, "recipe"))
+    evaluations = (name for name, _ in _modules(settings.EVALS, "evaluate"))
+    return sorted({*configs.shipped(), *methods, *evaluations})
 
 
 def meanings(function: Callable) -> dict[str, str]:

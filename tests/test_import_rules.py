@@ -103,7 +103,7 @@ BETWEEN = inside("collective", "errors", "keywords", "method", "task")
 # The modules that carry runs out.
 ABOVE = inside(
     *("tasks", "stage", "run_folder", "experiment", "look", "report", "compile", "config"),
-    *("describe", "main"),
+    *("completion", "describe", "main"),
 )
 
 
@@ -223,7 +223,7 @@ def test_the_runner_takes_any_method():
 def test_nothing_above_the_families_names_a_method():
     """A method is found by its name; only a family knows mathematics of its own room."""
     where = inside("experiment", "compile", "config", "main", "settings", "stage", "run_folder")
-    where += inside("report", "students", "tasks.pretrained")
+    where += inside("completion", "report", "students", "tasks.pretrained")
     families = inside("tasks.condense", "tasks.flow", "tasks.pairs", "tasks.vlm")
     assert not breaches(where=where, forbidden=[*METHODS, *families])
 
