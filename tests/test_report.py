@@ -1,8 +1,10 @@
 """The page that a run leaves: whole, alone, true to the workdir, and renewed with it."""
 
 import base64
+import html
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -47,6 +49,17 @@ def test_the_page_is_well_formed_and_says_what_the_run_was(run):
     assert f"jax {card['provenance']['versions']['jax']}" in page.text
     assert len(page.pictures) == len(list(workdir.rglob("*.png"))) == 2
     assert "http" not in (workdir / report.NAME).read_text().lower().replace("http-equiv", "")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+def test_a_browser_shows_it_and_runs_nothing_of_it(run, tmp_path):
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--v=0"]
+    address = (run[1] / report.NAME).as_uri()
+    done = subprocess.run([*command, address], capture_output=True, text=True, timeout=120)
+    assert "<script" not in done.stdout and html.escape(EVIL, quote=False) in done.stdout
+    assert done.stdout.count("<svg") == 1 and done.stdout.count("<img") == 2
+    assert "CONSOLE" not in done.stderr  # where what the policy refuses would be told
 
 
 def test_its_table_is_that_of_the_records(run):
