@@ -46,7 +46,7 @@ def described(spec: str) -> str:
         InputError: If there is none of that name.
     """
     name = spec.partition(":")[0]
-    if name in configs.shipped() or name.endswith(".py"):
+    if name in configs.shipped() or name.endswith((".py", ".json")):
         return _of_config(spec)
     found = [
         _of_module(module, f"method {name} of the family {family}", module.recipe)
@@ -122,8 +122,10 @@ def _of_module(module: ModuleType, title: str, function: Callable) -> str:
 
 
 def _of_config(spec: str) -> str:
-    config = configs.load(spec)
-    doc = ast.get_docstring(ast.parse(Path(configs.resolve(spec).partition(":")[0]).read_text()))
+    config, path = configs.load(spec), Path(configs.resolve(spec).partition(":")[0])
+    doc = "What a run has left of its config."
+    if path.suffix == ".py":
+        doc = ast.get_docstring(ast.parse(path.read_text()))
     resolved = settings.resolve(config)
     lines = [doc, "", f"What can be set, by --config.GROUP.NAME=VALUE, as {spec} has it:"]
     for name, group in settings.tables(resolved.family).items():

@@ -9,8 +9,8 @@ list        configs, methods and evaluations, a line each
 describe    what one of them does, and everything that can be set in it
 completion  a script by which bash, zsh or fish complete all of these names and settings
 
---config    a shipped config or the path of one, with its argument string; any setting in it can
-            be overridden by --config.a.b=value
+--config    a shipped config or the path of one, with its argument string, or the config.json that
+            a run has left; any setting in it can be overridden by --config.a.b=value
 --workdir   where everything goes; the same command goes on with an interrupted run
 --mode      train distils and evaluates, eval evaluates the artefact in the workdir again;
             compile says what the run costs on a TPU slice, with neither the slice nor the data,

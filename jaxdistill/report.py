@@ -27,6 +27,8 @@ from jaxdistill.settings import Experiment
 NAME = "report.html"
 _ASIDE = "generator"  # a whole run of its own, with a page of its own
 _LARGEST = 16 << 20  # bytes of all pictures: a page of more is no pleasure to open
+# What reading a line of metrics may raise that this library has not written.
+_FOREIGN = (ValueError, TypeError, LookupError, OverflowError, AttributeError, RecursionError)
 # Nothing of the page can reach a network or run, whatever a text in it says.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -126,9 +128,9 @@ def _curves(path: Path) -> dict[str, charts.Curve]:
         for line in lines:
             try:
                 record = json.loads(line)
-                step = int(record["step"])
+                step = np.int64(record["step"])
                 values = {n: float(v) for n, v in record.items() if n not in ("step", "time")}
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            except _FOREIGN:
                 continue  # cut short, or of another hand
             for name, value in values.items():
                 if np.isfinite(value):

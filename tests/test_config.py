@@ -6,7 +6,7 @@ import json
 import pytest
 
 from jaxdistill import config as configs
-from jaxdistill import settings
+from jaxdistill import describe, settings
 from jaxdistill.errors import InputError
 
 PROGRAMS = {
@@ -62,6 +62,7 @@ def test_what_a_run_writes_of_its_config_is_that_config(name, tmp_path):
     path.write_text(json.dumps(stated))
     assert settings.resolve(configs.load(str(path))).stated() == stated
     assert configs.load(str(path), {"seed": "77"}).seed == 77
+    assert f"config.method: {stated['method']['name']}\n" in describe.described(str(path))
 
 
 @pytest.mark.parametrize(

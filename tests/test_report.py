@@ -128,16 +128,21 @@ def test_it_is_left_alone_where_nothing_changed_and_renewed_where_something_did(
     assert "over 3 seeds" in Page(path).text
 
 
-def test_what_cannot_be_shown_is_passed_over(run, tmp_path):
+def test_what_cannot_be_shown_is_passed_over(run, tmp_path, monkeypatch):
     data, done = run
     workdir = shutil.copytree(done, tmp_path / "run")
     (workdir / "artifacts" / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(30))
     (workdir / "artifacts" / "text.png").write_text("<svg onload='alert(1)'>")
     with open(workdir / "metrics.jsonl", "a") as file:
+        file.write(f'{{"step": 1{"0" * 400}, "match": 1}}\n{{"step": 8, "match": 1{"0" * 400}}}\n')
         file.write('[1]\n{"step": 9, "match": "nan"}\n{"step": 10, "match": [2]}\n{"st')
     main.run(flags(data, workdir))
     page = Page(workdir / report.NAME)
     assert len(page.pictures) == 2 and len(page.drawings) == 1 and len(page.drawings[0]) == 2
+    monkeypatch.setattr(report, "_LARGEST", 100)
+    main.run(flags(data, workdir))
+    assert Page(path := workdir / report.NAME).pictures == []
+    assert "baselines/random/artifacts/distilled.png, " in Page(path).text
 
 
 def test_a_guarantee_says_that_the_page_has_none(run, tmp_path):

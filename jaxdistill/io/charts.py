@@ -116,7 +116,7 @@ def condensed(curve: Curve, most: int = _STRETCHES) -> Condensed:
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers around a range, one before it and one behind it, `most` + 2 at most."""
-    if low == high:
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-290):  # too near to be told apart
         return [float(low)]
     rough = (high - low) / most
     size = 10.0 ** math.floor(math.log10(rough))

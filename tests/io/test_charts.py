@@ -63,7 +63,8 @@ def test_marks_are_round_and_around_the_range():
         assert found[0] <= low and high <= found[-1] and 2 <= len(found) <= 7
         step = (found[-1] - found[0]) / (len(found) - 1)
         assert f"{step:.0e}"[0] in "125" and step == pytest.approx(float(f"{step:.0e}"))
-    assert charts.ticks(3.0, 3.0) == [3.0]
+    for low, high in ((3.0, 3.0), (1.0, 1.0 + 4e-16), (0.0, 5e-324), (-2e-308, -2e-308)):
+        assert charts.ticks(low, high) == [low]
     assert charts.decades(np.array([-3.2, 1.5])) == [-4, -3, -2, -1, 0, 1, 2]
     assert len(charts.decades(np.array([-30.0, 8.0]))) <= 8
 
