@@ -13,12 +13,35 @@ import ml_collections
 
 from jaxdistill import keywords, settings
 from jaxdistill.errors import InputError
+from jaxdistill.io.reading import read_json
 
 _LARGEST = 2**63 - 1  # of the whole numbers that arrays hold
 # Settings that a config's recipe depends on, and the keywords of `get_config` that take them.
 _SAID = {"data.name": "dataset", "method.name": "method"}
 # Inside an installed wheel the configs lie in the package; in a checkout they lie beside it.
 _FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+
+
+class UnknownArgument(InputError):
+    """An argument that a config has not.
+
+    Attributes:
+        options: Those that it has, `key=` or a word alone.
+    """
+
+    def __init__(self, message: str, options: list[str]):
+        """Takes what the message cannot be asked for."""
+        super().__init__(message)
+        self.options = options
+
+
+def arguments(name: str) -> list[str]:
+    """What may stand behind the colon of a config, `key=` or a word alone."""
+    try:
+        load(f"{name}:?")
+    except UnknownArgument as unknown:
+        return unknown.options
+    return []
 
 
 def shipped() -> dict[str, Path]:
@@ -28,7 +51,7 @@ def shipped() -> dict[str, Path]:
 
 
 def resolve(spec: str) -> str:
-    """Turns `name[:argument]` or `path.py[:argument]` into `path.py[:argument]`.
+    """Turns `name[:argument]` or `path[:argument]` into `path[:argument]`.
 
     Raises:
         InputError: if neither a shipped config nor a file has that name.
@@ -45,7 +68,8 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collection
     `method.name` so: a path may then hold the commas that an argument may not.
 
     Args:
-        spec: A shipped config or the path of one, and its argument.
+        spec: A shipped config or the path of one, and its argument; or the path of the
+            `config.json` that a run has left, with every setting as it was.
         overrides: Path of a setting -> its text, as on the command line.
 
     Raises:
@@ -56,6 +80,8 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collection
         >>> config = load("ncfm:dataset=digits,ipc=1", {"method.steps": "100"})
     """
     path, _, argument = _find(spec)
+    if path.suffix == ".json":
+        return complete(_stored(path, argument), overrides or {})
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(module_spec)
     try:
@@ -75,7 +101,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collection
 
 
 def complete(
-    config: ml_collections.ConfigDict, overrides: Mapping[str, str]
+    config: ml_collections.ConfigDict | Mapping, overrides: Mapping[str, str]
 ) -> ml_collections.ConfigDict:
     """Says every setting of a config: those overridden, those given, and the others' defaults.
 
@@ -83,13 +109,13 @@ def complete(
     there are depend on it.
 
     Args:
-        config: As `get_config` gives it.
+        config: As `get_config` gives it, or nested dictionaries.
         overrides: Path of a setting -> its text.
 
     Raises:
         InputError: If a setting is unknown or wrong.
     """
-    plain = config.to_dict()
+    plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
     named = {p: text for p, text in overrides.items() if p == "family" or p.endswith(".name")}
     named.pop("data.name", None)
     for path, text in named.items():
@@ -116,16 +142,29 @@ def _in_order(tree: Mapping) -> ml_collections.ConfigDict:
     return config
 
 
+def _stored(path: Path, argument: str) -> dict[str, Any]:
+    """What a run's `config.json` holds."""
+    if argument:
+        raise InputError(f"{path} says every setting, and takes no argument; override them")
+    try:
+        stored = read_json(path)
+        if not isinstance(stored, dict):
+            raise InputError("it is no object")
+    except InputError as error:
+        raise InputError(f"{path} is no run's config: {error}") from error
+    return stored
+
+
 def _find(spec: str) -> tuple[Path, str, str]:
     name, colon, argument = spec.partition(":")
     path = shipped().get(name, Path(name))
     # Unlike Path.is_file, this is False for what no file system takes as a name.
-    if path.suffix != ".py" or not os.path.isfile(path):
+    if path.suffix not in (".py", ".json") or not os.path.isfile(path):
         close = difflib.get_close_matches(name, shipped())
         meant = f"; did you mean {' or '.join(close)}?" if close else ""
         raise InputError(
-            f"no config {keywords.quoted(name)}: give a path to a .py file, or a name that "
-            f"jaxdistill list has{meant}"
+            f"no config {keywords.quoted(name)}: give a path to a .py file or to a run's "
+            f"config.json, or a name that jaxdistill list has{meant}"
         )
     return path, colon, argument
 
@@ -188,8 +227,9 @@ def parse_argument(argument: str | None, words: tuple[str, ...] = (), **defaults
             continue
         if not equals or key not in defaults:
             options = ", ".join([f"{k}=…" for k in defaults] + list(words))
-            raise InputError(
-                f"unknown config argument {keywords.quoted(item)}; choose from {options}"
+            raise UnknownArgument(
+                f"unknown config argument {keywords.quoted(item)}; choose from {options}",
+                [*(f"{k}=" for k in defaults), *words],
             )
         result[key] = _convert(key, value, defaults[key])
     return result

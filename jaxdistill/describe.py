@@ -46,7 +46,7 @@ def described(spec: str) -> str:
         InputError: If there is none of that name.
     """
     name = spec.partition(":")[0]
-    if name in configs.shipped() or name.endswith(".py"):
+    if name in configs.shipped() or name.endswith((".py", ".json")):
         return _of_config(spec)
     found = [
         _of_module(module, f"method {name} of the family {family}", module.recipe)
@@ -60,15 +60,17 @@ def described(spec: str) -> str:
         if own == name
     ]
     if not found:
-        known = [
-            *configs.shipped(),
-            *(n for _, room in _rooms() for n, _ in _modules(room, "recipe")),
-        ]
-        known += [n for n, _ in _modules(settings.EVALS, "evaluate")]
-        close = difflib.get_close_matches(name, known)
+        close = difflib.get_close_matches(name, names())
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise InputError(f"nothing is called {keywords.quoted(name)}; {hint}see jaxdistill list")
     return "\n\n".join(found)
+
+
+def names() -> list[str]:
+    """All that can be described by its name."""
+    methods = (name for _, room in _rooms() for name, _ in _modules(room, "recipe"))
+    evaluations = (name for name, _ in _modules(settings.EVALS, "evaluate"))
+    return sorted({*configs.shipped(), *methods, *evaluations})
 
 
 def meanings(function: Callable) -> dict[str, str]:
@@ -120,8 +122,10 @@ def _of_module(module: ModuleType, title: str, function: Callable) -> str:
 
 
 def _of_config(spec: str) -> str:
-    config = configs.load(spec)
-    doc = ast.get_docstring(ast.parse(Path(configs.resolve(spec).partition(":")[0]).read_text()))
+    config, path = configs.load(spec), Path(configs.resolve(spec).partition(":")[0])
+    doc = "What a run has left of its config."
+    if path.suffix == ".py":
+        doc = ast.get_docstring(ast.parse(path.read_text()))
     resolved = settings.resolve(config)
     lines = [doc, "", f"What can be set, by --config.GROUP.NAME=VALUE, as {spec} has it:"]
     for name, group in settings.tables(resolved.family).items():
@@ -143,16 +147,17 @@ def _rows(function: Callable, values: Mapping[str, Any]) -> list[str]:
     """A setting, its value, what it may be and what it means."""
     meant, lines = meanings(function), []
     for name, keyword in keywords.table(function).items():
-        lines.append(f"  {name} = {_said(values[name])}")
+        lines.append(f"  {name} = {said(values[name])}")
         text = f"{keywords.expected(keyword)}. {meant.get(name, '')}".strip()
         lines += textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines
 
 
 def _values(values: Mapping[str, Any]) -> list[str]:
-    text = ", ".join(f"{name}={_said(value)}" for name, value in values.items())
+    text = ", ".join(f"{name}={said(value)}" for name, value in values.items())
     return textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
-def _said(value: Any) -> str:
+def said(value: Any) -> str:
+    """A value as it is written behind `--config.NAME=`."""
     return value if isinstance(value, str) else repr(value)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import PyTree
 
-from jaxdistill import run_folder, settings, stage
+from jaxdistill import report, run_folder, settings, stage
 from jaxdistill.errors import Diverged, InputError
 from jaxdistill.eval import results
 from jaxdistill.eval.bench import Bench, Made
@@ -37,7 +37,7 @@ def train(
         config: See `configs/`, or `jaxdistill.config.load`.
         workdir: Gets `config.json`, `versions.json`, `row.json`, `metrics.jsonl`, `checkpoints/`,
             `artifacts/`, the same of each baseline in `baselines/`, what is trained before any
-            method, `results.json`, and the whole run of a generator in `generator/`.
+            method, `results.json`, `report.html`, and the whole run of a generator in `generator/`.
         should_stop: Asked many times; when it says yes, what was done is kept.
 
     Returns:
@@ -56,7 +56,17 @@ def train(
     ready = set_up(config, workdir, should_stop)
     with run_folder.opened(ready.workdir, ready.experiment.stated()):
         made = {name: _make(ready, row) for name, row in ready.experiment.rows.items()}
-        return _evaluate(ready, made)
+        records = _evaluate(ready, made)
+        if processes.is_first():
+            folders = {name: row.folder.parent for name, row in made.items()}
+            report.write(ready.workdir, ready.experiment, folders, records)
+    if lost := results.diverged(records):
+        rows = ", ".join(dict.fromkeys(f"{r['evaluation']} of {r['row']}" for r in lost))
+        raise Diverged(
+            f"{len(lost)} of {len(records)} measurements diverged ({rows}); the others are in "
+            f"{ready.workdir / 'results.json'}; lower the learning rates"
+        )
+    return records
 
 
 def evaluate(
@@ -190,6 +200,7 @@ def _make(ready: Ready, row: Row) -> Made:
             backend=experiment.groups.parallel.backend,
             folder=folder,
             identity=identity,
+            settings=run_folder.identity(folder, withheld),
             examples=examples,
             frozen=frozen,
             steps=made.steps,
@@ -276,10 +287,4 @@ def _evaluate(ready: Ready, made: dict[str, Made]) -> list[dict]:
     )
     for name, evaluation in ready.experiment.evals.items():
         records += evaluation.module.evaluate(bench._replace(name=name), **evaluation.settings)
-    if lost := results.diverged(records):
-        rows = ", ".join(dict.fromkeys(f"{r['evaluation']} of {r['row']}" for r in lost))
-        raise Diverged(
-            f"{len(lost)} of {len(records)} measurements diverged ({rows}); the others are in "
-            f"{ready.workdir / 'results.json'}; lower the learning rates"
-        )
     return records

@@ -3,12 +3,14 @@
     jaxdistill --config=NAME[:ARGUMENT] --workdir=FOLDER [--mode=MODE] [--config.KEY=VALUE …]
 jaxdistill list
 jaxdistill describe NAME[:ARGUMENT]
+jaxdistill completion SHELL
 
 list        configs, methods and evaluations, a line each
 describe    what one of them does, and everything that can be set in it
+completion  a script by which bash, zsh or fish complete all of these names and settings
 
---config    a shipped config or the path of one, with its argument string; any setting in it can
-            be overridden by --config.a.b=value
+--config    a shipped config or the path of one, with its argument string, or the config.json that
+            a run has left; any setting in it can be overridden by --config.a.b=value
 --workdir   where everything goes; the same command goes on with an interrupted run
 --mode      train distils and evaluates, eval evaluates the artefact in the workdir again;
             compile says what the run costs on a TPU slice, with neither the slice nor the data;
@@ -67,6 +69,20 @@ def _split(argv: list[str]) -> tuple[str | None, dict[str, str], list[str]]:
     return spec, overrides, rest
 
 
+def _flags():
+    """The flags that are no settings."""
+    from absl import flags
+
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+    flags.DEFINE_enum("mode", "train", MODES, "What to do.", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "Whether only to look.", flag_values=values)
+    flags.DEFINE_string("out", None, "A form and a folder.", flag_values=values)
+    flags.DEFINE_string("topology", None, "A TPU slice.", flag_values=values)
+    flags.DEFINE_string("distributed", None, "The processes of the run.", flag_values=values)
+    return values
+
+
 def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> None:
     """Parses the arguments (without the program's name) and does what they say.
 
@@ -79,17 +95,11 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
 
     from jaxdistill import config as configs
 
-    if argv and argv[0] in ("list", "describe"):
+    if argv and argv[0] in ("list", "describe", "completion"):
         print(_told(argv))
         return
     spec, overrides, argv = _split(argv)
-    values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-    flags.DEFINE_enum("mode", "train", MODES, "What to do.", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "Whether only to look.", flag_values=values)
-    flags.DEFINE_string("out", None, "A form and a folder.", flag_values=values)
-    flags.DEFINE_string("topology", None, "A TPU slice.", flag_values=values)
-    flags.DEFINE_string("distributed", None, "The processes of the run.", flag_values=values)
+    values = _flags()
     try:
         rest = values(["jaxdistill", *argv])
     except flags.Error as error:
@@ -162,7 +172,7 @@ def run(argv: list[str], should_stop: Callable[[], bool] = lambda: False) -> Non
 
 
 def _told(argv: list[str]) -> str:
-    """What `list` and `describe` print.
+    """What `list`, `describe` and `completion` print.
 
     Raises:
         InputError: If it is not said, or not known, what should be described.
@@ -173,8 +183,13 @@ def _told(argv: list[str]) -> str:
         return describe.listed()
     if argv[0] == "list" or len(argv) != 2:
         raise InputError(
-            "write jaxdistill list, or jaxdistill describe NAME, and nothing behind it"
+            "write jaxdistill list, jaxdistill describe NAME, or jaxdistill completion SHELL, and "
+            "nothing behind it"
         )
+    if argv[0] == "completion":
+        from jaxdistill import completion
+
+        return completion.script(argv[1], _flags())
     return describe.described(argv[1])
 
 

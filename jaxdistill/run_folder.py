@@ -54,7 +54,7 @@ def opened(workdir: Path, config: Mapping[str, Any]) -> Iterator[None]:
         try:
             if processes.is_first():
                 _make(workdir)
-                if _is_writable(workdir):
+                if is_writable(workdir):
                     stack.enter_context(_held(workdir))
                     _prepare(workdir, config)
         except (InputError, OSError) as error:
@@ -72,7 +72,7 @@ def _make(workdir: Path) -> None:
         raise InputError(f"cannot make the workdir {workdir}: {error.strerror}") from error
 
 
-def _is_writable(workdir: Path) -> bool:
+def is_writable(workdir: Path) -> bool:
     """Whether files can be made there, which permissions alone do not tell."""
     try:
         with tempfile.TemporaryFile(dir=workdir):

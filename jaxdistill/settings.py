@@ -60,6 +60,8 @@ class Run(NamedTuple):
         chunk: Steps in a launch.
         checkpoint_every: Steps between checkpoints; 0 for one at the end.
         tensorboard: Whether event files are written.
+        tracker: A tracker of experiments that is told the metrics too; see
+            `jaxdistill.io.trackers` for where it keeps them.
         restarts: How often a run that diverges goes back to its last checkpoint.
         restart_factor: What its learning rates are multiplied by each time.
         microbatch: Images in one pass of a classifier, on each device. Small passes stay in a
@@ -69,6 +71,7 @@ class Run(NamedTuple):
     chunk: Annotated[int, Between(1, 10**6), ASIDE] = 10
     checkpoint_every: Annotated[int, Between(0, 10**9), ASIDE] = 100
     tensorboard: Annotated[bool, ASIDE] = False
+    tracker: Annotated[Literal["wandb", "trackio"] | None, ASIDE] = None
     restarts: Annotated[int, Between(0, 1000), ASIDE] = 0
     restart_factor: Annotated[float, Between(1e-40, 0.999), ASIDE] = 0.3
     microbatch: Annotated[int, Between(1, 10**6), ASIDE] = 16

@@ -1,8 +1,9 @@
 """One run of the loop as a config has it: with restarts, and with what it cost."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jaxdistill.data import device
 from jaxdistill.errors import Diverged
 from jaxdistill.interrupt import ShouldStop
 from jaxdistill.io import checkpoint
+from jaxdistill.io.trackers import TrackerWriter
 from jaxdistill.method import Frozen, Method, State
 from jaxdistill.parallel import processes
 from jaxdistill.settings import Run
@@ -46,6 +48,7 @@ def run(
     backend: str,
     folder: Path,
     identity: str,
+    settings: Mapping[str, Any],
     examples: Part,
     frozen: Frozen,
     steps: int,
@@ -62,6 +65,7 @@ def run(
         backend: `jit` or `pmap`.
         folder: Gets `metrics.jsonl` and `checkpoints/`.
         identity: The identity of what is run; a checkpoint of another is refused.
+        settings: What a tracker shows as its config.
         examples: What batches are drawn from, for a method that is fed examples.
         frozen: As the runner takes it.
         steps: Length of the whole run.
@@ -83,27 +87,29 @@ def run(
     state = None
     while state is None:
         try:
-            state = runner.run(
-                method,
-                data=data,
-                frozen=frozen,
-                key=jax.random.key(seed),
-                steps=steps,
-                chunk=run.chunk,
-                mesh=mesh,
-                backend=backend,
-                workdir=folder,
-                checkpoint_every=run.checkpoint_every,
-                metadata={
-                    "config_hash": identity,
-                    "method": name,
-                    "restarts": restarts,
-                    "rate_factor": rate_factor,
-                },
-                tensorboard=run.tensorboard,
-                progress=name,
-                should_stop=should_stop,
-            )
+            with _tracked(run.tracker, folder, name, settings, restarts) as writers:
+                state = runner.run(
+                    method,
+                    data=data,
+                    frozen=frozen,
+                    key=jax.random.key(seed),
+                    steps=steps,
+                    chunk=run.chunk,
+                    mesh=mesh,
+                    backend=backend,
+                    workdir=folder,
+                    checkpoint_every=run.checkpoint_every,
+                    metadata={
+                        "config_hash": identity,
+                        "method": name,
+                        "restarts": restarts,
+                        "rate_factor": rate_factor,
+                    },
+                    tensorboard=run.tensorboard,
+                    writers=writers,
+                    progress=name,
+                    should_stop=should_stop,
+                )
         except Diverged as error:
             if restarts >= run.restarts:
                 raise
@@ -121,6 +127,20 @@ def run(
         "cpu_seconds": round(time.process_time() - began[1], 2),
     }
     return Outcome(method, state, rate_factor, cost)
+
+
+@contextlib.contextmanager
+def _tracked(
+    tracker: str | None, folder: Path, name: str, settings: Mapping[str, Any], restarts: int
+) -> Iterator[tuple[TrackerWriter, ...]]:
+    """What tells the tracker, on the first process alone; nothing if there is none."""
+    if tracker is None or not processes.is_first():
+        yield ()
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = TrackerWriter(tracker, folder, name=name, settings=settings, restarts=restarts)
+    with contextlib.closing(writer):
+        yield (writer,)
 
 
 def output_shapes(recipe: Recipe, examples: Part) -> PyTree:

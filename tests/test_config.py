@@ -1,10 +1,12 @@
 """Which programs are configs, and what a flag may set."""
 
 import functools
+import json
 
 import pytest
 
 from jaxdistill import config as configs
+from jaxdistill import describe, settings
 from jaxdistill.errors import InputError
 
 PROGRAMS = {
@@ -51,6 +53,29 @@ def test_a_config_of_ones_own(tmp_path):
     config = configs.load(str(path))
     assert config.method.ipc == 1
     assert (config.run.chunk, config.pool.size, config.data.placement) == (10, 4, "resident")
+
+
+@pytest.mark.parametrize("name", sorted(configs.shipped()))
+def test_what_a_run_writes_of_its_config_is_that_config(name, tmp_path):
+    stated = settings.resolve(configs.load(f"{name}:smoke")).stated()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(stated))
+    assert settings.resolve(configs.load(str(path))).stated() == stated
+    assert configs.load(str(path), {"seed": "77"}).seed == 77
+    assert f"config.method: {stated['method']['name']}\n" in describe.described(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[]", "it is no object"), ("{", "it is not JSON"), ('{"family": "flow"}', "missing")],
+)
+def test_a_file_that_no_run_has_written_is_refused(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        configs.load(str(path))
+    with pytest.raises(InputError, match="takes no argument; override"):
+        configs.load(f"{path}:smoke")
 
 
 @pytest.mark.parametrize(

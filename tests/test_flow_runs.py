@@ -22,6 +22,7 @@ from jaxdistill.nn import lora
 from jaxdistill.nn.momentum_head import MomentumHead
 from jaxdistill.task import Part
 from jaxdistill.tasks import flow
+from tests.pages import Page
 
 POINTS = "flow:dataset=soft4,smoke"
 IMAGES = "flow:dataset=digits,smoke"
@@ -45,6 +46,13 @@ def images(tmp_path_factory):
     # Labels, adapters and guidance on top of what points have.
     main.run([f"--config={ALONE}", f"--workdir={workdir}", *GUIDED])
     return workdir
+
+
+def test_the_report_shows_points_curves_and_the_teacher(points):
+    page = Page(points / "report.html")
+    assert len(page.pictures) == 2 and "Before that, teacher" in page.text
+    names = {row for row in rows_of(points)}
+    assert names <= {row[0] for row in page.cells} and len(page.drawings) > 3
 
 
 def rows_of(workdir):

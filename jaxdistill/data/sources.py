@@ -58,6 +58,8 @@ _FACTS = {
     "imagenette/160px-v2": Facts(10, (0, 0, 3), 993, 9469),
     "imagenet2012": Facts(1000, (0, 0, 3), 1300, 1_281_167),
 }
+NAMES = tuple(_FACTS)
+"""Data sets that are known by name; TFDS has others."""
 
 
 def load(

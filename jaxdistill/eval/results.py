@@ -170,7 +170,14 @@ def plain(values: Sequence[float | int]) -> str:
 def table(
     records: Iterable[Mapping[str, Any]], shown: Callable[[Sequence[float | int]], str] = plain
 ) -> str:
-    """A Markdown table: a row for each row of the records, a column for each metric.
+    """A Markdown table of records; see `cells`."""
+    return markdown(cells(records, shown))
+
+
+def cells(
+    records: Iterable[Mapping[str, Any]], shown: Callable[[Sequence[float | int]], str] = plain
+) -> list[list[str]]:
+    """A table's texts, its head first: a row for each row of the records, a column for each metric.
 
     Args:
         records: Fields of `Cell`, and `value`, None where it diverged.
@@ -182,9 +189,9 @@ def table(
     rows, metrics = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
     lines = [["row", *metrics]]
     for row in rows:
-        cells = [values.get((row, metric)) for metric in metrics]
-        lines.append([row, *("–" if cell is None else _cell(cell, shown) for cell in cells)])
-    return markdown(lines)
+        of = [values.get((row, metric)) for metric in metrics]
+        lines.append([row, *("–" if cell is None else _cell(cell, shown) for cell in of)])
+    return lines
 
 
 _UNEVEN = 2  # the largest class over the smallest, from which a training set has rare classes

@@ -1,7 +1,7 @@
 """Where metrics go: a JSON-lines file always, TensorBoard on request, a progress display.
 
-`JsonlWriter` and `TensorBoardWriter` share `write(step, values)` and `close()`, so a tuple of them
-is all the composition there is.
+`JsonlWriter`, `TensorBoardWriter` and the one of `io.trackers` share `write(step, values)` and
+`close()`, so a tuple of them is all the composition there is.
 """
 
 import contextlib
@@ -64,8 +64,8 @@ class JsonlWriter:
             raise InputError(f"metrics may not be named {', '.join(sorted(taken))}: choose others")
         record = {"step": int(step), "time": round(time.time(), 3)}
         for name, value in values.items():
-            number = _number(name, value)
-            record[name] = number if np.isfinite(number) else str(number)
+            value = number(name, value)
+            record[name] = value if np.isfinite(value) else str(value)
         try:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
@@ -108,7 +108,7 @@ class TensorBoardWriter:
             InputError: when a value is not a number.
         """
         for name, value in values.items():
-            self._writer.add_scalar(name, float(_number(name, value)), int(step))
+            self._writer.add_scalar(name, float(number(name, value)), int(step))
 
     def close(self) -> None:
         """Writes what is pending and closes the event file."""
@@ -164,7 +164,7 @@ class Progress:
         """Reports that `step` steps of the total are done, with the values measured there."""
         self.done = step
         keys = self._keys if self._keys is not None else list(values)[:4]
-        text = " ".join(f"{k} {_number(k, values[k]):.4g}" for k in keys if k in values)
+        text = " ".join(f"{k} {number(k, values[k]):.4g}" for k in keys if k in values)
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -195,7 +195,7 @@ class Progress:
         self._unshown, self._shown_step, self._shown_time = None, step, now
 
 
-def _number(name: str, value: object) -> int | float:
+def number(name: str, value: object) -> int | float:
     """A scalar as a Python number; floats of low precision by their shortest decimal form."""
     array = np.asarray(value)
     try:

@@ -5,6 +5,7 @@ runs the stages that stand before a method, and saves and reads what a method pu
 
     ROOM                  the package of its methods
     ARTEFACT              the file by which a finished row is known
+    DATASETS              the names of data that it knows, if there are any
     Settings              a named tuple of groups, each a named tuple of settings
     load, shapes          the task with its data, and without them
     mesh                  the devices of a run

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxdistill import experts, pool, release
+from jaxdistill.data import sources
 from jaxdistill.data.augment import normalizer, parse
 from jaxdistill.data.dataset import per_class_table
 from jaxdistill.data.device import resident_shapes
@@ -38,6 +39,7 @@ from jaxdistill.tasks import (
 
 ROOM = "jaxdistill.condense"
 ARTEFACT = "distilled.npz"
+DATASETS = sources.NAMES
 
 
 class Extractor(NamedTuple):

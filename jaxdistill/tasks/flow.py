@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxdistill import collective, keywords
+from jaxdistill.data import sources
 from jaxdistill.errors import InputError
 from jaxdistill.flow import adapt
 from jaxdistill.flow.matching import examples_of, flow_matching
@@ -43,6 +44,7 @@ from jaxdistill.tasks.pretrained import Wanted, identity, pretrained
 
 ROOM = "jaxdistill.flow"
 ARTEFACT = "student.safetensors"
+DATASETS = (*TARGETS, *sources.NAMES)
 
 # Shape, classes and examples a class of what no data set here holds: latents of images of 256 and
 # of 1024 pixels.

@@ -29,6 +29,7 @@ from jaxdistill.tasks import mesh as mesh  # of this family, as of most
 
 ROOM = "jaxdistill.pairs"
 ARTEFACT = f"{pairs.NAME}.safetensors"
+DATASETS = sources.NAMES
 
 
 class Data(NamedTuple):

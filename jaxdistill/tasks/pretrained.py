@@ -99,6 +99,7 @@ def pretrained(
             backend=groups.parallel.backend,
             folder=folder,
             identity=claimed,
+            settings=wanted.identity[0],
             examples=wanted.examples,
             frozen=(),
             steps=wanted.steps,

@@ -33,6 +33,7 @@ from jaxdistill.vlm.pairs import Side, TokenisedPair, encoded
 
 ROOM = "jaxdistill.vlm"
 ARTEFACT = answering.ARTEFACT
+DATASETS = sources.NAMES
 
 load_student = answering.load_student
 export_student = answering.export_student

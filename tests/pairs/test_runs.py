@@ -14,6 +14,7 @@ from jaxdistill.data.hashed import hashed
 from jaxdistill.errors import Diverged, InputError
 from jaxdistill.eval import retrieval, train_pairs
 from jaxdistill.io import pairs
+from tests.pages import Page
 
 SPEC = "pairs:smoke,baselines=random"
 # Of one layer, to compile in a second.
@@ -40,6 +41,11 @@ def test_a_run_leaves_pairs_that_can_be_used_without_it(run):
     assert rows == {"covariance", "random", "all pairs"}
     assert {record["metric"] for record in records} == set(retrieval.METRICS)
     assert all(0 <= record["value"] <= 1 for record in records)
+
+
+def test_the_report_shows_both_rows_and_what_was_retrieved(run):
+    page = Page(run[0] / "report.html")
+    assert page.pictures and {"covariance", "random"} <= {c for row in page.cells for c in row}
 
 
 def test_a_workdir_is_what_it_says(run):

@@ -38,6 +38,7 @@ from jaxdistill.vlm.pairs import (
     states,
     teacher_states,
 )
+from tests.pages import Page
 from tests.test_backends import differences, run_on
 from tests.test_method_contract import together
 
@@ -961,6 +962,13 @@ def once(tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         records = jaxdistill.train(config, workdir)
     return Once(config, workdir, records, out.getvalue())
+
+
+@pytest.mark.slow
+def test_the_report_shows_answers_and_all_that_was_trained(once):
+    page = Page(once.workdir / "report.html")
+    assert len(page.pictures) >= 2 and page.text.count("Before that") == 2
+    assert {"dskd", "blind"} <= {c for row in page.cells for c in row}
 
 
 @pytest.mark.slow
