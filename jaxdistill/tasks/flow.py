@@ -13,18 +13,25 @@ from jaxtyping import Array, PyTree
 
 from jaxdistill import collective, keywords
 from jaxdistill.errors import InputError
-from jaxdistill.flow import adapt
+from jaxdistill.flow import adapt, schedules
 from jaxdistill.flow.matching import examples_of, flow_matching
 from jaxdistill.flow.samplers import guided
 from jaxdistill.flow.targets import TARGETS, Target
 from jaxdistill.interrupt import ShouldStop
 from jaxdistill.io import weights
+from jaxdistill.io.diffusers import (
+    Checkpoint,
+    fingerprint,
+    load_transformer,
+    read_checkpoint,
+)
 from jaxdistill.io.files import expanded
 from jaxdistill.io.reading import one_line
 from jaxdistill.keywords import Between, Count, Dtype, Folder, Fraction, Rate
 from jaxdistill.method import Batch, BatchSpec, Method, replicated
 from jaxdistill.nn.dit import DiT
 from jaxdistill.nn.flow_mlp import FlowMLP
+from jaxdistill.nn.transformer2d import Transformer2D
 from jaxdistill.nn.unet import UNet
 from jaxdistill.parallel import processes
 from jaxdistill.parallel.mesh import fully_sharded
@@ -76,7 +83,8 @@ class Model(NamedTuple):
     """The teacher's network, which is the students' trunk.
 
     Attributes:
-        network: `mlp` for points, `dit` or `unet` for images.
+        network: `mlp` for points, `dit` or `unet` for images, `diffusers` for the transformer in
+            the folder `teacher.dir`, which says its own sizes.
         patch: Side of a patch, in pixels.
         width: Channels, a multiple of 4 and of `heads`.
         depth: Blocks.
@@ -89,7 +97,7 @@ class Model(NamedTuple):
         param_dtype: The dtype of the parameters.
     """
 
-    network: Literal["dit", "unet", "mlp"] = "dit"
+    network: Literal["dit", "unet", "mlp", "diffusers"] = "dit"
     patch: Annotated[int, Between(1, 256)] = 4
     width: Annotated[int, Between(4, 2**16)] = 128
     depth: Annotated[int, Between(1, 1000)] = 6
@@ -106,8 +114,8 @@ class Teacher(NamedTuple):
     """The teacher: where it lies, or how it is trained.
 
     Attributes:
-        dir: A folder with `teacher.safetensors`; by default `teacher` in the workdir, where it is
-            trained.
+        dir: A folder with `teacher.safetensors`, or with a transformer of diffusers; by default
+            `teacher` in the workdir, where it is trained.
         exact: Whether it learns from the exact velocity and is followed by it, where it is known.
         steps: Length of its training.
         batch_size: Examples a step.
@@ -148,8 +156,10 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
     groups = experiment.groups
     name = groups.data.name
     if name in _LATENTS:
-        raise InputError(f"{name} is a shape without data, to be compiled: use --mode=compile")
-    if name in TARGETS:
+        _check_dataless(experiment, name)
+        task, source, data = shapes(experiment), {}, None
+        task = task._replace(examples=task.examples._replace(load=_no_data))
+    elif name in TARGETS:
         strange = [n for n, v in groups.data._asdict().items() if n != "name" and v != _NO_DATA[n]]
         if strange:
             raise InputError(f"data.{strange[0]} means nothing for {name}, which is no images")
@@ -245,10 +255,16 @@ def _images(groups, name, shape, num_classes, examples: Part) -> FlowTask:
 
 def _task(groups, name, shape, num_classes, batches, data, examples, target) -> FlowTask:
     _check(groups, name, shape, num_classes, target)
-    trunk = network(groups.model, shape[-1], num_classes)
+    published = groups.model.network == "diffusers"
+    if published:
+        trunk = published_network(groups.model, read_checkpoint(groups.teacher.dir))
+        _check_published(trunk.shape, name, shape, num_classes)
+    else:
+        trunk = network(groups.model, shape[-1], num_classes)
     params = jax.eval_shape(functools.partial(adapt.fresh_trunk, trunk, shape), jax.random.key(0))
     velocity, plain, nfe = _velocities(groups.teacher, trunk, num_classes, target)
-    sharded = groups.parallel.fully_sharded
+    sharded, null = groups.parallel.fully_sharded, published or groups.teacher.label_drop
+    more = {"as_velocity": trunk.as_velocity} if published else {}
     return FlowTask(
         name=name,
         shape=shape,
@@ -261,12 +277,25 @@ def _task(groups, name, shape, num_classes, batches, data, examples, target) -> 
         nfe=nfe,
         plain=plain,
         guidance=groups.teacher.guidance,
-        null=num_classes if num_classes and groups.teacher.label_drop else None,
+        null=num_classes if num_classes and null else None,
         teacher=Part({"teacher": params}),
         examples=examples,
         student=lambda *args: _student(*args, None),
         specs=fully_sharded if sharded else replicated,
+        **more,
     )
+
+
+def _check_dataless(experiment: Experiment, name: str) -> None:
+    """Refuses a run without data that needs some; students that start from noise do not."""
+    if experiment.groups.model.network != "diffusers":
+        raise InputError(f"{name} is a shape without data, to be compiled: use --mode=compile")
+    if experiment.evals:
+        raise InputError(f"{name} has no data to evaluate by; leave config.evals empty")
+
+
+def _no_data() -> PyTree:
+    raise InputError("this method takes real examples, and there are none; set data.name to data")
 
 
 def _check(groups, name, shape, num_classes, target) -> None:
@@ -279,7 +308,17 @@ def _check(groups, name, shape, num_classes, target) -> None:
         )
     if not model.widths:
         raise InputError("model.widths is (); give whole numbers, one a level")
-    if teacher.guidance != 1.0 and not teacher.label_drop:
+    if model.network == "diffusers":
+        if teacher.dir is None:
+            raise InputError(
+                "model.network=diffusers is a transformer on disk; set teacher.dir to its folder"
+            )
+        if teacher.label_drop or teacher.exact:
+            raise InputError(
+                "teacher.label_drop and teacher.exact are of the training of a teacher, and a "
+                "transformer of diffusers is read; leave them out"
+            )
+    elif teacher.guidance != 1.0 and not teacher.label_drop:
         raise InputError(
             f"teacher.guidance={teacher.guidance} needs a teacher that knows the null "
             "label; set teacher.label_drop above 0"
@@ -319,6 +358,35 @@ def network(model: Model, channels: int, num_classes: int) -> Any:
         place=collective.by_example,
         per_device=collective.per_device,
     )
+
+
+def published_network(model: Model, checkpoint: Checkpoint) -> Transformer2D:
+    """The module of a transformer of diffusers, as a velocity of the straight path."""
+    steps, variances = checkpoint.scheduler
+    if variances is None:
+        schedule = schedules.straight(steps)
+    else:
+        schedule = schedules.noise_predictor(schedules.betas(*variances, steps))
+    return Transformer2D(
+        checkpoint.shape,
+        *schedule,
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.dtype(model.param_dtype),
+        remat=model.remat,
+        unroll=model.unroll,
+        place=collective.by_example,
+        per_device=collective.per_device,
+    )
+
+
+def _check_published(network, name, shape, num_classes) -> None:
+    """Refuses data that are not what a transformer was made for."""
+    own = (network.size, network.size, network.channels)
+    if shape != own or num_classes != network.num_classes:
+        raise InputError(
+            f"the transformer in teacher.dir is for images of shape {own} and "
+            f"{network.num_classes} classes; {name} has {shape} and {num_classes}"
+        )
 
 
 def _velocities(teacher: Teacher, trunk: Any, num_classes: int, target: Target | None):
@@ -443,6 +511,8 @@ def teacher_method(groups: Settings, task: FlowTask, rate_factor: float = 1.0) -
 def _teacher(experiment, task, source, workdir, should_stop) -> tuple[PyTree, str]:
     """The teacher's parameters, read or trained first, and their checksum."""
     groups = experiment.groups
+    if groups.model.network == "diffusers":
+        return _published(read_checkpoint(groups.teacher.dir))
 
     def build(rate_factor):
         if groups.model.param_dtype != "float32":
@@ -469,6 +539,11 @@ def _teacher(experiment, task, source, workdir, should_stop) -> tuple[PyTree, st
     )
     params, card = pretrained(experiment, wanted, should_stop)
     return params, card["sha256"]
+
+
+def _published(checkpoint: Checkpoint) -> tuple[PyTree, str]:
+    """The parameters of a transformer of diffusers, and its checksum."""
+    return load_transformer(checkpoint.folder, checkpoint.shape), fingerprint(checkpoint)
 
 
 # ---------------------------------------------------------------------------- a student alone
@@ -517,15 +592,20 @@ def load_student(
             f"{folder / 'student.json'} is not the card of a student of this version "
             f"({one_line(error)}); train it again, or use the version that made it"
         ) from error
+    where = expanded(teacher or place or _beside(folder))
     groups = experiment.groups
+    groups = groups._replace(teacher=groups.teacher._replace(dir=str(where)))
     if card["dataset"] in TARGETS:
         task = _points(groups, TARGETS[card["dataset"]]())
     else:
         task = _images(groups, card["dataset"], shape, num_classes, Part())
     recipe = row.module.recipe(task, **row.settings)
-    where = expanded(teacher or place or _beside(folder))
-    base, teachers = weights.load(where, "teacher")
-    if teachers["sha256"] != wanted:
+    if groups.model.network == "diffusers":
+        base, known = _published(read_checkpoint(where))
+    else:
+        base, card_of_base = weights.load(where, "teacher")
+        known = card_of_base["sha256"]
+    if known != wanted:
         raise InputError(f"the teacher in {where} is not that of the student in {folder}")
     frozen = jax.device_put({"teacher": base})
     params = jax.device_put(params)

@@ -1,0 +1,131 @@
+"""Students of transformers of diffusers, from the command line: read, distilled, used, refused."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill import config as configs
+from jaxdistill import experiment, load_student
+from jaxdistill.errors import InputError
+from jaxdistill.flow.samplers import euler
+from jaxdistill.io import diffusers, weights
+from jaxdistill.nn.transformer2d import Shape
+
+DIFFUSION = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+}
+STRAIGHT = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+SHAPE = Shape(8, 1, 2, 2, 8, 2, 10, variance=True)
+
+
+def write(folder, shape=SHAPE, scheduler=DIFFUSION, scale=0.1):
+    """A random transformer in the files of diffusers."""
+    rng = np.random.default_rng(0)
+    sizes = diffusers._shapes(shape)
+    tensors = {k: scale * rng.normal(size=s).astype(np.float32) for k, s in sizes.items()}
+    where = folder / "transformer"
+    diffusers.save_transformer(where, diffusers.params_of(tensors, shape), shape)
+    (where / "config.json").write_text(json.dumps(diffusers.config_of(shape)))
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    root = tmp_path_factory.mktemp("teachers")
+    return {
+        "diffusion": write(root / "diffusion"),
+        "straight": write(root / "straight", SHAPE._replace(variance=False), STRAIGHT),
+    }
+
+
+def config_for(teacher, **arguments):
+    said = {"dataset": "digits", "baselines": "", "teacher": teacher, **arguments}
+    return "flow:smoke," + ",".join(f"{name}={value}" for name, value in said.items())
+
+
+@pytest.fixture(scope="module")
+def linear(teachers, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "linear"
+    config = configs.load(config_for(teachers["diffusion"], method="linear"))
+    config.evals = {}
+    experiment.train(config, workdir)
+    return workdir
+
+
+def test_a_student_is_made_and_used(linear, teachers):
+    _, card = weights.load(linear / "artifacts", "student")
+    checkpoint = diffusers.read_checkpoint(teachers["diffusion"])
+    assert card["provenance"]["teacher_sha256"] == diffusers.fingerprint(checkpoint)
+    assert not (linear / "teacher").exists()
+    made = load_student(linear).sample(jax.random.key(0), jnp.arange(4), nfe=2)
+    assert made.shape == (4, 8, 8, 1) and np.isfinite(made).all()
+
+
+def test_another_teacher_in_its_place_is_refused(linear, teachers, tmp_path):
+    other = shutil.copytree(teachers["diffusion"], tmp_path / "other")
+    said = other / "scheduler" / "scheduler_config.json"
+    said.write_text(json.dumps(DIFFUSION | {"beta_end": 0.03}))
+    with pytest.raises(InputError, match="is not that of the student"):
+        load_student(linear, other)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "straight"])
+@pytest.mark.parametrize("method", ["linear", "arcflow"])
+def test_untrained_students_are_their_teachers(teachers, tmp_path, kind, method):
+    config = configs.load(config_for(teachers[kind], method=method))
+    config.method.rank, config.path.shift = 2, 1.0
+    if method == "arcflow":
+        config.method.modes = 1  # more begin apart by noise
+    ready = experiment.set_up(config, tmp_path)
+    task, recipe = ready.loaded.task, ready.recipes[method]
+    frozen = recipe.frozen.load()
+    keys = {"keys": jax.random.split(jax.random.key(1), 8)}
+    output = recipe.method.output(recipe.method.init(jax.random.key(0), frozen, keys))
+    noise, label = jax.random.normal(jax.random.key(2), (4, 8, 8, 1)), jnp.arange(4)
+    times = jnp.array([1.0, 0.5, 0.0])
+    wanted = euler(lambda x, t: task.velocity(frozen, x, t, label), noise, times)
+    found = recipe.sample(output, frozen, noise, label, nfe=2)
+    assert np.abs(wanted - noise).std() > 0.1
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_guidance_needs_no_label_drop_and_data_must_fit(teachers, tmp_path):
+    config = configs.load(config_for(teachers["diffusion"]))
+    config.path.shift, config.teacher.guidance = 1.0, 1.5
+    ready = experiment.set_up(config, tmp_path / "a")
+    assert ready.loaded.task.null == 10 and ready.loaded.task.nfe == 2
+    for change, message in [
+        (("teacher", "dir", None), "set teacher.dir to its folder"),
+        (("teacher", "label_drop", 0.1), "leave them out"),
+        (("data", "pad_to", 10), r"\(8, 8, 1\) and 10 classes; .* has \(10, 10, 1\)"),
+    ]:
+        changed = configs.load(config_for(teachers["diffusion"]))
+        group, name, value = change
+        changed[group][name] = value
+        with pytest.raises(InputError, match=message):
+            experiment.set_up(changed, tmp_path / "b")
+
+
+def test_latents_need_no_data(tmp_path):
+    sizes = Shape(32, 4, 2, 1, 4, 1, 1000, variance=True)
+    write(tmp_path / "dit", sizes)
+    config = configs.load(config_for(tmp_path / "dit", dataset="latents_imagenet", method="linear"))
+    config.method.steps, config.method.batch_size = 1, 8
+    config.model.dtype = "float32"
+    experiment.train(config, tmp_path / "run")
+    made = load_student(tmp_path / "run").sample(jax.random.key(0), jnp.zeros(1, jnp.int32))
+    assert made.shape == (1, 32, 32, 4)
+    config.method.from_data = True
+    with pytest.raises(InputError, match="takes real examples"):
+        experiment.train(config, tmp_path / "again")
