@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from jaxdistill import config as configs
-from jaxdistill import experiment, load_student
+from jaxdistill import experiment, export_student, load_student
 from jaxdistill.errors import InputError
 from jaxdistill.flow.samplers import euler
 from jaxdistill.io import diffusers, weights
 from jaxdistill.nn.transformer2d import Shape
+from jaxdistill.tasks import published
 
 DIFFUSION = {
     "_class_name": "DDIMScheduler",
@@ -70,6 +72,83 @@ def test_a_student_is_made_and_used(linear, teachers):
     assert not (linear / "teacher").exists()
     made = load_student(linear).sample(jax.random.key(0), jnp.arange(4), nfe=2)
     assert made.shape == (4, 8, 8, 1) and np.isfinite(made).all()
+
+
+@pytest.fixture(scope="module")
+def exported(linear, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "student"
+    export_student(linear, out)
+    return out
+
+
+def test_a_merged_student_is_a_transformer_of_the_same_velocity(linear, exported, teachers):
+    checkpoint = diffusers.read_checkpoint(exported)
+    assert checkpoint.config == diffusers.read_checkpoint(teachers["diffusion"]).config
+    params = diffusers.load_transformer(checkpoint.folder, checkpoint.shape)
+    network = published.network(checkpoint)
+    label = jnp.arange(8)
+    velocity = jax.jit(lambda x, t: network.apply({"params": params}, x, t, label))
+    noise = jax.random.normal(jax.random.key(5), (8, 8, 8, 1))
+    # A straight line a call, at the times that the student was trained for.
+    times = jnp.array([1.0, 2 / 3, 0.0])
+    found = euler(velocity, noise, times)
+    wanted = load_student(linear).sample(jax.random.key(5), label, nfe=2)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    before = diffusers.load_transformer(teachers["diffusion"] / "transformer", SHAPE)
+    moved = {"/".join(p.key for p in path) for path, _ in jax.tree.leaves_with_path(params)}
+    same = jax.tree.map(np.array_equal, params, before)
+    kept = {"/".join(p.key for p in path) for path, x in jax.tree.leaves_with_path(same) if x}
+    layers = {f"{part}/{name}" for part in ("blocks", "condition") for name in ("up", "down")}
+    assert moved - kept == {f"{x}/kernel" for x in layers} | {"output/bias", "output/kernel"}
+
+
+def test_adapters_in_pefts_words_make_the_merged_weights(exported, teachers):
+    adapters = safetensors.numpy.load_file(exported / "adapter" / "adapter_model.safetensors")
+    said = json.loads((exported / "adapter" / "adapter_config.json").read_text())
+    assert said["peft_type"] == "LORA" and said["modules_to_save"] == ["proj_out_2"]
+    place = ("transformer", f"{diffusers.STEM}.safetensors")
+    base, merged = (
+        safetensors.numpy.load_file(folder.joinpath(*place))
+        for folder in (teachers["diffusion"], exported)
+    )
+    assert len(said["target_modules"]) == 2 * 4
+    for name in said["target_modules"]:
+        a, b = (adapters.pop(f"base_model.model.{name}.lora_{x}.weight") for x in "AB")
+        assert a.shape[0] == b.shape[1] == said["r"] and np.abs(b).max() > 0
+        weight = base.pop(f"{name}.weight") + said["lora_alpha"] / said["r"] * b @ a
+        np.testing.assert_allclose(merged.pop(f"{name}.weight"), weight, rtol=0, atol=1e-6)
+    for end in ("weight", "bias"):
+        whole = adapters.pop(f"base_model.model.proj_out_2.{end}")
+        np.testing.assert_array_equal(whole, merged.pop(f"proj_out_2.{end}"))
+        # The rows of the variances are the teacher's.
+        mine, own = (x.reshape(4, 2, -1) for x in (whole, base.pop(f"proj_out_2.{end}")))
+        np.testing.assert_array_equal(mine[:, 1], own[:, 1])
+        assert not np.array_equal(mine[:, 0], own[:, 0])
+    assert not adapters
+    for name, x in base.items():
+        np.testing.assert_array_equal(merged[name], x)
+
+
+def test_the_readme_says_when_it_is_called_and_no_folder_is_named(exported, teachers):
+    text = (exported / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: diffusers\n")
+    assert "| 1 | 1 | 999 | 1 |" in text and "| 2 | 0.666667 | " in text
+    for path in exported.rglob("*.json"):
+        assert str(teachers["diffusion"].parent) not in path.read_text()
+
+
+def test_students_that_follow_curves_keep_their_head(teachers, tmp_path):
+    config = configs.load(config_for(teachers["diffusion"], method="arcflow"))
+    config.evals, config.method.steps = {}, 1
+    experiment.train(config, tmp_path / "run")
+    export_student(tmp_path / "run", tmp_path / "out")
+    head, _ = weights.load(tmp_path / "out", "head")
+    trained, _ = weights.load(tmp_path / "run" / "artifacts", "student")
+    jax.tree.map(np.testing.assert_array_equal, head, trained["head"])
+    assert not (tmp_path / "out" / "transformer").exists()
+    said = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert said["modules_to_save"] is None
+    export_student(tmp_path / "run", tmp_path / "out")  # again, over its own
 
 
 def test_another_teacher_in_its_place_is_refused(linear, teachers, tmp_path):

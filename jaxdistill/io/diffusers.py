@@ -7,6 +7,7 @@ too, is two. No number is changed on the way, and no type.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import os
@@ -20,7 +21,7 @@ from flax import traverse_util
 from jaxtyping import PyTree
 
 from jaxdistill.errors import Diverged, InputError
-from jaxdistill.io.files import expanded
+from jaxdistill.io.files import dump, expanded, write_files
 from jaxdistill.io.reading import read_json
 from jaxdistill.io.shards import SHARD_BYTES, files_of, opened, sha256, some, write_tensors
 from jaxdistill.nn.transformer2d import Shape
@@ -271,6 +272,69 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256("\n".join(known).encode()).hexdigest()
 
 
+def save_adapters(
+    folder: str | os.PathLike[str],
+    adapters: PyTree,
+    alpha: float,
+    base: str,
+    shape: Shape,
+    last: PyTree | None = None,
+) -> None:
+    """Writes adapters as PEFT has them: `adapter_model.safetensors`, `adapter_config.json`.
+
+    Args:
+        folder: Made if missing.
+        adapters: `lora_a` (..., in, rank) and `lora_b` (..., rank, out) beside layers of
+            `Transformer2D`, of one rank.
+        alpha: Their scale times their rank.
+        base: What they stand on, for the config.
+        shape: What the transformer is like.
+        last: Parameters with the output layer, where that is another than the base's; PEFT has it
+            as a module to save.
+
+    Raises:
+        InputError: If they are of other layers or of several ranks, or cannot be written.
+    """
+    flat = {k: np.asarray(x) for k, x in traverse_util.flatten_dict(adapters, sep="/").items()}
+    outer = {ours: (theirs,) for theirs, ours in OUTER.items()}
+    layers = outer | {ours: ("", theirs) for theirs, ours in BLOCKS.items()}
+    tensors, targets, ranks = {}, set(), set()
+    for path, x in flat.items():
+        layer, _, kind = path.rpartition("/")
+        if layer not in layers or kind not in ("lora_a", "lora_b"):
+            raise InputError(f"{path} is no adapter on a layer that diffusers has")
+        if layer == "embed":
+            raise InputError("adapters on the layer of patches, a convolution there, have no file")
+        end = layers[layer][-1]
+        stacked = {end: x} if x.ndim == 2 else {BLOCK.format(i) + end: y for i, y in enumerate(x)}
+        for name, y in stacked.items():
+            letter = "A" if kind == "lora_a" else "B"
+            tensors[f"base_model.model.{name}.lora_{letter}.weight"] = y.T
+            targets.add(name)
+        ranks.add(x.shape[-1] if kind == "lora_a" else x.shape[-2])
+    if len(ranks) != 1:
+        raise InputError(f"adapters of the ranks {sorted(ranks)}; PEFT's config says one")
+    if last is not None:
+        leaves = {k: np.asarray(x) for k, x in traverse_util.flatten_dict(last, sep="/").items()}
+        for end, x in _last(leaves, shape).items():
+            tensors[f"base_model.model.{LAST}.{end}"] = x
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "r": ranks.pop(),
+        "modules_to_save": None if last is None else [LAST],
+        "target_modules": sorted(targets),
+        "task_type": None,
+    }
+    write_tensors(Path(folder), tensors, "adapter_model")
+    write_files({Path(folder) / "adapter_config.json": functools.partial(dump, config)})
+
+
 # ----------------------------------------------------------------------- one tensor and our leaves
 
 
@@ -329,8 +393,7 @@ def tensors_of(params: PyTree, shape: Shape) -> dict[str, np.ndarray]:
         InputError: If parameters are missing, one too many, or of another shape or type.
     """
     flat = {k: np.asarray(x) for k, x in traverse_util.flatten_dict(params, sep="/").items()}
-    parts = ("output", "variance") if shape.variance else ("output",)
-    layers = [*OUTER.values(), *parts]
+    layers = [*OUTER.values(), *_parts(shape)]
     paths = [f"{layer}/{leaf}" for layer in layers for leaf in ("kernel", "bias")]
     paths += list(_block_tensors().values())
     for what, names in (("lack", set(paths) - set(flat)), ("have also", set(flat) - set(paths))):
@@ -346,8 +409,7 @@ def tensors_of(params: PyTree, shape: Shape) -> dict[str, np.ndarray]:
             kernel = kernel.reshape(-1, shape.patch, shape.patch, shape.channels)
             kernel = kernel.transpose(0, 3, 1, 2)
         tensors |= {f"{theirs}.weight": kernel, f"{theirs}.bias": flat[f"{ours}/bias"]}
-    for end, leaf in (("weight", "kernel"), ("bias", "bias")):
-        tensors[f"{LAST}.{end}"] = _joined([flat[f"{p}/{leaf}"].T for p in parts], shape)
+    tensors |= {f"{LAST}.{end}": x for end, x in _last(flat, shape).items()}
     for i, (end, path) in itertools.product(range(shape.depth), _block_tensors().items()):
         leaf = flat[path][i]
         tensors[BLOCK.format(i) + end] = leaf.T if path.endswith("/kernel") else leaf
@@ -400,6 +462,17 @@ def _split(x: np.ndarray, shape: Shape) -> dict[str, np.ndarray]:
     pixels = x.reshape(shape.patch**2, 2, shape.channels, *x.shape[1:])
     rest = x.shape[1:]
     return {"output": pixels[:, 0].reshape(-1, *rest), "variance": pixels[:, 1].reshape(-1, *rest)}
+
+
+def _last(flat: Mapping[str, np.ndarray], shape: Shape) -> dict[str, np.ndarray]:
+    """The output layer as it is there."""
+    parts, ends = _parts(shape), (("weight", "kernel"), ("bias", "bias"))
+    return {end: _joined([flat[f"{p}/{leaf}"].T for p in parts], shape) for end, leaf in ends}
+
+
+def _parts(shape: Shape) -> tuple[str, ...]:
+    """The layers here that are the output layer there."""
+    return ("output", "variance") if shape.variance else ("output",)
 
 
 def _joined(parts: list[np.ndarray], shape: Shape) -> np.ndarray:

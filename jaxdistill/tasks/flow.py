@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from jaxdistill import collective, keywords
 from jaxdistill.errors import InputError
-from jaxdistill.flow import adapt, schedules
+from jaxdistill.flow import adapt
 from jaxdistill.flow.matching import examples_of, flow_matching
 from jaxdistill.flow.samplers import guided
 from jaxdistill.flow.targets import TARGETS, Target
@@ -44,6 +44,7 @@ from jaxdistill.tasks import (
     mesh,
     placed,
     placed_shapes,
+    published,
     source_of,
 )
 from jaxdistill.tasks.pretrained import Wanted, identity, pretrained
@@ -255,16 +256,22 @@ def _images(groups, name, shape, num_classes, examples: Part) -> FlowTask:
 
 def _task(groups, name, shape, num_classes, batches, data, examples, target) -> FlowTask:
     _check(groups, name, shape, num_classes, target)
-    published = groups.model.network == "diffusers"
-    if published:
-        trunk = published_network(groups.model, read_checkpoint(groups.teacher.dir))
+    read = groups.model.network == "diffusers"
+    if read:
+        trunk = published.network(
+            read_checkpoint(groups.teacher.dir),
+            dtype=jnp.dtype(groups.model.dtype),
+            param_dtype=jnp.dtype(groups.model.param_dtype),
+            remat=groups.model.remat,
+            unroll=groups.model.unroll,
+        )
         _check_published(trunk.shape, name, shape, num_classes)
     else:
         trunk = network(groups.model, shape[-1], num_classes)
     params = jax.eval_shape(functools.partial(adapt.fresh_trunk, trunk, shape), jax.random.key(0))
     velocity, plain, nfe = _velocities(groups.teacher, trunk, num_classes, target)
-    sharded, null = groups.parallel.fully_sharded, published or groups.teacher.label_drop
-    more = {"as_velocity": trunk.as_velocity} if published else {}
+    sharded, null = groups.parallel.fully_sharded, read or groups.teacher.label_drop
+    more = {"as_velocity": trunk.as_velocity} if read else {}
     return FlowTask(
         name=name,
         shape=shape,
@@ -351,25 +358,6 @@ def network(model: Model, channels: int, num_classes: int) -> Any:
         model.depth,
         model.heads,
         num_classes,
-        dtype=jnp.dtype(model.dtype),
-        param_dtype=jnp.dtype(model.param_dtype),
-        remat=model.remat,
-        unroll=model.unroll,
-        place=collective.by_example,
-        per_device=collective.per_device,
-    )
-
-
-def published_network(model: Model, checkpoint: Checkpoint) -> Transformer2D:
-    """The module of a transformer of diffusers, as a velocity of the straight path."""
-    steps, variances = checkpoint.scheduler
-    if variances is None:
-        schedule = schedules.straight(steps)
-    else:
-        schedule = schedules.noise_predictor(schedules.betas(*variances, steps))
-    return Transformer2D(
-        checkpoint.shape,
-        *schedule,
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
@@ -580,6 +568,49 @@ def load_student(
     Raises:
         InputError: If there is no student, or its teacher is not there or is another.
     """
+    task, row, base, params, card = _stored(folder, teacher)
+    recipe = row.module.recipe(task, **row.settings)
+    frozen = jax.device_put({"teacher": base})
+    params, shape, num_classes = jax.device_put(params), task.shape, task.num_classes
+    compiled = functools.lru_cache(lambda nfe: jax.jit(functools.partial(recipe.sample, nfe=nfe)))
+
+    def sample(key: Array, label: Any, nfe: int | None = None) -> Array:
+        label = jnp.asarray(label)
+        if label.ndim != 1 or not jnp.issubdtype(label.dtype, jnp.integer):
+            raise InputError(f"labels are whole numbers (n,), not {label.dtype} {label.shape}")
+        noise = jax.random.normal(key, (len(label), *shape), jnp.float32)
+        return compiled(card["nfe"] if nfe is None else nfe)(params, frozen, noise, label)
+
+    return Trained(sample, shape, num_classes, card)
+
+
+def export_student(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Writes a student of a transformer of diffusers in files of diffusers and PEFT.
+
+    A student of one straight line is `transformer/`, as its teacher is, with the adapters worked
+    into the weights. Adapters are `adapter/` as well, for PEFT. The head of one that follows curves
+    is `head.safetensors`. `README.md` says at which times it is called.
+
+    Args:
+        folder: As of `load_student`.
+        out: Made if missing.
+
+    Raises:
+        InputError: If there is no student, its teacher is none of diffusers or not there, or `out`
+            cannot be written or holds other weights.
+    """
+    task, row, base, params, card = _stored(folder, None)
+    if not isinstance(task.trunk, Transformer2D):
+        raise InputError(f"the student in {folder} stands on a network that diffusers has not")
+    alpha, checkpoint = row.settings["alpha"], read_checkpoint(card["teacher"])
+    alpha = float(row.settings["rank"] if alpha is None else alpha)
+    published.export(expanded(out), checkpoint, base, params, card, alpha)
+
+
+def _stored(
+    folder: str | os.PathLike[str], teacher: str | os.PathLike[str] | None
+) -> tuple[FlowTask, Row, PyTree, PyTree, dict]:
+    """The task of a stored student, its row, its teacher's parameters, its own, and its card."""
     folder = _artefact(folder)
     params, card = weights.load(folder, "student")
     try:
@@ -599,7 +630,6 @@ def load_student(
         task = _points(groups, TARGETS[card["dataset"]]())
     else:
         task = _images(groups, card["dataset"], shape, num_classes, Part())
-    recipe = row.module.recipe(task, **row.settings)
     if groups.model.network == "diffusers":
         base, known = _published(read_checkpoint(where))
     else:
@@ -607,18 +637,7 @@ def load_student(
         known = card_of_base["sha256"]
     if known != wanted:
         raise InputError(f"the teacher in {where} is not that of the student in {folder}")
-    frozen = jax.device_put({"teacher": base})
-    params = jax.device_put(params)
-    compiled = functools.lru_cache(lambda nfe: jax.jit(functools.partial(recipe.sample, nfe=nfe)))
-
-    def sample(key: Array, label: Any, nfe: int | None = None) -> Array:
-        label = jnp.asarray(label)
-        if label.ndim != 1 or not jnp.issubdtype(label.dtype, jnp.integer):
-            raise InputError(f"labels are whole numbers (n,), not {label.dtype} {label.shape}")
-        noise = jax.random.normal(key, (len(label), *shape), jnp.float32)
-        return compiled(card["nfe"] if nfe is None else nfe)(params, frozen, noise, label)
-
-    return Trained(sample, shape, num_classes, card)
+    return task, row, base, params, card
 
 
 def _artefact(folder: str | os.PathLike[str]) -> Path:
