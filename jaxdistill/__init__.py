@@ -20,6 +20,7 @@ __getattr__, __all__ = names(
         "evaluate": "jaxdistill.experiment:evaluate",
         "export_student": "jaxdistill.students:export_student",
         "flow": "jaxdistill.flow",
+        "hub": "jaxdistill.hub",
         "load_config": "jaxdistill.config:load",
         "load_data": "jaxdistill.data.sources:load",
         "load_distilled": "jaxdistill.io.artifact:load",

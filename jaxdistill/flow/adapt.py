@@ -113,7 +113,8 @@ def adapted(
 
     def trained(path):
         adapter = path.rpartition("/")[2] in ("lora_a", "lora_b")
-        return adapter if rank else not path.startswith("output/")
+        # A layer of variances, which some transformers have, is asked for nothing.
+        return adapter if rank else not path.startswith(("output/", "variance/"))
 
     def init(key, frozen):
         k_head, k_noise, k_lora = jax.random.split(key, 3)
