@@ -148,7 +148,16 @@ def test_students_that_follow_curves_keep_their_head(teachers, tmp_path):
     assert not (tmp_path / "out" / "transformer").exists()
     said = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert said["modules_to_save"] is None
-    export_student(tmp_path / "run", tmp_path / "out")  # again, over its own
+    before = {p: p.read_bytes() for p in teachers["diffusion"].rglob("*") if p.is_file()}
+    for taken, message in [
+        (tmp_path / "out", "holds adapter, head.safetensors already"),
+        (tmp_path / "run" / "artifacts", "holds a student of a run"),
+        (teachers["diffusion"], "holds transformer already"),
+        (teachers["diffusion"] / "transformer", r"holds config\.json already"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            export_student(tmp_path / "run", taken)
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_another_teacher_in_its_place_is_refused(linear, teachers, tmp_path):
@@ -208,3 +217,31 @@ def test_latents_need_no_data(tmp_path):
     config.method.from_data = True
     with pytest.raises(InputError, match="takes real examples"):
         experiment.train(config, tmp_path / "again")
+
+
+def test_a_student_that_is_its_teacher_goes_out_as_it_came_in(teachers, tmp_path):
+    checkpoint = diffusers.read_checkpoint(teachers["straight"])
+    base = diffusers.load_transformer(checkpoint.folder, checkpoint.shape)
+    gates = {"kernel": np.zeros((16, 4), np.float32), "bias": np.zeros(4, np.float32)}
+    # Trained whole, with one straight line.
+    checkpoint = checkpoint._replace(config=checkpoint.config | {"_name_or_path": "/home/me/dit"})
+    trunk = {name: layer for name, layer in base.items() if name != "output"}
+    student = {"trunk": trunk, "head": {"velocities": base["output"], "gates": gates}}
+    card = {"nfe": 2, "shift": 1.0, "method": "linear", "licence": "none"}
+    card |= {"config": {"teacher": {"dir": "/somewhere"}}}
+    published.export(tmp_path / "out", checkpoint, base, student, card, 1.0)
+    name = f"{diffusers.STEM}.safetensors"
+    files = [folder / "transformer" / name for folder in (teachers["straight"], tmp_path / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert not [
+        p for p in (tmp_path / "out").rglob("*") if p.is_file() and b"/home/me" in p.read_bytes()
+    ]
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| 2 | 0.5 | 500 | 1 |" in text and "velocity, noise minus data" in text
+    curved = student | {"head": student["head"] | {"log_gammas": gates}}
+    with pytest.raises(InputError, match="follows curves and was trained whole"):
+        published.export(tmp_path / "new", checkpoint, base, curved, card, 1.0)
+    with pytest.raises(InputError, match="layers beside trunk and head"):
+        published.export(tmp_path / "new", checkpoint, base, student | {"more": {}}, card, 1.0)
+    assert not (tmp_path / "new").exists()

@@ -74,30 +74,34 @@ def export(
             "this student follows curves and was trained whole: diffusers has no place for its "
             "head, and PEFT none for its trunk; train it with adapters, or take method=linear"
         )
-    name = str(checkpoint.config.get("_name_or_path") or checkpoint.folder.absolute().parent.name)
+    _check_free(out)
+    # What is given away names no folder of this machine.
+    said, key = dict(checkpoint.config), "_name_or_path"
+    if not _REPOSITORY.fullmatch(str(said.get(key))):
+        said.pop(key, None)
+    name = str(said.get(key) or checkpoint.folder.absolute().parent.name)
+    config = card["config"] | {"teacher": card["config"]["teacher"] | {"dir": None}}
+    card = card | {"teacher": name, "config": config}
     if adapters:
         rank = next(x.shape[-1] for k, x in adapters.items() if k.endswith("lora_a"))
         last = None if output is None else base | {"output": output}
         save_adapters(out / "adapter", trunk, alpha, name, checkpoint.shape, last)
         scale = alpha / rank
-    merged = lora.overlay(base, trunk)
     if output is None:
         weights.save(out, "head", head, {"of": card["method"]})
     else:
-        whole = lora.merge(merged, scale) if adapters else merged
+        whole = lora.overlay(base, trunk)
+        whole = lora.merge(whole, scale) if adapters else whole
         whole = jax.tree.map(np.asarray, whole | {"output": output})
         save_transformer(out / "transformer", whole, checkpoint.shape)
     (out / "scheduler").mkdir(parents=True, exist_ok=True)
-    # What is given away names no folder of this machine.
-    config = card["config"] | {"teacher": card["config"]["teacher"] | {"dir": None}}
-    card = card | {"teacher": name, "config": config}
     text = readme(checkpoint, name, card, bool(adapters), output is not None)
     files = {
         out / "scheduler" / "scheduler_config.json": checkpoint.scheduler_config,
         out / "student.json": card,
     }
     if output is not None:
-        files[out / "transformer" / "config.json"] = checkpoint.config
+        files[out / "transformer" / "config.json"] = said
     writers = {path: functools.partial(dump, tree) for path, tree in files.items()}
     write_files(writers | {out / "README.md": lambda file: file.write(text.encode())})
 
@@ -148,6 +152,16 @@ def readme(checkpoint: Checkpoint, base: str, card: dict, adapters: bool, merged
         else "",
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _check_free(out: Path) -> None:
+    """Refuses a folder in which something else would be written over."""
+    if (out / "student.safetensors").is_file():
+        raise InputError(f"{out} holds a student of a run; give another folder")
+    parts = ("transformer", "adapter", "head.safetensors", "config.json")
+    there = [part for part in parts if (out / part).exists()]
+    if there:
+        raise InputError(f"{out} holds {', '.join(there)} already; give another folder")
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:
