@@ -11,6 +11,8 @@ Arguments, joined by commas behind the colon:
                 ucgm, pcm, meanflow, dmd2
     baselines=  rows beside it, joined by +: linear (default); empty for none
     nfe=        network calls of the students (2)
+    teacher=    the folder of a transformer of diffusers, which is read and not trained; then
+                latents_imagenet needs no data, and nothing is evaluated
     smoke       a run of seconds that only shows that everything works
 
 Anything else is an override: `--config.method.modes=4`. A teacher is trained first, or read from
@@ -123,6 +125,8 @@ _RECIPES = {
         "student": _LARGE["student"] | {"batch_size": 64, "rank": 256},
     },
 }
+# Of these nothing can be read.
+_SHAPES = ("latents_imagenet", "latents_1mp")
 # Sampler and network calls, guidance left out.
 _TEACHER_ROWS = (
     *(f"euler:{nfe}" for nfe in (2, 4, 8, 16, 100)),
@@ -139,6 +143,7 @@ def get_config(argument=None, dataset=None, method=None):
         method="arcflow",
         baselines="linear",
         nfe=2,
+        teacher="",
         seed=0,
     )
     # What the command line says of data and method goes before the argument.
@@ -190,14 +195,23 @@ def get_config(argument=None, dataset=None, method=None):
     config.evals.samples.nfe = (arg["nfe"],)
     config.evals.samples.teacher_rows = _TEACHER_ROWS
 
+    if arg["teacher"]:
+        precision = recipe.get("precision", {})
+        config.model = ml_collections.ConfigDict({"network": "diffusers", **precision})
+        config.teacher = ml_collections.ConfigDict({"dir": arg["teacher"]})
+        if dataset in _SHAPES:
+            config.evals = ml_collections.ConfigDict()
+
     if arg["smoke"]:
-        config.model.width, config.model.depth, config.model.heads = 32, 1, 2
+        if not arg["teacher"]:
+            config.model.width, config.model.depth, config.model.heads = 32, 1, 2
         config.model.unroll = 1
         config.teacher.steps, config.teacher.batch_size = 20, 16
         config.run.chunk, config.run.checkpoint_every = 4, 4
         for each in (config.method, *config.baselines.values()):
             each.steps, each.batch_size = 8, 8
             each.update({"modes": 2} if "modes" in each else {})
+    if arg["smoke"] and config.evals:
         config.evals.samples.examples = config.evals.samples.batch_size = 128
         config.evals.samples.reference_steps = 8
         config.evals.samples.teacher_rows = ("euler:2", "euler:4", "midpoint:2")

@@ -21,6 +21,7 @@ __getattr__, __all__ = names(
         "export_distilled": "jaxdistill.io.exports:export",
         "export_student": "jaxdistill.students:export_student",
         "flow": "jaxdistill.flow",
+        "hub": "jaxdistill.hub",
         "load_config": "jaxdistill.config:load",
         "load_data": "jaxdistill.data.sources:load",
         "load_distilled": "jaxdistill.io.artifact:load",

@@ -183,6 +183,8 @@ class FlowTask(NamedTuple):
         student: `(folder, shapes, alpha) -> Stored`: what another student of this teacher has
             learned, on adapters of that scale times their rank.
         specs: `(tree, mesh) -> PyTree`: how large trees are laid out on the devices.
+        as_velocity: `(x, t, output) -> u`: what the network's last layer says there, as a velocity.
+            The output may have further axes, x then too.
     """
 
     name: str
@@ -201,6 +203,7 @@ class FlowTask(NamedTuple):
     examples: Part
     student: Callable[[str, PyTree, float], Stored]
     specs: Callable[[PyTree, Any], PyTree]
+    as_velocity: Callable[[Array, Array, Array], Array] = lambda x, t, output: output
 
 
 class Language(NamedTuple):

@@ -23,6 +23,7 @@ from jaxdistill.method import Method
 from jaxdistill.nn import lora
 from jaxdistill.nn.discriminator import by_block
 from jaxdistill.nn.momentum_head import from_output
+from jaxdistill.nn.transformer2d import Transformer2D
 from jaxdistill.nn.unet import UNet
 from jaxdistill.task import FlowTask, Recipe
 
@@ -102,8 +103,9 @@ def adapted(
     """
     module, rank = task.trunk, training.rank
     features = _overlaid(training, functools.partial(module.apply, method="features"))
-    if isinstance(module, UNet) and spans:
-        raise InputError("a UNet is not told how far its answer reaches; take a DiT")
+    if isinstance(module, UNet | Transformer2D) and spans:
+        kind = type(module).__name__
+        raise InputError(f"a {kind} is not told how far its answer reaches; take a DiT")
     if isinstance(module, UNet) and rank:
         raise InputError(
             "adapters go on dense layers, and a UNet does its work in others; set method.rank=0"
@@ -111,7 +113,8 @@ def adapted(
 
     def trained(path):
         adapter = path.rpartition("/")[2] in ("lora_a", "lora_b")
-        return adapter if rank else not path.startswith("output/")
+        # A layer of variances, which some transformers have, is asked for nothing.
+        return adapter if rank else not path.startswith(("output/", "variance/"))
 
     def init(key, frozen):
         k_head, k_noise, k_lora = jax.random.split(key, 3)
@@ -135,7 +138,9 @@ def adapted(
 
     def apply(trainable, frozen, x, t, label, *span):
         tokens = features(trainable, frozen, x, t, label, *span)
-        return head.apply({"params": trainable["head"]}, tokens)
+        said, *rest = head.apply({"params": trainable["head"]}, tokens)
+        # The head begins as the teacher's last layer, which may say something else.
+        return task.as_velocity(x[..., None], t, said), *rest
 
     return Student(init, apply, policy)
 

@@ -4,26 +4,21 @@ Which tensor is which of our parameters is in `jaxdistill.io.layouts`.
 """
 
 import contextlib
-import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-import safetensors
-import safetensors.numpy
 from jaxtyping import PyTree
 
 from jaxdistill.errors import InputError
-from jaxdistill.io.files import dump, write_files
-from jaxdistill.io.layouts import Layout, params_of, some, tensors_of
-from jaxdistill.io.reading import one_line, read_json
+from jaxdistill.io.layouts import Layout, params_of, tensors_of
+from jaxdistill.io.reading import read_json
+from jaxdistill.io.shards import SHARD_BYTES, opened, write_tensors
 from jaxdistill.nn.decoder import BlockShape
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9
+STEM = "model"
+WEIGHTS = f"{STEM}.safetensors"
 
 _QWEN2 = ("qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text")
 _INTERNLM2 = "internlm2"
@@ -177,7 +172,7 @@ def load_decoder(
         InputError: As `params_of`, and if there is no such file, or it is damaged.
     """
     with contextlib.ExitStack() as stack:
-        tensors = _opened(Path(path), stack)
+        tensors = opened(Path(path), stack, STEM)
         try:
             return params_of(tensors, layout, shape, depth, tied=tied)
         except InputError as error:
@@ -213,35 +208,8 @@ def save_decoder(
         InputError: As `tensors_of`, if the files cannot be written, or if the folder has other
             weights, which a reader could take for these.
     """
-    folder = Path(folder)
     tensors, left = tensors_of(params, layout, shape)
-    shards = _shards(tensors, shard_bytes)
-    files = {WEIGHTS: shards[0]}
-    if len(shards) > 1:
-        count = len(shards)
-        files = {f"model-{i:05}-of-{count:05}.safetensors": x for i, x in enumerate(shards, 1)}
-    others = {path.name for path in folder.glob("model*.safetensors*")}
-    others -= {*files, *((INDEX,) if len(shards) > 1 else ())}
-    if others:
-        raise InputError(
-            f"{folder} holds {some(sorted(others))} of other weights; give another folder"
-        )
-
-    writers = {
-        folder / name: functools.partial(_write, {key: tensors[key] for key in keys})
-        for name, keys in files.items()
-    }
-    if len(shards) > 1:
-        size = sum(x.nbytes for x in tensors.values())
-        where = {key: name for name, keys in files.items() for key in keys}
-        index = {"metadata": {"total_size": size}, "weight_map": where}
-        writers[folder / INDEX] = functools.partial(dump, index)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_files(writers)
-    except OSError as error:
-        where = error.filename or folder
-        raise InputError(f"cannot write {where}: {error.strerror or error}") from error
+    write_tensors(Path(folder), tensors, STEM, shard_bytes=shard_bytes)
     return left
 
 
@@ -276,86 +244,3 @@ def _number(config: Mapping[str, Any], key: str, kind: type) -> Any:
     if not good or not 0 < value < _LARGEST:
         raise InputError(f"{key} is {value!r:.80}; it must be a positive number")
     return kind(value)
-
-
-# ------------------------------------------------------------------------------------------- files
-
-
-class _Tensors(Mapping):
-    """The tensors of open files, read when they are taken."""
-
-    def __init__(self, files: Mapping[str, Any]):
-        self._files = files
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        file = self._files[name]
-        try:
-            return file.get_tensor(name)
-        # What NumPy has no type for ends as one of many errors.
-        except Exception as error:
-            raise InputError(f"{name} cannot be read ({one_line(error)})") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-def _opened(path: Path, stack: contextlib.ExitStack) -> _Tensors:
-    index = path / INDEX
-    file = path / WEIGHTS if path.is_dir() else path
-    if file.is_file():
-        opened = _open(file, stack)
-        return _Tensors(dict.fromkeys(opened.keys(), opened))
-    if not index.is_file():
-        raise InputError(f"{path} is no file, and no folder with {WEIGHTS} or {INDEX}")
-    where = _weight_map(index)
-    files = {name: _open(path / name, stack) for name in sorted(set(where.values()))}
-    held = {name: set(opened.keys()) for name, opened in files.items()}
-    lost = sorted(key for key, name in where.items() if key not in held[name])
-    if lost:
-        raise InputError(f"{index} names {some(lost)}, and its shards lack them; copy all again")
-    return _Tensors({key: files[name] for key, name in where.items()})
-
-
-def _open(file: Path, stack: contextlib.ExitStack) -> Any:
-    if not file.is_file():
-        raise InputError(f"{file} is no file")
-    try:
-        return stack.enter_context(safetensors.safe_open(os.fspath(file), "np"))
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{file} is damaged ({one_line(error)}); copy it again") from error
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        read = read_json(index)
-    except InputError as error:
-        raise InputError(f"{index} is no index of shards ({error})") from error
-    where = read.get("weight_map") if isinstance(read, dict) else None
-    # A shard lies beside the index: a name is not a way to other folders.
-    if not isinstance(where, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in where.values()
-    ):
-        raise InputError(f"{index} is no index of shards (weight_map must name files beside it)")
-    return where
-
-
-def _shards(tensors: Mapping[str, np.ndarray], limit: int) -> list[list[str]]:
-    """The names of the tensors that come into each file, in their order."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, x in tensors.items():
-        if shards[-1] and size + x.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += x.nbytes
-    return shards
-
-
-def _write(tensors: Mapping[str, np.ndarray], file: BinaryIO) -> None:
-    whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    # Readers of PyTorch's side ask whose layout it is.
-    file.write(safetensors.numpy.save(whole, metadata={"format": "pt"}))

@@ -19,6 +19,7 @@ from flax import traverse_util
 from jaxtyping import PyTree
 
 from jaxdistill.errors import Diverged, InputError
+from jaxdistill.io.shards import some
 from jaxdistill.nn.decoder import BlockShape
 
 _DTYPES = tuple(map(np.dtype, (jnp.bfloat16, np.float16, np.float32)))
@@ -359,8 +360,3 @@ def _check(name: str, x: np.ndarray, wanted: tuple[int | None, ...]) -> None:
         raise InputError(f"{name} has the shape {x.shape}, the decoder wants {said}")
     if x.dtype not in _DTYPES:
         raise InputError(f"{name} is {x.dtype}; it must be bfloat16, float16 or float32")
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of some names, for a message."""
-    return ", ".join(names[:_NAMED])[:300] + (" and more" if len(names) > _NAMED else "")

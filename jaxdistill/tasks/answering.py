@@ -1,7 +1,6 @@
 """Students of vision-language models alone: read, used, and written for other libraries."""
 
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from jaxdistill import keywords
 from jaxdistill.data import text
 from jaxdistill.data.text import ANSWER, Tokenizer
 from jaxdistill.errors import InputError
-from jaxdistill.io import decoders, weights
+from jaxdistill.io import decoders, shards, weights
 from jaxdistill.io.files import dump, expanded, write_files
 from jaxdistill.io.reading import one_line, read_json
 from jaxdistill.task import Language
@@ -88,7 +87,7 @@ def _exported(folder: Path) -> tuple[PyTree, dict]:
     vision, own = weights.load(folder, _VISION)
     path = folder / decoders.WEIGHTS
     known = card.get("decoder_sha256") if isinstance(card, dict) else None
-    if known is None or own.get("decoder_sha256") != known or _sha256(path) != known:
+    if known is None or own.get("decoder_sha256") != known or shards.sha256(path) != known:
         raise InputError(f"{path}, vision.safetensors and student.json are not of one student")
     shape, depth, _, tied = decoders.decoder_shape(folder)
     params, _ = decoders.load_decoder(path, "qwen2", shape, depth, tied=tied)
@@ -118,7 +117,7 @@ def export_student(folder: str | os.PathLike[str], out: str | os.PathLike[str]) 
         raise InputError(f"{out / decoders.WEIGHTS} is another model's; give another folder")
     params = jax.tree.map(np.asarray, stored.params)
     left = decoders.save_decoder(out, params, "qwen2", block)
-    known = _sha256(out / decoders.WEIGHTS)
+    known = shards.sha256(out / decoders.WEIGHTS)
     rest = {name: params[name] for name in {path.partition("/")[0] for path in left}}
     weights.save(out, _VISION, rest, {"decoder_sha256": known})
     config = decoders.config_of(block, stored.depth, stored.tokenizer.size)
@@ -138,11 +137,6 @@ def _is_ours(folder: Path) -> bool:
         return "decoder_sha256" in read_json(folder / "student.json")
     except (InputError, OSError, TypeError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_student(folder: str | os.PathLike[str]) -> Trained:

@@ -20,12 +20,19 @@ from jaxdistill.flow.samplers import guided
 from jaxdistill.flow.targets import TARGETS, Target
 from jaxdistill.interrupt import ShouldStop
 from jaxdistill.io import weights
+from jaxdistill.io.diffusers import (
+    Checkpoint,
+    fingerprint,
+    load_transformer,
+    read_checkpoint,
+)
 from jaxdistill.io.files import expanded
 from jaxdistill.io.reading import one_line
 from jaxdistill.keywords import Between, Count, Dtype, Folder, Fraction, Rate
 from jaxdistill.method import Batch, BatchSpec, Method, replicated
 from jaxdistill.nn.dit import DiT
 from jaxdistill.nn.flow_mlp import FlowMLP
+from jaxdistill.nn.transformer2d import Transformer2D
 from jaxdistill.nn.unet import UNet
 from jaxdistill.parallel import processes
 from jaxdistill.parallel.mesh import fully_sharded
@@ -38,6 +45,7 @@ from jaxdistill.tasks import (
     mesh,
     placed,
     placed_shapes,
+    published,
     source_of,
 )
 from jaxdistill.tasks.pretrained import Wanted, identity, pretrained
@@ -78,7 +86,8 @@ class Model(NamedTuple):
     """The teacher's network, which is the students' trunk.
 
     Attributes:
-        network: `mlp` for points, `dit` or `unet` for images.
+        network: `mlp` for points, `dit` or `unet` for images, `diffusers` for the transformer in
+            the folder `teacher.dir`, which says its own sizes.
         patch: Side of a patch, in pixels.
         width: Channels, a multiple of 4 and of `heads`.
         depth: Blocks.
@@ -91,7 +100,7 @@ class Model(NamedTuple):
         param_dtype: The dtype of the parameters.
     """
 
-    network: Literal["dit", "unet", "mlp"] = "dit"
+    network: Literal["dit", "unet", "mlp", "diffusers"] = "dit"
     patch: Annotated[int, Between(1, 256)] = 4
     width: Annotated[int, Between(4, 2**16)] = 128
     depth: Annotated[int, Between(1, 1000)] = 6
@@ -108,8 +117,8 @@ class Teacher(NamedTuple):
     """The teacher: where it lies, or how it is trained.
 
     Attributes:
-        dir: A folder with `teacher.safetensors`; by default `teacher` in the workdir, where it is
-            trained.
+        dir: A folder with `teacher.safetensors`, or with a transformer of diffusers; by default
+            `teacher` in the workdir, where it is trained.
         exact: Whether it learns from the exact velocity and is followed by it, where it is known.
         steps: Length of its training.
         batch_size: Examples a step.
@@ -150,8 +159,10 @@ def load(experiment: Experiment, workdir: Path, should_stop: ShouldStop) -> Load
     groups = experiment.groups
     name = groups.data.name
     if name in _LATENTS:
-        raise InputError(f"{name} is a shape without data, to be compiled: use --mode=compile")
-    if name in TARGETS:
+        _check_dataless(experiment, name)
+        task, source, data = shapes(experiment), {}, None
+        task = task._replace(examples=task.examples._replace(load=_no_data))
+    elif name in TARGETS:
         strange = [n for n, v in groups.data._asdict().items() if n != "name" and v != _NO_DATA[n]]
         if strange:
             raise InputError(f"data.{strange[0]} means nothing for {name}, which is no images")
@@ -247,10 +258,22 @@ def _images(groups, name, shape, num_classes, examples: Part) -> FlowTask:
 
 def _task(groups, name, shape, num_classes, batches, data, examples, target) -> FlowTask:
     _check(groups, name, shape, num_classes, target)
-    trunk = network(groups.model, shape[-1], num_classes)
+    read = groups.model.network == "diffusers"
+    if read:
+        trunk = published.network(
+            read_checkpoint(groups.teacher.dir),
+            dtype=jnp.dtype(groups.model.dtype),
+            param_dtype=jnp.dtype(groups.model.param_dtype),
+            remat=groups.model.remat,
+            unroll=groups.model.unroll,
+        )
+        _check_published(trunk.shape, name, shape, num_classes)
+    else:
+        trunk = network(groups.model, shape[-1], num_classes)
     params = jax.eval_shape(functools.partial(adapt.fresh_trunk, trunk, shape), jax.random.key(0))
     velocity, plain, nfe = _velocities(groups.teacher, trunk, num_classes, target)
-    sharded = groups.parallel.fully_sharded
+    sharded, null = groups.parallel.fully_sharded, read or groups.teacher.label_drop
+    more = {"as_velocity": trunk.as_velocity} if read else {}
     return FlowTask(
         name=name,
         shape=shape,
@@ -263,12 +286,25 @@ def _task(groups, name, shape, num_classes, batches, data, examples, target) -> 
         nfe=nfe,
         plain=plain,
         guidance=groups.teacher.guidance,
-        null=num_classes if num_classes and groups.teacher.label_drop else None,
+        null=num_classes if num_classes and null else None,
         teacher=Part({"teacher": params}),
         examples=examples,
         student=lambda *args: _student(*args, None),
         specs=fully_sharded if sharded else replicated,
+        **more,
     )
+
+
+def _check_dataless(experiment: Experiment, name: str) -> None:
+    """Refuses a run without data that needs some; students that start from noise do not."""
+    if experiment.groups.model.network != "diffusers":
+        raise InputError(f"{name} is a shape without data, to be compiled: use --mode=compile")
+    if experiment.evals:
+        raise InputError(f"{name} has no data to evaluate by; leave config.evals empty")
+
+
+def _no_data() -> PyTree:
+    raise InputError("this method takes real examples, and there are none; set data.name to data")
 
 
 def _check(groups, name, shape, num_classes, target) -> None:
@@ -281,7 +317,17 @@ def _check(groups, name, shape, num_classes, target) -> None:
         )
     if not model.widths:
         raise InputError("model.widths is (); give whole numbers, one a level")
-    if teacher.guidance != 1.0 and not teacher.label_drop:
+    if model.network == "diffusers":
+        if teacher.dir is None:
+            raise InputError(
+                "model.network=diffusers is a transformer on disk; set teacher.dir to its folder"
+            )
+        if teacher.label_drop or teacher.exact:
+            raise InputError(
+                "teacher.label_drop and teacher.exact are of the training of a teacher, and a "
+                "transformer of diffusers is read; leave them out"
+            )
+    elif teacher.guidance != 1.0 and not teacher.label_drop:
         raise InputError(
             f"teacher.guidance={teacher.guidance} needs a teacher that knows the null "
             "label; set teacher.label_drop above 0"
@@ -321,6 +367,16 @@ def network(model: Model, channels: int, num_classes: int) -> Any:
         place=collective.by_example,
         per_device=collective.per_device,
     )
+
+
+def _check_published(network, name, shape, num_classes) -> None:
+    """Refuses data that are not what a transformer was made for."""
+    own = (network.size, network.size, network.channels)
+    if shape != own or num_classes != network.num_classes:
+        raise InputError(
+            f"the transformer in teacher.dir is for images of shape {own} and "
+            f"{network.num_classes} classes; {name} has {shape} and {num_classes}"
+        )
 
 
 def _velocities(teacher: Teacher, trunk: Any, num_classes: int, target: Target | None):
@@ -445,6 +501,8 @@ def teacher_method(groups: Settings, task: FlowTask, rate_factor: float = 1.0) -
 def _teacher(experiment, task, source, workdir, should_stop) -> tuple[PyTree, str]:
     """The teacher's parameters, read or trained first, and their checksum."""
     groups = experiment.groups
+    if groups.model.network == "diffusers":
+        return _published(read_checkpoint(groups.teacher.dir))
 
     def build(rate_factor):
         if groups.model.param_dtype != "float32":
@@ -471,6 +529,11 @@ def _teacher(experiment, task, source, workdir, should_stop) -> tuple[PyTree, st
     )
     params, card = pretrained(experiment, wanted, should_stop)
     return params, card["sha256"]
+
+
+def _published(checkpoint: Checkpoint) -> tuple[PyTree, str]:
+    """The parameters of a transformer of diffusers, and its checksum."""
+    return load_transformer(checkpoint.folder, checkpoint.shape), fingerprint(checkpoint)
 
 
 # ---------------------------------------------------------------------------- a student alone
@@ -507,6 +570,49 @@ def load_student(
     Raises:
         InputError: If there is no student, or its teacher is not there or is another.
     """
+    task, row, base, params, card = _stored(folder, teacher)
+    recipe = row.module.recipe(task, **row.settings)
+    frozen = jax.device_put({"teacher": base})
+    params, shape, num_classes = jax.device_put(params), task.shape, task.num_classes
+    compiled = functools.lru_cache(lambda nfe: jax.jit(functools.partial(recipe.sample, nfe=nfe)))
+
+    def sample(key: Array, label: Any, nfe: int | None = None) -> Array:
+        label = jnp.asarray(label)
+        if label.ndim != 1 or not jnp.issubdtype(label.dtype, jnp.integer):
+            raise InputError(f"labels are whole numbers (n,), not {label.dtype} {label.shape}")
+        noise = jax.random.normal(key, (len(label), *shape), jnp.float32)
+        return compiled(card["nfe"] if nfe is None else nfe)(params, frozen, noise, label)
+
+    return Trained(sample, shape, num_classes, card)
+
+
+def export_student(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Writes a student of a transformer of diffusers in files of diffusers and PEFT.
+
+    A student of one straight line is `transformer/`, as its teacher is, with the adapters worked
+    into the weights. Adapters are `adapter/` as well, for PEFT. The head of one that follows curves
+    is `head.safetensors`. `README.md` says at which times it is called.
+
+    Args:
+        folder: As of `load_student`.
+        out: Made if missing.
+
+    Raises:
+        InputError: If there is no student, its teacher is none of diffusers or not there, or `out`
+            cannot be written or holds other weights.
+    """
+    task, row, base, params, card = _stored(folder, None)
+    if not isinstance(task.trunk, Transformer2D):
+        raise InputError(f"the student in {folder} stands on a network that diffusers has not")
+    alpha, checkpoint = row.settings["alpha"], read_checkpoint(card["teacher"])
+    alpha = float(row.settings["rank"] if alpha is None else alpha)
+    published.export(expanded(out), checkpoint, base, params, card, alpha)
+
+
+def _stored(
+    folder: str | os.PathLike[str], teacher: str | os.PathLike[str] | None
+) -> tuple[FlowTask, Row, PyTree, PyTree, dict]:
+    """The task of a stored student, its row, its teacher's parameters, its own, and its card."""
     folder = _artefact(folder)
     params, card = weights.load(folder, "student")
     try:
@@ -519,28 +625,21 @@ def load_student(
             f"{folder / 'student.json'} is not the card of a student of this version "
             f"({one_line(error)}); train it again, or use the version that made it"
         ) from error
+    where = expanded(teacher or place or _beside(folder))
     groups = experiment.groups
+    groups = groups._replace(teacher=groups.teacher._replace(dir=str(where)))
     if card["dataset"] in TARGETS:
         task = _points(groups, TARGETS[card["dataset"]]())
     else:
         task = _images(groups, card["dataset"], shape, num_classes, Part())
-    recipe = row.module.recipe(task, **row.settings)
-    where = expanded(teacher or place or _beside(folder))
-    base, teachers = weights.load(where, "teacher")
-    if teachers["sha256"] != wanted:
+    if groups.model.network == "diffusers":
+        base, known = _published(read_checkpoint(where))
+    else:
+        base, card_of_base = weights.load(where, "teacher")
+        known = card_of_base["sha256"]
+    if known != wanted:
         raise InputError(f"the teacher in {where} is not that of the student in {folder}")
-    frozen = jax.device_put({"teacher": base})
-    params = jax.device_put(params)
-    compiled = functools.lru_cache(lambda nfe: jax.jit(functools.partial(recipe.sample, nfe=nfe)))
-
-    def sample(key: Array, label: Any, nfe: int | None = None) -> Array:
-        label = jnp.asarray(label)
-        if label.ndim != 1 or not jnp.issubdtype(label.dtype, jnp.integer):
-            raise InputError(f"labels are whole numbers (n,), not {label.dtype} {label.shape}")
-        noise = jax.random.normal(key, (len(label), *shape), jnp.float32)
-        return compiled(card["nfe"] if nfe is None else nfe)(params, frozen, noise, label)
-
-    return Trained(sample, shape, num_classes, card)
+    return task, row, base, params, card
 
 
 def _artefact(folder: str | os.PathLike[str]) -> Path:
