@@ -211,8 +211,15 @@ def _results(place: Tree.Element, experiment: Experiment, records: Sequence[Mapp
         seeds = len({record["seed"] for record in of})
         spread = f" Mean ± standard deviation over {seeds} seeds." if seeds > 1 else ""
         _add(card, "p", _first_line(evaluation.module.__doc__) + spread, class_="soft")
-        head, *rows = results.cells(of)
-        _table(card, head, rows, "numbers", lit=lambda row: row[0].split(", ")[0] == own)
+        accuracies = all("classes" in record for record in of)
+        tables = [results.cells(of, results.percent if accuracies else results.plain)]
+        if accuracies:
+            tables.append(results.class_cells(of))
+        titles = ("Accuracies in %", "By class, in %") if accuracies else ("",)
+        for (head, *rows), title in zip(tables, titles, strict=False):
+            if title:
+                _add(card, "h4", title)
+            _table(card, head, rows, "numbers", lit=lambda row: row[0].split(", ")[0] == own)
 
 
 def _pictures(place: Tree.Element, workdir: Path) -> None:

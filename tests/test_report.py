@@ -66,9 +66,13 @@ def test_its_table_is_that_of_the_records(run):
     records = json.loads((run[1] / "results.json").read_text())
     cells = Page(run[1] / report.NAME).cells
     for row in ("dm", "random"):
-        values = [r["value"] for r in records if r["row"] == row]
+        own = [r for r in records if r["row"] == row]
+        values = [100 * r["value"] for r in own]
         assert len(values) == 2
-        assert [row, f"{np.mean(values):.4g} ± {np.std(values):.2g}"] in cells
+        assert [row, f"{np.mean(values):.1f} ± {np.std(values):.1f}"] in cells
+        worst = [100 * min(r["classes"]) for r in own]
+        (by_class,) = [cell for cell in cells if cell[0] == row and "hard labels" in cell[1]]
+        assert by_class[2] == f"{np.mean(worst):.1f} ± {np.std(worst):.1f}"
 
 
 def test_every_setting_stands_there_and_those_not_by_default_are_marked(run):

@@ -212,7 +212,14 @@ def rarest_third(counts: Int[np.ndarray, " c"]) -> list[int]:
 
 
 def by_class(records: Iterable[Mapping[str, Any]], rarest: Sequence[int]) -> str:
-    """A Markdown table of what an accuracy hides: the classes, and what a network thinks it knows.
+    """A Markdown table of what an accuracy hides; see `class_cells`."""
+    return markdown(class_cells(records, rarest))
+
+
+def class_cells(
+    records: Iterable[Mapping[str, Any]], rarest: Sequence[int] = ()
+) -> list[list[str]]:
+    """What an accuracy hides: the classes, and what a network thinks it knows; the head first.
 
     Args:
         records: Fields of `Cell`, `value`, the accuracies of the `classes` as fractions, and
@@ -242,7 +249,7 @@ def by_class(records: Iterable[Mapping[str, Any]], rarest: Sequence[int]) -> str
             else:
                 cells.append(_cell(values, shown))
         lines.append([row, metric, *cells])
-    return markdown(lines)
+    return lines
 
 
 def _known(classes: Iterable[float | None]) -> list[float]:
