@@ -108,6 +108,7 @@ def test_no_step_is_told_twice_and_other_rates_are_another_run(tracker, tmp_path
     assert sorted(READ[tracker](tmp_path)) == [[2, 4, 6, 8], [4, 6]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracker", TRACKERS)
 def test_a_killed_run_that_goes_on_tells_each_step_once(tracker, tmp_path):
     assert python(RUN, tmp_path, tracker, "killed").returncode == 9
