@@ -67,7 +67,7 @@ def test_the_locks_satisfy_the_bounds(name, python):
         assert pin.url is None
         assert [part.operator for part in pin.specifier] == ["=="]
     wanted = list(PROJECT["dependencies"])
-    for extra in ("docs", "lint", "notebook", "tensorboard", "test", "wandb"):
+    for extra in ("docs", "hub", "lint", "notebook", "tensorboard", "test", "vlm"):
         wanted += PROJECT["optional-dependencies"][extra]
     for requirement in map(Requirement, wanted):
         if requirement.name == "jaxdistill":
