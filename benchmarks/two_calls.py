@@ -181,13 +181,16 @@ def _compare_teachers(name: str, args: argparse.Namespace) -> None:
         card = json.loads((workdir / "teacher" / "teacher.json").read_text())
         row = next(r for r in rows if r["row"].startswith("teacher"))
         del row["wall s"]  # lengths differ in what they make, not in how long that takes
-        made = {"cpu_seconds": card["cost"]["cpu_seconds"], "sha256": card["sha256"]}
+        # Of a training that was interrupted the card has the seconds of its last start alone.
+        seconds = None if card["cost"]["resumed"] else card["cost"]["cpu_seconds"]
+        made = {"cpu_seconds": seconds, "sha256": card["sha256"]}
         recording.put(path, {"steps": steps, "row": row, **made}, ("steps",))
     lines = [["steps", "CPU s", "FD to held-out images", "precision", "recall", "class accuracy"]]
     for record in recording.read(path):
         numbers = ("FD to data", "precision", "recall", "class accuracy")
         cells = [f"{record['row'][n]:.3g}" for n in numbers]
-        lines.append([str(record["steps"]), f"{record['cpu_seconds']:.0f}", *cells])
+        seconds = "–" if record["cpu_seconds"] is None else f"{record['cpu_seconds']:.0f}"
+        lines.append([str(record["steps"]), seconds, *cells])
     print(f"\n{results.markdown(lines)}")
 
 
